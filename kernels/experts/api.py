@@ -1,0 +1,60 @@
+"""`experts`: the one function to call, on any device."""
+
+from typing import Literal
+
+import jax
+
+from m1jax.kernels.experts import reference, xla
+
+Implementation = Literal["reference", "xla"]
+
+
+def experts(
+    x: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    *,
+    layer: jax.Array | int = 0,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """SwiGLU experts, dropless: y_n = Σ_j weights[n, j] · w2_e(silu(w1_e x_n) ⊙ w3_e x_n), e = chosen[n, j].
+
+    Args:
+      x: `[N, M]`, float32 or bfloat16.
+      gate_up: `[L, E, 2, F, M]` in the dtype of x: w1 and w3 of every expert of every layer.
+      down: `[L, E, M, F]`, w2.
+      chosen: int32 `[N, k]`, the experts of each token; E means none (padding), and costs nothing.
+      weights: float32 `[N, k]`.
+      layer: which layer of the stacks.
+      implementation: "reference" or "xla"; None chooses.
+
+    Returns:
+      float32 `[N, M]`.
+
+    Raises:
+      ValueError: a shape or dtype does not fit; named.
+    """
+    L, E, _, F, M = gate_up.shape
+    if x.ndim != 2 or x.shape[1] != M:
+        raise ValueError(f"x: expected [N, {M}], got {x.shape}")
+    if gate_up.shape[2] != 2 or down.shape != (L, E, M, F):
+        raise ValueError(f"expected gate_up [L, E, 2, F, M] and down [L, E, M, F], got {gate_up.shape}, {down.shape}")
+    if chosen.shape != weights.shape or chosen.ndim != 2 or chosen.shape[0] != x.shape[0]:
+        raise ValueError(f"chosen, weights: expected [{x.shape[0]}, k], got {chosen.shape} and {weights.shape}")
+    if gate_up.dtype != x.dtype or down.dtype != x.dtype:
+        raise ValueError(f"gate_up, down: dtype {gate_up.dtype}, {down.dtype} differs from that of x, {x.dtype}")
+    if implementation == "reference":
+        return reference.experts(x, gate_up, down, layer, chosen, weights)
+    if implementation in (None, "xla"):
+        return xla.blocked(x, gate_up, down, layer, chosen, weights, _rows(*chosen.shape, E))
+    raise ValueError(f"implementation: unknown {implementation!r}: expected None, 'reference' or 'xla'")
+
+
+def _rows(N: int, k: int, E: int) -> int:
+    """Rows of a block: about an expert's share of the tokens; a single row while few tokens come, as in decoding."""
+    rows = 1
+    while rows < min(N * k / E, 256):
+        rows *= 2
+    return min(rows, N)

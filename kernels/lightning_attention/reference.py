@@ -1,0 +1,32 @@
+"""Lightning attention as the recurrence of the MiniMax-01 paper (arXiv 2501.08313, section 2.2), token by token."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def lightning_attention(
+    qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """S_t = λ S_{t-1} + k_tᵀ v_t, o_t = q_t S_t, with q, k, v = silu(qkv); a token past its row's length leaves S alone.
+
+    Args:
+      qkv: `[B, T, H, 3, D]`, before the activation.
+      log_decay: float32 `[H]`, log λ.
+      state: float32 `[B, H, D, D]` (key channel, value channel).
+      lengths: int32 `[B]`.
+
+    Returns:
+      o `[B, T, H, D]` in the dtype of `qkv`, and the state after the last valid token of each row.
+    """
+    activated = jax.nn.silu(qkv.astype(jnp.float32))
+
+    def token(s: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        t, (q, k, v) = inputs[0], jnp.moveaxis(inputs[1], 2, 0)  # each [B, H, D]
+        new = jnp.exp(log_decay)[:, None, None] * s + jnp.einsum("bhd,bhe->bhde", k, v, precision="highest")
+        s = jnp.where((t < lengths)[:, None, None, None], new, s)
+        return s, jnp.einsum("bhd,bhde->bhe", q, s, precision="highest")
+
+    steps = (jnp.arange(qkv.shape[1]), jnp.moveaxis(activated, 1, 0))
+    state, out = lax.scan(token, state, steps)
+    return jnp.moveaxis(out, 0, 1).astype(qkv.dtype), state

@@ -1,0 +1,154 @@
+"""The sublayers of M1: every module holds the stacked weights of all layers of its kind and is called with an index.
+
+Letters as in `m1jax.model`. Products are summed in float32 and rounded to the compute dtype; norms, router and
+lightning state are float32 throughout.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from m1jax.config import M1Config
+from m1jax.kernels.experts import experts
+from m1jax.kernels.lightning_attention import lightning_attention
+from m1jax.kernels.linear import linear
+from m1jax.kernels.softmax_attention import softmax_attention
+
+LIGHTNING_NORM_EPS = 1e-6  # the norm inside lightning attention does not follow rms_norm_eps
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) · weight over the last axis: statistics in float32, rounded to the dtype of x before the weight."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype) * weight
+
+
+def project(x: jax.Array, stack: nnx.Param, index: jax.Array) -> jax.Array:
+    """x `[B, T, ...in]` times one layer of a stack `[n, ...out, ...in]`, in the dtype of x: `[B, T, out]` flat."""
+    B, T = x.shape[:2]
+    flat = x.reshape(B * T, -1)
+    w = stack[...]
+    out = linear(flat, w.reshape(w.shape[0], -1, flat.shape[1]), index)
+    return out.astype(x.dtype).reshape(B, T, -1)
+
+
+def rope_angles(config: M1Config, first: jax.Array, T: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 `[B, T, 1, R/2]`, for positions first[b] … first[b] + T - 1."""
+    R = config.rotary_dim
+    exponent = np.arange(0, R, 2, dtype=np.float32) / np.float32(R)
+    frequency = np.float32(1) / np.power(np.float32(config.rope_theta), exponent)
+    position = (first[:, None] + jnp.arange(T)).astype(jnp.float32)
+    angle = position[..., None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """RoPE on the first R of the D channels of x `[B, T, heads, D]`: channel c turns with channel c + R/2."""
+    cos, sin = (a.astype(x.dtype) for a in rope)
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+@nnx.dataclass
+class Lightning(nnx.Module):
+    """Lightning attention with its norm over all heads and its output gate."""
+
+    qkv_proj: nnx.Param  # [P, H, 3, D, M]
+    output_gate: nnx.Param  # [P, H, D, M]
+    norm: nnx.Param  # [P, H, D]
+    out_proj: nnx.Param  # [P, M, H, D]
+
+    def __call__(
+        self, x: jax.Array, n: jax.Array, log_decay: jax.Array, state: jax.Array | None, lengths: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """x `[B, T, M]`, state float32 `[B, H, D, D]` or None; returns y `[B, T, M]` and the new state."""
+        B, T, _ = x.shape
+        H, _, D = self.qkv_proj[...].shape[1:4]
+        qkv = project(x, self.qkv_proj, n).reshape(B, T, H, 3, D)
+        out, state = lightning_attention(qkv, log_decay, state=state, lengths=lengths)
+        normed = rms_norm(out.reshape(B, T, H * D), self.norm[...][n].reshape(H * D), LIGHTNING_NORM_EPS)
+        return project(jax.nn.sigmoid(project(x, self.output_gate, n)) * normed, self.out_proj, n), state
+
+
+@nnx.dataclass
+class Softmax(nnx.Module):
+    """Grouped-query softmax attention with partial RoPE."""
+
+    q_proj: nnx.Param  # [S, H, D, M]
+    k_proj: nnx.Param  # [S, K, D, M]
+    v_proj: nnx.Param  # [S, K, D, M]
+    o_proj: nnx.Param  # [S, M, H, D]
+
+    def __call__(
+        self,
+        x: jax.Array,
+        n: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        cache_k: jax.Array | None,
+        cache_v: jax.Array | None,
+        first: jax.Array,
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """x `[B, T, M]`, caches `[S, B, K, N, D]` or None, first int32 `[B]`; returns y `[B, T, M]` and the caches."""
+        B, T, _ = x.shape
+        H, D = self.q_proj[...].shape[1:3]
+        K = self.k_proj[...].shape[1]
+        q = rotate(project(x, self.q_proj, n).reshape(B, T, H, D), rope)
+        k = rotate(project(x, self.k_proj, n).reshape(B, T, K, D), rope).swapaxes(1, 2)
+        v = project(x, self.v_proj, n).reshape(B, T, K, D).swapaxes(1, 2)
+        if cache_k is None or cache_v is None:
+            out = softmax_attention(q, k, v)
+        else:
+            cache_k, cache_v = append(cache_k, k, n, first), append(cache_v, v, n, first)
+            out = softmax_attention(q, cache_k[n], cache_v[n], offset=first)
+        return project(out, self.o_proj, n), cache_k, cache_v
+
+
+def append(cache: jax.Array, new: jax.Array, n: jax.Array, first: jax.Array) -> jax.Array:
+    """Writes new `[B, K, T, D]` into layer n of a cache `[S, B, K, N, D]` from position first[b] on.
+
+    Positions past the end are dropped. Padded tokens are written as well: the row's next tokens overwrite them before
+    any query reaches them.
+    """
+    B, _, T, _ = new.shape
+    position = first[:, None] + jnp.arange(T)  # [B, T]
+    return cache.at[n, jnp.arange(B)[:, None], :, position].set(new.swapaxes(1, 2), mode="drop", unique_indices=True)
+
+
+@nnx.dataclass
+class MoE(nnx.Module):
+    """Sparse mixture of SwiGLU experts: softmax over all experts, the best k, their weights renormalised to sum 1."""
+
+    router: nnx.Param  # float32 [L, E, M]
+    gate_up: nnx.Param  # [L, E, 2, F, M]
+    down: nnx.Param  # [L, E, M, F]
+
+    def __call__(self, x: jax.Array, i: jax.Array, valid: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+        """x `[B, T, M]`, valid bool `[B, T]`; returns y `[B, T, M]` and router logits float32 `[B, T, E]`."""
+        B, T, M = x.shape
+        flat = x.reshape(B * T, M)
+        logits = linear(flat.astype(jnp.float32), self.router[...], i)
+        E = logits.shape[-1]
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), k)
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        chosen = jnp.where(valid.reshape(-1, 1), chosen, E)  # padding goes to nobody
+        y = experts(flat, self.gate_up[...], self.down[...], chosen, weights, layer=i)
+        return y.astype(x.dtype).reshape(B, T, M), logits.reshape(B, T, E)
+
+
+@nnx.dataclass
+class SharedExpert(nnx.Module):
+    """The shared expert of the Text-01 family: y (1 - c) + shared(x) c with c = sigmoid(x · coefficient) in float32."""
+
+    gate_up: nnx.Param  # [L, 2, I, M]
+    down: nnx.Param  # [L, M, I]
+    coefficient: nnx.Param  # float32 [L, M]
+
+    def __call__(self, x: jax.Array, i: jax.Array, y: jax.Array) -> jax.Array:
+        """x, y `[B, T, M]`, y from the routed experts."""
+        gate, up = jnp.split(project(x, self.gate_up, i), 2, axis=-1)
+        shared = project(jax.nn.silu(gate) * up, self.down, i)
+        c = jax.nn.sigmoid(jnp.sum(x.astype(jnp.float32) * self.coefficient[...][i], axis=-1, keepdims=True))
+        return (y.astype(jnp.float32) * (1 - c) + shared.astype(jnp.float32) * c).astype(x.dtype)

@@ -1,0 +1,332 @@
+"""MiniMax-M1 as NNX modules used as immutable pytrees: `(tokens, state) -> (logits, state)`, nothing mutated.
+
+All layers of one kind lie stacked in one array. A forward pass scans over the repeating period of the layer types (M1: 7
+lightning, 1 softmax) and inside it over each run of equal layers, picking a layer's weights by index, so that a
+model of 80 layers traces and compiles in the time of two.
+
+Letters: B batch, T tokens, N cache length, L layers (P lightning, S softmax), H heads, K key/value heads, D head_dim,
+M hidden, E experts, F expert width, V vocabulary, R rotary_dim.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from m1jax import layers
+from m1jax.config import LIGHTNING, M1Config
+from m1jax.errors import UserError
+from m1jax.kernels.lightning_attention import log_decay
+from m1jax.params import ParamSpec, nest, param_table
+
+Logits = Literal["all", "last"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LightningState:
+    """S of every lightning layer: `s` float32 `[P, B, H, D, D]` (key channel, value channel)."""
+
+    s: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Rotated keys and values of every softmax layer: `k`, `v` `[S, B, K, N, D]` in the compute dtype."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class M1State:
+    """What a sequence leaves behind: lightning states, softmax caches, and the number of tokens seen, int32 `[B]`."""
+
+    lightning: LightningState
+    cache: KVCache
+    length: jax.Array
+
+    @property
+    def max_length(self) -> int:
+        """N, how many tokens fit in the cache."""
+        return self.cache.k.shape[3]
+
+    def take(self, rows: jax.Array) -> "M1State":
+        """The state of the given rows `[B']`, in that order; rows may repeat."""
+        s, k, v = self.lightning.s, self.cache.k, self.cache.v
+        return M1State(LightningState(s[:, rows]), KVCache(k[:, rows], v[:, rows]), self.length[rows])
+
+
+class Trace(NamedTuple):
+    """Inner values of a forward pass, for tests and research."""
+
+    embedding: jax.Array  # [B, T, M]
+    hidden: jax.Array  # [L, B, T, M], output of each layer
+    final: jax.Array  # [B, T, M], after the last norm
+    router_logits: jax.Array  # float32 [L, B, T, E]
+
+
+@nnx.dataclass
+class Block(nnx.Module):
+    """Norm weights of every layer, `[L, M]`."""
+
+    attn_norm: nnx.Param
+    mlp_norm: nnx.Param
+
+
+@nnx.dataclass
+class M1(nnx.Module):
+    """The model. `model(tokens)` and `model.step(tokens, state)` are pure; see `m1jax.params` for the shapes."""
+
+    config: M1Config = nnx.static()
+    embed: nnx.Param = nnx.data()
+    block: Block = nnx.data()
+    lightning: layers.Lightning = nnx.data()
+    softmax: layers.Softmax = nnx.data()
+    moe: layers.MoE = nnx.data()
+    norm: nnx.Param = nnx.data()
+    lm_head: nnx.Param | None = nnx.data(default=None)
+    shared: layers.SharedExpert | None = nnx.data(default=None)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The compute dtype."""
+        return self.embed[...].dtype
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits float32 `[B, T, V]` of int32 tokens `[B, T]`, each row from position 0."""
+        return _forward(self, jnp.asarray(tokens))
+
+    def init_state(self, batch: int, max_length: int) -> M1State:
+        """The state before the first token, for `batch` rows of at most `max_length` tokens."""
+        cfg = self.config
+        if max_length > cfg.max_position_embeddings:
+            raise UserError(
+                f"max_length {max_length} exceeds the model's context of {cfg.max_position_embeddings} tokens: shorten it"
+            )
+        H, K, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+        s = jnp.zeros((len(cfg.lightning_layers), batch, H, D, D), jnp.float32)
+        kv = jnp.zeros((len(cfg.softmax_layers), batch, K, max_length, D), self.dtype)
+        return M1State(LightningState(s), KVCache(kv, jnp.zeros_like(kv)), jnp.zeros((batch,), jnp.int32))
+
+    def step(
+        self, tokens: jax.Array, state: M1State, lengths: jax.Array | None = None, logits: Logits = "all"
+    ) -> tuple[jax.Array, M1State]:
+        """Reads the next T ≥ 1 tokens of each row: a prefill, a chunk of one, or a decode step.
+
+        Args:
+          tokens: int32 `[B, T]`, padded on the right.
+          state: what the tokens before left behind. The caller sees to it that `length + lengths` stays within
+            `max_length`; keys and values beyond are dropped.
+          lengths: int32 `[B]`, how many of the T tokens of each row are valid; None is all.
+          logits: "all" or "last".
+
+        Returns:
+          Logits float32 `[B, T, V]` (undefined at padded tokens), or with "last" `[B, V]` at each row's last valid
+          token; and the new state.
+        """
+        if state.length.shape[0] != tokens.shape[0]:
+            raise ValueError(f"state: made for {state.length.shape[0]} rows, tokens have {tokens.shape[0]}")
+        return _step(self, jnp.asarray(tokens), state, lengths, logits)
+
+    def trace(self, tokens: jax.Array) -> Trace:
+        """Inner values of `model(tokens)`."""
+        return _trace(self, jnp.asarray(tokens))
+
+    def first_bad_layer(self, tokens: jax.Array) -> str | None:
+        """Where NaN or infinity first appears in `model(tokens)`; None if nowhere."""
+        trace = self.trace(tokens)
+        places = ["embedding", *(f"layer {i} ({kind})" for i, kind in enumerate(self.config.layer_types)), "lm_head"]
+        values = [trace.embedding, *trace.hidden, head(self, trace.final)]
+        return next((p for p, x in zip(places, values, strict=True) if not bool(jnp.all(jnp.isfinite(x)))), None)
+
+
+def build(config: M1Config, leaf: Callable[[str, ParamSpec], Any]) -> M1:
+    """A model whose parameters are `leaf(path, spec)` for each entry of `param_table`."""
+    tree = nest({path: nnx.Param(leaf(path, spec)) for path, spec in param_table(config).items()})
+    return M1(
+        config=config,
+        embed=tree["embed"],
+        block=Block(**tree["block"]),
+        lightning=layers.Lightning(**tree["lightning"]),
+        softmax=layers.Softmax(**tree["softmax"]),
+        moe=layers.MoE(**tree["moe"]),
+        norm=tree["norm"],
+        lm_head=tree.get("lm_head"),
+        shared=layers.SharedExpert(**tree["shared"]) if "shared" in tree else None,
+    )
+
+
+def abstract(config: M1Config, dtype: str = "bfloat16") -> M1:
+    """The model without its numbers: `jax.ShapeDtypeStruct` leaves."""
+    return build(config, lambda _, spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype or dtype)))
+
+
+def init_params(config: M1Config, key: jax.Array, dtype: str = "float32") -> M1:
+    """A model with random parameters: normal with `initializer_range`, norms one."""
+    keys = dict(zip(param_table(config), jax.random.split(key, len(param_table(config))), strict=True))
+
+    def leaf(path: str, spec: ParamSpec) -> jax.Array:
+        kind = jnp.dtype(spec.dtype or dtype)
+        if spec.init is None:
+            return jnp.ones(spec.shape, kind)
+        return (jax.random.normal(keys[path], spec.shape, jnp.float32) * spec.init).astype(kind)
+
+    return build(config, leaf)
+
+
+# --- forward -------------------------------------------------------------------------------------------------------
+
+
+class Carry(NamedTuple):
+    """What goes from layer to layer; the optional parts are absent where nobody asks for them."""
+
+    x: jax.Array  # [B, T, M]
+    s: jax.Array | None  # LightningState.s
+    k: jax.Array | None  # KVCache.k
+    v: jax.Array | None  # KVCache.v
+    hidden: jax.Array | None  # Trace.hidden
+    router_logits: jax.Array | None  # Trace.router_logits
+
+
+class Run(NamedTuple):
+    """Consecutive layers of one kind: the first's index among all layers and among its kind, and how many."""
+
+    kind: str
+    layer: int
+    index: int
+    count: int
+
+
+def period(kinds: tuple[str, ...]) -> int:
+    """The smallest p such that `kinds` is its first p entries again and again."""
+    n = len(kinds)
+    return next(p for p in range(1, n + 1) if n % p == 0 and kinds == kinds[:p] * (n // p))
+
+
+def runs(kinds: tuple[str, ...]) -> list[Run]:
+    """Splits layer types into runs of equal ones."""
+    out: list[Run] = []
+    seen = dict.fromkeys(kinds, 0)
+    layer = 0
+    for kind, group in itertools.groupby(kinds):
+        count = len(list(group))
+        out.append(Run(kind, layer, seen[kind], count))
+        seen[kind] += count
+        layer += count
+    return out
+
+
+def body(model: M1, carry: Carry, tokens_seen: jax.Array, lengths: jax.Array) -> Carry:
+    """All layers; `tokens_seen` int32 `[B]` is the position of the first token, `lengths` int32 `[B]` as in `step`."""
+    cfg = model.config
+    p = period(cfg.layer_types)
+    one_period = runs(cfg.layer_types[:p])
+    per_period = {kind: cfg.layer_types[:p].count(kind) for kind in cfg.layer_types}
+    rope = layers.rope_angles(cfg, tokens_seen, carry.x.shape[1])
+    decays = jnp.asarray([log_decay(cfg.num_attention_heads, i, cfg.num_hidden_layers) for i in range(cfg.num_hidden_layers)])
+    valid = jnp.arange(carry.x.shape[1]) < lengths[:, None]  # [B, T]
+
+    def layer(kind: str, carry: Carry, i: jax.Array, n: jax.Array) -> Carry:
+        h = layers.rms_norm(carry.x, model.block.attn_norm[...][i], cfg.rms_norm_eps)
+        if kind == LIGHTNING:
+            state = None if carry.s is None else carry.s[n]
+            y, state = model.lightning(h, n, decays[i], state, lengths)
+            if carry.s is not None:
+                carry = carry._replace(s=carry.s.at[n].set(state))
+            alpha, beta = cfg.lightning_alpha, cfg.lightning_beta
+        else:
+            y, k, v = model.softmax(h, n, rope, carry.k, carry.v, tokens_seen)
+            carry = carry._replace(k=k, v=v)
+            alpha, beta = cfg.softmax_alpha, cfg.softmax_beta
+        x = _residual(h if cfg.postnorm else carry.x, y, alpha, beta)
+        h = layers.rms_norm(x, model.block.mlp_norm[...][i], cfg.rms_norm_eps)
+        y, logits = model.moe(h, i, valid, cfg.num_experts_per_tok)
+        if model.shared is not None:
+            y = model.shared(h, i, y)
+        x = _residual(h if cfg.postnorm else x, y, cfg.mlp_alpha, cfg.mlp_beta)
+        if carry.hidden is not None:
+            carry = carry._replace(hidden=carry.hidden.at[i].set(x))
+        if carry.router_logits is not None:
+            carry = carry._replace(router_logits=carry.router_logits.at[i].set(logits))
+        return carry._replace(x=x)
+
+    def one(carry: Carry, c: jax.Array) -> tuple[Carry, None]:
+        for run in one_period:
+            i, n = c * p + run.layer, c * per_period[run.kind] + run.index
+            step = functools.partial(layer, run.kind)
+            if run.count == 1:
+                carry = step(carry, i, n)
+            else:
+                carry, _ = lax.scan(lambda carry, j: (step(carry, i + j, n + j), None), carry, jnp.arange(run.count))
+        return carry, None
+
+    carry, _ = lax.scan(one, carry, jnp.arange(cfg.num_hidden_layers // p))
+    return carry
+
+
+def _residual(x: jax.Array, y: jax.Array, alpha: float, beta: float) -> jax.Array:
+    return x * alpha + y * beta
+
+
+def head(model: M1, x: jax.Array) -> jax.Array:
+    """Logits float32 `[..., V]` of normed hidden states `[..., M]`; the weights are up-cast, products exact float32."""
+    w = model.embed if model.lm_head is None else model.lm_head
+    flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    out = jnp.einsum("nm,vm->nv", flat, w[...].astype(jnp.float32), precision="highest")
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def _embed(model: M1, tokens: jax.Array) -> jax.Array:
+    return model.embed[...][tokens]
+
+
+def _final_norm(model: M1, x: jax.Array) -> jax.Array:
+    return layers.rms_norm(x, model.norm[...], model.config.rms_norm_eps)
+
+
+def _stateless(model: M1, tokens: jax.Array, carry: Carry) -> Carry:
+    B, T = tokens.shape
+    return body(model, carry, jnp.zeros((B,), jnp.int32), jnp.full((B,), T, jnp.int32))
+
+
+@jax.jit
+def _forward(model: M1, tokens: jax.Array) -> jax.Array:
+    carry = _stateless(model, tokens, Carry(_embed(model, tokens), None, None, None, None, None))
+    return head(model, _final_norm(model, carry.x))
+
+
+@jax.jit
+def _trace(model: M1, tokens: jax.Array) -> Trace:
+    cfg, (B, T) = model.config, tokens.shape
+    x = _embed(model, tokens)
+    hidden = jnp.zeros((cfg.num_hidden_layers, *x.shape), x.dtype)
+    logits = jnp.zeros((cfg.num_hidden_layers, B, T, cfg.num_local_experts), jnp.float32)
+    carry = _stateless(model, tokens, Carry(x, None, None, None, hidden, logits))
+    assert carry.hidden is not None and carry.router_logits is not None
+    return Trace(x, carry.hidden, _final_norm(model, carry.x), carry.router_logits)
+
+
+@functools.partial(jax.jit, static_argnames="logits")
+def _step(
+    model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array | None, logits: Logits
+) -> tuple[jax.Array, M1State]:
+    B, T = tokens.shape
+    lengths = jnp.full((B,), T, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+    carry = Carry(_embed(model, tokens), state.lightning.s, state.cache.k, state.cache.v, None, None)
+    carry = body(model, carry, state.length, lengths)
+    assert carry.s is not None and carry.k is not None and carry.v is not None
+    x = carry.x
+    if logits == "last":
+        x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    state = M1State(LightningState(carry.s), KVCache(carry.k, carry.v), state.length + lengths)
+    return head(model, _final_norm(model, x)), state
