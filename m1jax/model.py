@@ -24,6 +24,7 @@ from m1jax import layers
 from m1jax.config import LIGHTNING, M1Config
 from m1jax.errors import UserError
 from m1jax.kernels.lightning_attention import log_decay
+from m1jax.kernels.linear import linear
 from m1jax.params import ParamSpec, nest, param_table
 
 Logits = Literal["all", "last"]
@@ -282,8 +283,7 @@ def head(model: M1, x: jax.Array) -> jax.Array:
     """Logits float32 `[..., V]` of normed hidden states `[..., M]`; the weights are up-cast, products exact float32."""
     w = model.embed if model.lm_head is None else model.lm_head
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    out = jnp.einsum("nm,vm->nv", flat, w[...].astype(jnp.float32), precision="highest")
-    return out.reshape(*x.shape[:-1], -1)
+    return linear(flat, w[...][None], 0).reshape(*x.shape[:-1], -1)
 
 
 def _embed(model: M1, tokens: jax.Array) -> jax.Array:

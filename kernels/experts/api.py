@@ -53,8 +53,8 @@ def experts(
 
 
 def _rows(N: int, k: int, E: int) -> int:
-    """Rows of a block: about an expert's share of the tokens; a single row while few tokens come, as in decoding."""
-    rows = 1
-    while rows < min(N * k / E, 256):
+    """Rows of a block: an expert's share of the tokens or the next power of two, at least 8 and at most 1024."""
+    rows = 8
+    while rows < min(N * k / E, 1024):
         rows *= 2
     return min(rows, N)

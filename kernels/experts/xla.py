@@ -4,11 +4,13 @@ A block may reach past the end of its expert's rows; the rows beyond are compute
 block of the expert they belong to, which comes later.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from m1jax.kernels.linear.api import dot
+from m1jax.kernels.linear.xla import product
 
 
 def blocked(
@@ -25,42 +27,47 @@ def blocked(
     E, F, M = gate_up.shape[1], gate_up.shape[3], x.shape[1]
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)  # [N·k]
-    expert, start, used = _blocks(flat, E, rows)
+    blocks = _blocks(flat, E, rows)
     # Rows of one block past the end stay inside the padding.
     tokens = jnp.pad(order // k, (0, rows))
     share = jnp.pad(weights.reshape(-1)[order], (0, rows))
+    w13 = gate_up.reshape(*gate_up.shape[:2], 2 * F, M)
 
-    def compute(out: jax.Array, e: jax.Array, first: jax.Array) -> jax.Array:
-        block = x[lax.dynamic_slice_in_dim(tokens, first, rows)]
-        w13 = lax.dynamic_slice(gate_up, (layer, e, 0, 0, 0), (1, 1, 2, F, M)).reshape(2 * F, M)
-        gate, up = jnp.split(dot(block, w13), 2, axis=1)
-        hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
-        w2 = lax.dynamic_slice(down, (layer, e, 0, 0), (1, 1, M, F)).reshape(M, F)
-        y = dot(hidden, w2) * lax.dynamic_slice_in_dim(share, first, rows)[:, None]
-        return lax.dynamic_update_slice(out, y, (first, 0))
+    def compute(size: int, out: jax.Array, e: jax.Array, first: jax.Array) -> jax.Array:
+        block = x[lax.dynamic_slice_in_dim(tokens, first, size)]
+        gate, up = jnp.split(product(block, w13, (layer, e)), 2, axis=1)
+        y = product((jax.nn.silu(gate) * up).astype(x.dtype), down, (layer, e))
+        return lax.dynamic_update_slice(out, y * lax.dynamic_slice_in_dim(share, first, size)[:, None], (first, 0))
+
+    sizes = _sizes(rows)
+    branches = [lambda out, *_: out, *(functools.partial(compute, size) for size in sizes)]
 
     def body(out: jax.Array, block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        e, first, needed = block
-        # The branch also keeps XLA:CPU from converting every expert's bfloat16 weights ahead of the loop.
-        return lax.cond(needed, compute, lambda out, *_: out, out, e, first), None
+        e, first, count = block
+        smallest = jnp.searchsorted(jnp.asarray((0, *sizes)), count)
+        return lax.switch(smallest, branches, out, e, first), None
 
-    out = jnp.zeros((N * k + rows, M), jnp.float32)
-    out, _ = lax.scan(body, out, (expert, start, used))
+    out, _ = lax.scan(body, jnp.zeros((N * k + rows, M), jnp.float32), blocks)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(N * k, dtype=order.dtype), unique_indices=True)
     return jnp.sum(out[place].reshape(N, k, M), axis=1)
 
 
+def _sizes(rows: int) -> tuple[int, ...]:
+    """Block sizes that are compiled: the last block of an expert takes the smallest that holds its rows."""
+    return tuple(sorted({max(rows >> shift, 1) for shift in range(4)}))
+
+
 def _blocks(flat: jax.Array, experts: int, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which expert each block belongs to, its first sorted row, and whether it is needed; all `[blocks]`.
+    """Which expert each block belongs to, its first sorted row, and how many rows it needs (0: none); all `[blocks]`.
 
     At most Nk/R + E blocks can be needed, or one for each row if that is fewer.
     """
     counts = jnp.bincount(flat, length=experts)  # entries equal to `experts` chose nobody and sort last
     per_expert = -(-counts // rows)
     last = jnp.cumsum(per_expert)
-    n = min(flat.shape[0], flat.shape[0] // rows + experts)
-    index = jnp.arange(n)
+    index = jnp.arange(min(flat.shape[0], flat.shape[0] // rows + experts))
     expert = jnp.minimum(jnp.searchsorted(last, index, side="right"), experts - 1)
-    start = (jnp.cumsum(counts) - counts)[expert] + (index - (last - per_expert)[expert]) * rows
+    done = (index - (last - per_expert)[expert]) * rows  # rows of the expert in earlier blocks
     needed = index < last[-1]
-    return expert, jnp.where(needed, start, 0), needed
+    first = (jnp.cumsum(counts) - counts)[expert] + done
+    return expert, jnp.where(needed, first, 0), jnp.where(needed, jnp.minimum(counts[expert] - done, rows), 0)

@@ -11,9 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from m1jax.kernels.isolate import isolated
+
 
 def step(qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One token: the recurrence itself, one pass over the state. Shapes as in `chunked` with T = 1."""
+    return isolated(_step, lengths[0], qkv, log_decay, state, lengths)
+
+
+def _step(qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
     q, k, v = jnp.moveaxis(jax.nn.silu(qkv[:, 0].astype(jnp.float32)), 2, 0)  # [B, H, D]
     # S + (λ-1) S rather than λ S: λ near 1 rounded to float32 would add up to a bias over thousands of tokens.
     decayed = state + jnp.expm1(log_decay)[:, None, None] * state
