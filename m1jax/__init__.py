@@ -2,6 +2,7 @@
 
 from m1jax.config import M1Config
 from m1jax.errors import UserError
+from m1jax.loading import load
 from m1jax.model import M1, M1State
 
-__all__ = ["M1", "M1Config", "M1State", "UserError"]
+__all__ = ["M1", "M1Config", "M1State", "UserError", "load"]

@@ -169,7 +169,8 @@ class M1Config:
         if missing:
             names = ["attn_type_list (or layer_types)" if n == "layer_types" else n for n in missing]
             raise UserError(f"config is missing {', '.join(names)}")
-        return cls(**{name: value for name, value in fields.items() if value is not None or name in required})
+        given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+        return cls(**given)
 
     def to_official(self) -> dict[str, Any]:
         """The same configuration as an official `config.json`; `from_dict` of it is equal to `self`."""

@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
+from jax.typing import ArrayLike
 
 from m1jax import layers
 from m1jax.config import LIGHTNING, M1Config
@@ -101,18 +101,18 @@ class M1(nnx.Module):
     @property
     def dtype(self) -> jnp.dtype:
         """The compute dtype."""
-        return self.embed[...].dtype
+        return self.embed.dtype
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: ArrayLike) -> jax.Array:
         """Logits float32 `[B, T, V]` of int32 tokens `[B, T]`, each row from position 0."""
-        return _forward(self, jnp.asarray(tokens))
+        return _forward(self, _tokens(tokens))
 
     def init_state(self, batch: int, max_length: int) -> M1State:
         """The state before the first token, for `batch` rows of at most `max_length` tokens."""
         cfg = self.config
         if max_length > cfg.max_position_embeddings:
             raise UserError(
-                f"max_length {max_length} exceeds the model's context of {cfg.max_position_embeddings} tokens: shorten it"
+                f"max_length {max_length} exceeds the context of {cfg.max_position_embeddings} tokens: shorten it"
             )
         H, K, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         s = jnp.zeros((len(cfg.lightning_layers), batch, H, D, D), jnp.float32)
@@ -120,7 +120,7 @@ class M1(nnx.Module):
         return M1State(LightningState(s), KVCache(kv, jnp.zeros_like(kv)), jnp.zeros((batch,), jnp.int32))
 
     def step(
-        self, tokens: jax.Array, state: M1State, lengths: jax.Array | None = None, logits: Logits = "all"
+        self, tokens: ArrayLike, state: M1State, lengths: ArrayLike | None = None, logits: Logits = "all"
     ) -> tuple[jax.Array, M1State]:
         """Reads the next T ≥ 1 tokens of each row: a prefill, a chunk of one, or a decode step.
 
@@ -135,15 +135,18 @@ class M1(nnx.Module):
           Logits float32 `[B, T, V]` (undefined at padded tokens), or with "last" `[B, V]` at each row's last valid
           token; and the new state.
         """
+        tokens = _tokens(tokens)
         if state.length.shape[0] != tokens.shape[0]:
             raise ValueError(f"state: made for {state.length.shape[0]} rows, tokens have {tokens.shape[0]}")
-        return _step(self, jnp.asarray(tokens), state, lengths, logits)
+        if lengths is None:
+            lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+        return _step(self, tokens, state, jnp.asarray(lengths, jnp.int32), logits)
 
-    def trace(self, tokens: jax.Array) -> Trace:
+    def trace(self, tokens: ArrayLike) -> Trace:
         """Inner values of `model(tokens)`."""
-        return _trace(self, jnp.asarray(tokens))
+        return _trace(self, _tokens(tokens))
 
-    def first_bad_layer(self, tokens: jax.Array) -> str | None:
+    def first_bad_layer(self, tokens: ArrayLike) -> str | None:
         """Where NaN or infinity first appears in `model(tokens)`; None if nowhere."""
         trace = self.trace(tokens)
         places = ["embedding", *(f"layer {i} ({kind})" for i, kind in enumerate(self.config.layer_types)), "lm_head"]
@@ -204,8 +207,8 @@ class Run(NamedTuple):
 
     kind: str
     layer: int
-    index: int
-    count: int
+    among_kind: int
+    layers: int
 
 
 def period(kinds: tuple[str, ...]) -> int:
@@ -234,7 +237,8 @@ def body(model: M1, carry: Carry, tokens_seen: jax.Array, lengths: jax.Array) ->
     one_period = runs(cfg.layer_types[:p])
     per_period = {kind: cfg.layer_types[:p].count(kind) for kind in cfg.layer_types}
     rope = layers.rope_angles(cfg, tokens_seen, carry.x.shape[1])
-    decays = jnp.asarray([log_decay(cfg.num_attention_heads, i, cfg.num_hidden_layers) for i in range(cfg.num_hidden_layers)])
+    L = cfg.num_hidden_layers
+    decays = jnp.asarray([log_decay(cfg.num_attention_heads, i, L) for i in range(L)])
     valid = jnp.arange(carry.x.shape[1]) < lengths[:, None]  # [B, T]
 
     def layer(kind: str, carry: Carry, i: jax.Array, n: jax.Array) -> Carry:
@@ -261,17 +265,17 @@ def body(model: M1, carry: Carry, tokens_seen: jax.Array, lengths: jax.Array) ->
             carry = carry._replace(router_logits=carry.router_logits.at[i].set(logits))
         return carry._replace(x=x)
 
+    def run_layers(run: Run, carry: Carry, i: jax.Array, n: jax.Array) -> Carry:
+        if run.layers == 1:
+            return layer(run.kind, carry, i, n)
+        return lax.scan(lambda c, j: (layer(run.kind, c, i + j, n + j), None), carry, jnp.arange(run.layers))[0]
+
     def one(carry: Carry, c: jax.Array) -> tuple[Carry, None]:
         for run in one_period:
-            i, n = c * p + run.layer, c * per_period[run.kind] + run.index
-            step = functools.partial(layer, run.kind)
-            if run.count == 1:
-                carry = step(carry, i, n)
-            else:
-                carry, _ = lax.scan(lambda carry, j: (step(carry, i + j, n + j), None), carry, jnp.arange(run.count))
+            carry = run_layers(run, carry, c * p + run.layer, c * per_period[run.kind] + run.among_kind)
         return carry, None
 
-    carry, _ = lax.scan(one, carry, jnp.arange(cfg.num_hidden_layers // p))
+    carry, _ = lax.scan(one, carry, jnp.arange(L // p))
     return carry
 
 
@@ -284,6 +288,13 @@ def head(model: M1, x: jax.Array) -> jax.Array:
     w = model.embed if model.lm_head is None else model.lm_head
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     return linear(flat, w[...][None], 0).reshape(*x.shape[:-1], -1)
+
+
+def _tokens(tokens: ArrayLike) -> jax.Array:
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim != 2 or tokens.shape[1] < 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens: expected integers [B, T] with T ≥ 1, got {tokens.dtype} {tokens.shape}")
+    return tokens.astype(jnp.int32)
 
 
 def _embed(model: M1, tokens: jax.Array) -> jax.Array:
@@ -318,10 +329,8 @@ def _trace(model: M1, tokens: jax.Array) -> Trace:
 
 @functools.partial(jax.jit, static_argnames="logits")
 def _step(
-    model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array | None, logits: Logits
+    model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array, logits: Logits
 ) -> tuple[jax.Array, M1State]:
-    B, T = tokens.shape
-    lengths = jnp.full((B,), T, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
     carry = Carry(_embed(model, tokens), state.lightning.s, state.cache.k, state.cache.v, None, None)
     carry = body(model, carry, state.length, lengths)
     assert carry.s is not None and carry.k is not None and carry.v is not None

@@ -30,7 +30,8 @@ def blocked(
     blocks = _blocks(flat, E, rows)
     # Rows of one block past the end stay inside the padding.
     tokens = jnp.pad(order // k, (0, rows))
-    share = jnp.pad(weights.reshape(-1)[order], (0, rows))
+    share = jnp.where(flat < E, weights.reshape(-1), 0.0)[order]  # the last block may reach into the padding
+    share = jnp.pad(share, (0, rows))
     w13 = gate_up.reshape(*gate_up.shape[:2], 2 * F, M)
 
     def compute(size: int, out: jax.Array, e: jax.Array, first: jax.Array) -> jax.Array:

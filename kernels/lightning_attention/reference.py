@@ -23,7 +23,8 @@ def lightning_attention(
 
     def token(s: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         t, (q, k, v) = inputs[0], jnp.moveaxis(inputs[1], 2, 0)  # each [B, H, D]
-        new = jnp.exp(log_decay)[:, None, None] * s + jnp.einsum("bhd,bhe->bhde", k, v, precision="highest")
+        # λ S as S + (λ-1) S: in float32 λ itself, near 1, is rounded, and token by token that adds up.
+        new = s + jnp.expm1(log_decay)[:, None, None] * s + jnp.einsum("bhd,bhe->bhde", k, v, precision="highest")
         s = jnp.where((t < lengths)[:, None, None, None], new, s)
         return s, jnp.einsum("bhd,bhde->bhe", q, s, precision="highest")
 

@@ -36,4 +36,3 @@ def linear(
     if implementation in (None, "xla"):
         return xla.product(x, stack, (layer,))
     raise ValueError(f"implementation: unknown {implementation!r}: expected None, 'reference' or 'xla'")
-

@@ -26,7 +26,7 @@ def _on_cpu(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
     (N, I), O = x.shape, stack.shape[-2]
     groups, terms = _groups(N, stack.dtype)
     fusable = O % groups == 0 and I % (terms * LANE) == 0
-    form = fused if fusable and N <= FEW_ROWS[stack.dtype] else _copied
+    form = fused if fusable and FEW_ROWS[stack.dtype] >= N else _copied
     if fusable and x.dtype != stack.dtype and N <= 8:  # float32 by bfloat16: the LM head while decoding
         form = _row_by_row
     elif x.dtype == jnp.float32 and stack.size == O * I:

@@ -1,0 +1,131 @@
+"""The command line of `python -m m1jax.generate`: flags, what contradicts what, and the prompt."""
+
+import argparse
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from m1jax.errors import UserError
+from m1jax.prompt import Options
+from m1jax.sampling import MAX_SEED, Sampling
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad command line as one line, like every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
+    """The checked arguments; `options` holds the `Options` they amount to. Raises `UserError`."""
+    parser = _Parser(
+        prog="python -m m1jax.generate",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="model folder, downloaded or converted"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute in (float32)")
+    _add_prompt_arguments(parser.add_argument_group("what to generate from"))
+    _add_generation_arguments(parser.add_argument_group("how to generate (defaults as recommended for M1)"))
+    args = parser.parse_args(argv)
+    _check_modes(args)
+    args.options = _options(args)
+    return args
+
+
+def _add_prompt_arguments(group: argparse._ArgumentGroup) -> None:
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--prompt", metavar="TEXT", help="the prompt; - reads it from stdin (less one newline at its end)"
+    )
+    source.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the prompt (the same)")
+    source.add_argument("--interactive", action="store_true", help="a conversation: one message per line")
+    source.add_argument(
+        "--input", type=Path, metavar="FILE", help="JSONL, per line prompt or messages, and options of its own"
+    )
+    group.add_argument("--output", type=Path, metavar="FILE", help="JSONL, continued if a run was broken off")
+    group.add_argument("--system", metavar="TEXT", help="system message")
+    group.add_argument("--raw", action="store_true", help="feed the prompt as it stands, without chat template")
+
+
+def _add_generation_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--max-tokens", type=int, default=4096, metavar="N", help="generate at most N tokens (4096)")
+    add("--temperature", type=float, metavar="T", help="0 is greedy (1.0)")
+    add(
+        "--top-p", type=float, default=0.95, metavar="P", help="keep the likeliest tokens of total probability P (0.95)"
+    )
+    add("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens (0: all)")
+    add("--min-p", type=float, default=0.0, metavar="P", help="keep tokens P times as likely as the likeliest (0: all)")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 discourages repetition (1: off)")
+    add("--greedy", action="store_true", help="always the likeliest token")
+    add("--seed", type=int, help="the same seed gives the same text (random; 0 with --input)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
+    add("-n", type=int, default=1, metavar="N", help="generate N texts (1)")
+    add("--batch-size", type=int, default=8, metavar="B", help="at most B texts at once (8)")
+    thinking = group.add_mutually_exclusive_group()
+    thinking.add_argument("--thinking-budget", type=int, metavar="N", help="end thinking after N tokens")
+    thinking.add_argument("--no-thinking", action="store_true", help="answer without thinking")
+    add("--json", action="store_true", help="print one JSON object with text and figures")
+
+
+def _check_modes(args: argparse.Namespace) -> None:
+    """Flags that contradict each other."""
+    contradictions = [
+        (args.input is not None and args.output is None, "--input needs --output"),
+        (args.output is not None and args.input is None, "--output goes with --input"),
+        (args.json and args.interactive, "--json and --interactive contradict each other"),
+        (args.json and args.input is not None, "--json and --input contradict each other: --output is JSON already"),
+        (args.interactive and args.raw, "--interactive needs the chat template: drop --raw"),
+        (args.interactive and args.n != 1, "--interactive gives one reply per message: drop -n"),
+        (args.greedy and bool(args.temperature), "--greedy and --temperature above 0 contradict each other: drop one"),
+        (args.batch_size < 1, f"batch-size must be 1 or more, not {args.batch_size}"),
+        (args.input is not None and _same(args.input, args.output), "--input and --output are the same file"),
+    ]
+    for wrong, message in contradictions:
+        if wrong:
+            raise UserError(message)
+
+
+def _same(a: Path, b: Path | None) -> bool:
+    return b is not None and a.exists() and b.exists() and a.samefile(b)
+
+
+def _options(args: argparse.Namespace) -> Options:
+    temperature = 0.0 if args.greedy else 1.0 if args.temperature is None else args.temperature
+    seed = args.seed
+    if seed is None:
+        # A continued run must draw what the first one would have.
+        seed = 0 if args.input is not None else secrets.randbelow(MAX_SEED + 1)
+    return Options(
+        sampling=Sampling(temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty),
+        seed=seed,
+        n=args.n,
+        max_tokens=args.max_tokens,
+        stop=tuple(args.stop),
+        thinking_budget=args.thinking_budget,
+        no_thinking=args.no_thinking,
+        raw=args.raw,
+        system=args.system,
+    )
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt that `--prompt` or `--prompt-file` gives. Raises `UserError` if it cannot be read."""
+    if args.prompt is not None and args.prompt != "-":
+        return args.prompt
+    name = "stdin" if args.prompt_file is None else str(args.prompt_file)
+    try:
+        data = sys.stdin.buffer.read() if args.prompt_file is None else args.prompt_file.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not valid UTF-8 (byte {error.start}): save it as UTF-8") from None
+    return text.removesuffix("\n").removesuffix("\r")

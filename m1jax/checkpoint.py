@@ -1,0 +1,197 @@
+"""The converted checkpoint: a folder with config and tokenizer files, `m1jax.json`, and an Orbax checkpoint `weights`.
+
+    from numpy.typing import NDArray
+from orbax.checkpoint import v1 as ocp
+    tree = ocp.load("CKPT/weights")                      # or with abstract arrays: other dtypes, shards of a mesh
+
+Orbax saves a tree whose arrays are in memory; these are not. So it is given the same tree with arrays of one element,
+and then each array is made anew through tensorstore in the place and the format that Orbax chose, at its full size,
+to be filled piece by piece. All that depends on Orbax's version is thus written by Orbax.
+"""
+
+import itertools
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+from numpy.typing import NDArray
+from orbax.checkpoint import v1 as ocp
+
+from m1jax.config import M1Config
+from m1jax.errors import UserError
+from m1jax.loading import MARKER, aligned_empty, windows
+from m1jax.model import M1, build
+from m1jax.params import ParamSpec, nest, param_table
+
+WEIGHTS = "weights"
+FORMAT = 1
+
+_CHUNK = 16 << 20  # bytes; small enough that a shard of a mesh reads little more than its own
+# The axes along which tensors are usually sharded are cut before the others.
+_CUT_FIRST = ("vocab", "heads", "kv_heads", "expert_width", "shared_width")
+_WHOLE = ("layer", "experts", "gate_up")  # axes of which a chunk holds one index: no two source tensors share a chunk
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """What `m1jax.json` says. Raises `UserError` if it is not this version's."""
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / MARKER} cannot be read ({error}): convert the model again") from None
+    if not isinstance(marker, dict) or marker.get("format") != FORMAT:
+        raise UserError(f"{folder} was converted by another version of m1jax: convert the model again")
+    return marker
+
+
+def chunk_shape(spec: ParamSpec, itemsize: int) -> tuple[int, ...]:
+    """The shape of the stored chunks of a parameter: one layer, one expert, and of that at most `_CHUNK` bytes."""
+    chunk = [1 if axis in _WHOLE else size for axis, size in zip(spec.axes, spec.shape, strict=True)]
+    order = sorted(range(len(chunk)), key=lambda i: (spec.axes[i] not in _CUT_FIRST, -chunk[i]))
+    for i in order:
+        room = max(1, _CHUNK * chunk[i] // (math.prod(chunk) * itemsize))
+        chunk[i] = next(n for n in range(min(room, chunk[i]), 0, -1) if chunk[i] % n == 0)
+    return tuple(chunk)
+
+
+def create(folder: Path, arrays: Mapping[str, tuple[ParamSpec, np.dtype[Any]]]) -> None:
+    """Writes the Orbax checkpoint `folder/weights` with arrays of zeros; nothing but metadata is on disk."""
+    for remains in folder.glob(f"{WEIGHTS}*"):
+        shutil.rmtree(remains)
+    tree = nest({path: np.zeros((1,) * len(spec.shape), kind) for path, (spec, kind) in arrays.items()})
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # Orbax logs a traceback from each of its threads before it raises
+    try:
+        ocp.save(_address(folder), tree)
+    except Exception as error:
+        raise UserError(
+            f"{folder / WEIGHTS} cannot be written ({short(error)}): make room or check the disk"
+        ) from error
+    finally:
+        log.setLevel(level)
+    for path, (spec, kind) in arrays.items():
+        layout = ts.open(_tensorstore_spec(folder, path)).result().spec().to_json()
+        layout["metadata"]["shape"] = list(spec.shape)
+        chunk = list(chunk_shape(spec, kind.itemsize))
+        layout["metadata"]["chunk_grid"] = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+        # Weights hardly compress; a checksum costs little and finds damage.
+        layout["metadata"]["codecs"] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+        layout.pop("transform")
+        ts.open(layout, create=True, delete_existing=True).result()
+
+
+def open_arrays(folder: Path, paths: Iterable[str]) -> dict[str, ts.TensorStore]:
+    """The stored arrays of parameters, to be read or written; they share one database, so also transactions."""
+    context = ts.Context()
+    try:
+        return {path: ts.open(_tensorstore_spec(folder, path), context=context).result() for path in paths}
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{folder / WEIGHTS} is damaged ({short(error)}): convert the model again") from error
+
+
+def windows_of(store: ts.TensorStore, axis: int, rows: range | None = None) -> Iterator[tuple[int, int]]:
+    """Stretches of rows along `axis` that hold whole chunks, as long as there is one index of each axis before it."""
+    chunk = store.chunk_layout.read_chunk.shape
+    assert chunk is not None  # zarr has chunks
+    size = math.prod(store.shape[axis + 1 :]) * store.dtype.numpy_dtype.itemsize
+    return windows(rows or range(store.shape[axis]), size, chunk[axis] or 1)
+
+
+def short(error: Exception) -> str:
+    """The beginning of an error's text, on one line."""
+    return " ".join(str(error).split())[:200]
+
+
+def _tensorstore_spec(folder: Path, path: str) -> dict[str, Any]:
+    """Where Orbax put an array: in the one database of its checkpoint, under the keys joined by dots."""
+    manifests = list((folder / WEIGHTS).glob("*/manifest.ocdbt"))
+    if len(manifests) != 1:
+        raise UserError(f"{folder / WEIGHTS} is damaged: it holds {len(manifests)} databases, not 1: convert again")
+    base = f"file://{manifests[0].parent.resolve()}/"
+    return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": path + "/"}}
+
+
+def load(folder: Path, dtype: str, sharding: jax.sharding.Sharding) -> M1:
+    """The model of a converted checkpoint, cast to `dtype` while it is read. Raises `UserError`.
+
+    `ocp.load` does the same but holds a parameter twice while it loads it, and M1's largest is half of M1.
+    """
+    read_marker(folder)
+    config = M1Config.from_file(folder)
+    table = param_table(config)
+    check_shapes(folder, table)
+    stores = open_arrays(folder, (path for path, spec in table.items() if 0 not in spec.shape))
+
+    def leaf(path: str, spec: ParamSpec) -> jax.Array:
+        kind = np.dtype(jnp.dtype(spec.dtype or dtype))
+        if 0 in spec.shape:
+            return jnp.zeros(spec.shape, kind)
+
+        def read(block: tuple[slice, ...] | None) -> NDArray[Any]:
+            return _orbax(folder, lambda: _read_block(stores[path], spec, block or (), kind))
+
+        return jax.make_array_from_callback(spec.shape, sharding, read)
+
+    return build(config, leaf)
+
+
+def _read_block(store: ts.TensorStore, spec: ParamSpec, block: tuple[slice, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """`parameter[block]` in an aligned buffer, some chunks in memory beside it at a time."""
+    bounds = [range(*part.indices(size)) for part, size in zip(block, spec.shape, strict=True)]
+    out = aligned_empty(tuple(len(part) for part in bounds), dtype)
+    depth = sum(axis in _WHOLE for axis in spec.axes)  # these axes come first
+    start = [part.start for part in bounds]
+    rest = tuple(slice(part.start, part.stop) for part in bounds[depth + 1 :])
+
+    def copy(job: tuple[tuple[int, ...], tuple[int, int]]) -> None:
+        index, (first, last) = job
+        here = tuple(i - origin for i, origin in zip(index, start, strict=False))
+        target = ts.array(out[(*here, slice(first - start[depth], last - start[depth]))])
+        target.write(ts.cast(store, target.dtype)[(*index, slice(first, last), *rest)]).result()
+
+    rows = list(windows_of(store, depth, bounds[depth]))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(copy, itertools.product(itertools.product(*bounds[:depth]), rows)):
+            pass
+    return out
+
+
+def check_shapes(folder: Path, table: Mapping[str, ParamSpec]) -> None:
+    """Raises `UserError` unless the stored arrays are those of the config."""
+    stored = {
+        ".".join(key.key for key in path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            _orbax(folder, lambda: ocp.metadata(_address(folder)).metadata)
+        )
+    }
+    wanted = {path: spec.shape for path, spec in table.items() if 0 not in spec.shape}
+    wrong = [
+        f"{path} is {stored.get(path, 'missing')}, not {wanted.get(path, 'known')}"
+        for path in sorted(wanted.keys() | stored.keys())
+        if wanted.get(path) != stored.get(path)
+    ]
+    if wrong:
+        raise UserError(f"{folder}: config.json contradicts the weights: {'; '.join(wrong[:4])}: convert again")
+
+
+def _address(folder: Path) -> str:
+    """Orbax insists on an absolute path."""
+    return str((folder / WEIGHTS).resolve())
+
+
+def _orbax(folder: Path, call: Callable[[], Any]) -> Any:
+    """Runs an Orbax call; whatever it raises, the checkpoint cannot be read."""
+    try:
+        return call()
+    except Exception as error:
+        raise UserError(f"{folder / WEIGHTS} is damaged ({short(error)}): convert the model again") from error

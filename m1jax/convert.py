@@ -1,0 +1,207 @@
+"""Converts a safetensors folder to a checkpoint that loads fast and sharded, or compares the two.
+
+    python -m m1jax.convert SRC DST [--dtype keep|float32|bfloat16] [--overwrite]
+    python -m m1jax.convert --verify SRC DST
+
+Memory stays at a few tensors whatever the size of SRC. Killed at any moment, the same command continues.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from m1jax import checkpoint
+from m1jax.errors import UserError, main_guard
+from m1jax.loading import MARKER, open_source
+from m1jax.params import ParamSpec, param_table
+from m1jax.safetensors import Tensor
+from m1jax.weights import Piece, Slot, expected
+from m1jax.workplace import Workplace, carry, check_paths, check_space, disk_errors, open_workplace
+
+_BATCH = 128 << 20  # bytes that reach the disk together; what is lost when the process is killed
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """`parameter path[index] = tensor`, reshaped."""
+
+    path: str
+    index: tuple[int, ...]
+    tensor: Tensor
+
+
+def convert(src: Path, dst: Path, dtype: str = "keep", overwrite: bool = False) -> None:
+    """Converts the safetensors folder `src` to the checkpoint `dst`.
+
+    Args:
+      dtype: "keep" stores every tensor's own dtype, "float32" or "bfloat16" casts all but the parameters that are
+        always float32 (the router).
+      overwrite: replaces a checkpoint at `dst`, at the very end.
+
+    Raises:
+      UserError: `src` is not a whole checkpoint, `dst` is taken, or the disk is full. `dst` is then as it was.
+    """
+    if dtype != "keep" and dtype not in _DTYPES:
+        raise UserError(f"dtype {dtype!r} is not supported: choose keep, float32 or bfloat16")
+    if (src / MARKER).exists():
+        raise UserError(f"{src} is a converted checkpoint already: python -m m1jax.export makes safetensors of it")
+    config, tensors, plan = open_source(src)
+    check_paths(src, dst, overwrite)
+    table = {path: spec for path, spec in param_table(config).items() if 0 not in spec.shape}
+    kinds = {path: _stored_dtype(spec, plan[path], tensors, dtype) for path, spec in table.items()}
+    jobs = [Job(path, piece.index, tensors[piece.name]) for path in table for piece in plan[path]]
+    jobs.sort(key=lambda job: (job.tensor.file, job.tensor.start))
+    with disk_errors(dst):
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        with open_workplace(dst, _identity(src, tensors, dtype), overwrite) as place:
+            done = set[str]().union(*place.done)
+            left = [job for job in jobs if job.tensor.name not in done]
+            check_space(place.path, _room(left, kinds))
+            if not place.done:
+                checkpoint.create(place.path, {path: (spec, kinds[path]) for path, spec in table.items()})
+                place.record([])
+            _write(place, jobs, left, checkpoint.open_arrays(place.path, table))
+            carry(src, place.path)
+            dtypes = _exceptions(expected(config), jobs, kinds) if dtype == "keep" else {}
+            marker = {"format": checkpoint.FORMAT, "dtype": dtype, "dtypes": dtypes}
+            (place.path / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
+
+
+def _stored_dtype(spec: ParamSpec, pieces: list[Piece], tensors: Mapping[str, Tensor], dtype: str) -> np.dtype[Any]:
+    """The dtype of a stored array: with "keep" the one of its tensors, or float32, which holds all, if they differ."""
+    if dtype == "keep":
+        kinds = {tensors[piece.name].dtype for piece in pieces}
+        return kinds.pop() if len(kinds) == 1 else _DTYPES["float32"]
+    return _DTYPES[spec.dtype or dtype]
+
+
+def _exceptions(slots: Mapping[str, Slot], jobs: list[Job], kinds: Mapping[str, np.dtype[Any]]) -> dict[str, str]:
+    """Official names of the tensors that were stored wider than they are, with their dtypes."""
+    sources = {(job.path, job.index): job.tensor.dtype for job in jobs}
+    out = {}
+    for name, slot in slots.items():
+        # A fused tensor holds several official ones: it is found under the beginning of their index.
+        found = next(sources[slot.target, slot.index[:n]] for n in range(4) if (slot.target, slot.index[:n]) in sources)
+        if found != kinds[slot.target]:
+            out[name] = found.name
+    return out
+
+
+def _identity(src: Path, tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Any]:
+    """What an unfinished conversion must agree in to be continued: options, config and the source files as they are."""
+    digest = hashlib.sha256((src / "config.json").read_bytes())
+    for name in sorted(tensors):
+        digest.update(repr((name, tensors[name].dtype.name, tensors[name].shape, tensors[name].start)).encode())
+    for file in sorted({tensor.file for tensor in tensors.values()}):
+        digest.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
+    return {"convert": checkpoint.FORMAT, "dtype": dtype, "source": digest.hexdigest()}
+
+
+def _room(jobs: list[Job], kinds: Mapping[str, np.dtype[Any]]) -> int:
+    """Bytes that the jobs will take on disk, with 2% for the database around them."""
+    size = sum(math.prod(job.tensor.shape) * kinds[job.path].itemsize for job in jobs)
+    return size + size // 50 + (4 << 20)
+
+
+def _write(place: Workplace, jobs: list[Job], left: list[Job], stores: dict[str, ts.TensorStore]) -> None:
+    """Writes the jobs that are left, a batch after the other: each a transaction, then a line of progress."""
+    total, missing = (sum(job.tensor.nbytes for job in some) for some in (jobs, left))
+    with tqdm(total=total, initial=total - missing, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
+        for batch in _batches(left):
+            transaction, pending = ts.Transaction(), 0
+            for job in batch:
+                store = stores[job.path]
+                for first, last, values in _pieces(job, store):
+                    at = (*job.index, slice(first, last))
+                    store.with_transaction(transaction)[at].write(values).result()
+                    bar.update(values.size * job.tensor.dtype.itemsize)
+                    pending += values.nbytes
+                    if pending >= _BATCH:  # a tensor larger than a batch
+                        _commit(place, transaction)
+                        transaction, pending = ts.Transaction(), 0
+            _commit(place, transaction)
+            place.record([job.tensor.name for job in batch])
+
+
+def _commit(place: Workplace, transaction: ts.Transaction) -> None:
+    try:
+        transaction.commit_async().result()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"{place.path} cannot be written ({checkpoint.short(error)}): "
+            "make room or check the disk, then run again: it continues"
+        ) from error
+
+
+def _batches(jobs: list[Job]) -> Iterator[list[Job]]:
+    """Consecutive jobs of together about `_BATCH` bytes."""
+    batch: list[Job] = []
+    for job in jobs:
+        batch.append(job)
+        if sum(other.tensor.nbytes for other in batch) >= _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _pieces(job: Job, store: ts.TensorStore) -> Iterator[tuple[int, int, NDArray[Any]]]:
+    """Rows first … last - 1 of the tensor in the shape and dtype of the store, whole chunks at a time."""
+    tensor = job.tensor._replace(shape=tuple(store.shape[len(job.index) :]))
+    for first, last in checkpoint.windows_of(store, len(job.index)):
+        with np.errstate(all="ignore"):
+            yield first, last, tensor.rows(first, last).astype(store.dtype.numpy_dtype)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(
+        prog="python -m m1jax.convert",
+        description="Converts a folder of safetensors (MiniMax's or transformers' layout) to a checkpoint that loads "
+        "fast and sharded. Memory stays at a few tensors; if it is interrupted, the same command continues.",
+        epilog="The weights are an Orbax checkpoint, DST/weights; python -m m1jax.export undoes the conversion.",
+    )
+    out.add_argument("src", type=Path, metavar="SRC", help="folder with config.json and safetensors files")
+    out.add_argument("dst", type=Path, metavar="DST", help="folder to be made; tokenizer and chat template go along")
+    out.add_argument(
+        "--dtype",
+        choices=("keep", *_DTYPES),
+        default="keep",
+        help="stored dtype; keep (default) makes export give back the same bits; the router stays float32",
+    )
+    out.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST when the new one is whole")
+    out.add_argument(
+        "--verify",
+        action="store_true",
+        help="convert nothing: compare the logits of SRC and DST on a few prompts; exit code 1 if they differ",
+    )
+    return out
+
+
+@main_guard
+def main() -> int:
+    """Command line; see the module's docstring."""
+    args = parser().parse_args()
+    if args.verify:
+        from m1jax.verify import verify  # needs the model, a conversion does not
+
+        return 0 if verify(args.src, args.dst) else 1
+    convert(args.src, args.dst, args.dtype, args.overwrite)
+    print(f"{args.dst}: complete. Compare with: python -m m1jax.convert --verify {args.src} {args.dst}")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Turns a converted checkpoint back into safetensors in the official layout, bit for bit what was converted.
+
+    python -m m1jax.export CKPT DST [--max-shard-size 5GB] [--overwrite]
+
+Memory stays at a few tensors. Killed at any moment, the same command continues.
+"""
+
+import argparse
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from m1jax import checkpoint
+from m1jax.config import M1Config
+from m1jax.errors import UserError, main_guard
+from m1jax.loading import MARKER
+from m1jax.params import param_table
+from m1jax.safetensors import DTYPES, Entry, write_folder
+from m1jax.weights import Slot, expected
+from m1jax.workplace import carry, check_paths, check_space, disk_errors, open_workplace
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)}
+_UNITS |= {f"{letter}IB": 1024**n for n, letter in enumerate("KMGT", 1)}
+_DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
+
+
+def export(src: Path, dst: Path, max_shard: int = 5_000_000_000, overwrite: bool = False) -> None:
+    """Writes the converted checkpoint `src` as a folder of safetensors, shards of at most `max_shard` bytes and index.
+
+    Raises:
+      UserError: `src` is not a converted checkpoint or damaged, `dst` is taken, or the disk is full. `dst` is
+        then as it was.
+    """
+    if not (src / MARKER).exists():
+        raise UserError(f"{src} is not a converted checkpoint: it has no {MARKER}")
+    dtypes = checkpoint.read_marker(src)["dtypes"]
+    config = M1Config.from_file(src)
+    table = {path: spec for path, spec in param_table(config).items() if 0 not in spec.shape}
+    checkpoint.check_shapes(src, table)
+    check_paths(src, dst, overwrite)
+    stores = checkpoint.open_arrays(src, table)
+    entries = [_entry(name, slot, stores[slot.target], dtypes.get(name)) for name, slot in expected(config).items()]
+    total = sum(entry.nbytes for entry in entries)
+    with disk_errors(dst):
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        with open_workplace(dst, _identity(src, max_shard), overwrite) as place:
+            written = sum(file.stat().st_size for file in place.path.glob("*.safetensors"))
+            check_space(place.path, total - written + (4 << 20))
+            with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as bar:
+                write_folder(place.path, entries, max_shard, bar.update)
+            carry(src, place.path)
+
+
+def _identity(src: Path, max_shard: int) -> dict[str, Any]:
+    """What an unfinished export must agree in to be continued."""
+    digest = hashlib.sha256((src / "config.json").read_bytes() + (src / MARKER).read_bytes())
+    made = (src / MARKER).stat().st_mtime_ns
+    return {"export": checkpoint.FORMAT, "source": digest.hexdigest(), "made": made, "max_shard": max_shard}
+
+
+def _entry(name: str, slot: Slot, store: ts.TensorStore, dtype: str | None) -> Entry:
+    """The official tensor that is `store[slot.index]`; `dtype` if it was narrower than the store."""
+    stored = store.dtype.numpy_dtype
+    kind = _DTYPES[dtype] if dtype else stored
+
+    def read() -> Iterator[NDArray[Any]]:
+        for first, last in checkpoint.windows_of(store, len(slot.index)):
+            try:
+                values = store[(*slot.index, slice(first, last))].read().result()
+            except (ValueError, RuntimeError) as error:
+                raise UserError(
+                    f"{name} cannot be read ({checkpoint.short(error)}): convert the model again"
+                ) from error
+            yield narrow(values, kind)
+
+    return Entry(name, kind, slot.shape, read)
+
+
+def narrow(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Values in the narrower dtype that they once had: exact, also for the bits of a bfloat16 NaN."""
+    if values.dtype == np.float32 and dtype.name == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16).view(dtype)
+    return values.astype(dtype, copy=False)
+
+
+def parse_size(text: str) -> int:
+    """``5GB``, ``500 MiB`` or a number of bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2].upper() not in _UNITS or float(found[1]) * _UNITS[found[2].upper()] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write for example 5GB or 500MB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(
+        prog="python -m m1jax.export",
+        description="Turns a checkpoint made by python -m m1jax.convert back into safetensors in MiniMax's layout, "
+        "bit for bit what was converted. If it is interrupted, the same command continues.",
+    )
+    out.add_argument("src", type=Path, metavar="CKPT", help="converted checkpoint")
+    out.add_argument("dst", type=Path, metavar="DST", help="folder to be made; config and tokenizer go along")
+    out.add_argument("--max-shard-size", type=parse_size, default="5GB", help="e.g. 5GB (default) or 500MB")
+    out.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST when the new one is whole")
+    return out
+
+
+@main_guard
+def main() -> int:
+    """Command line; see the module's docstring."""
+    args = parser().parse_args()
+    export(args.src, args.dst, args.max_shard_size, args.overwrite)
+    print(f"{args.dst}: complete")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Generating for every line of a JSONL file, in a way that can be killed and continued.
+
+Input: one JSON object per line with `prompt` or `messages` (and `tools`), optionally `id` and `metadata` (both carried
+into the output) and options of this line alone, see `OPTIONS`. Output: one line per text, appended when it is done, so
+that a second run generates only what is missing; at the end, lines are put in the input's order.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from m1jax.engine import Engine, check_context
+from m1jax.errors import UserError
+from m1jax.prompt import Options, Prompter
+from m1jax.reply import Reply, Request
+
+# Options that a line may set, and their JSON types.
+OPTIONS: dict[str, tuple[type, ...]] = {
+    "system": (str,),
+    "raw": (bool,),
+    "max_tokens": (int,),
+    "temperature": (int, float),
+    "top_k": (int,),
+    "top_p": (int, float),
+    "min_p": (int, float),
+    "repetition_penalty": (int, float),
+    "greedy": (bool,),
+    "seed": (int,),
+    "stop": (str, list),
+    "n": (int,),
+    "thinking_budget": (int,),
+    "no_thinking": (bool,),
+}
+_CONTENT = ("prompt", "messages", "tools", "id", "metadata")
+_START = b'{"line": '  # of every line of the output
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class Line(NamedTuple):
+    """A line of the input: its number (from 1), its request, and what is carried into the output."""
+
+    number: int
+    request: Request
+    carried: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of the request, by which a later run recognises its own output."""
+        text = json.dumps(dataclasses.asdict(self.request), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_lines(file: Path, options: Options, prompter: Prompter, context: int) -> list[Line]:
+    """The requests of a JSONL file; blank lines are skipped.
+
+    Raises:
+      UserError: the file cannot be read, or a line is malformed (its number is named).
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not valid UTF-8 (byte {error.start}): save it as UTF-8") from None
+    out = []
+    # Not splitlines(): U+2028 and its like may stand inside JSON strings.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            out.append(_line(number, line, options, prompter))
+            check_context(len(out[-1].request.tokens), context)
+        except UserError as error:
+            raise UserError(f"{file}, line {number}: {error}") from None
+    if not out:
+        raise UserError(f"{file} has no lines: give one JSON object per line")
+    return out
+
+
+def _line(number: int, text: str, options: Options, prompter: Prompter) -> Line:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError('not a JSON object: write {"prompt": …}')
+    unknown = [key for key in values if key not in OPTIONS and key not in _CONTENT]
+    if unknown:
+        raise UserError(f'unknown key {unknown[0]!r}: put data of your own under "metadata"')
+    if ("prompt" in values) == ("messages" in values):
+        raise UserError("give either prompt or messages")
+    options = _options(values, options)
+    carried = {key: values[key] for key in ("id", "metadata") if key in values}
+    if "prompt" in values:
+        if not isinstance(values["prompt"], str):
+            raise UserError("prompt must be a string")
+        if "tools" in values:
+            raise UserError("tools go with messages, not with prompt")
+        return Line(number, prompter.plain(values["prompt"], options), carried)
+    messages, tools = values["messages"], values.get("tools")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UserError("messages must be a list of objects with role and content")
+    if tools is not None and not isinstance(tools, list):
+        raise UserError("tools must be a list")
+    return Line(number, prompter.chat(messages, options, tools), carried)
+
+
+def _options(values: dict[str, Any], options: Options) -> Options:
+    """The options with those of a line in their place."""
+    given: dict[str, Any] = {}
+    for key, types in OPTIONS.items():
+        value = values.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise UserError(f"{key} must be of type {' or '.join(t.__name__ for t in types)}, not {json.dumps(value)}")
+        given[key] = value
+    if given.pop("greedy", False):
+        if given.get("temperature"):
+            raise UserError("greedy and a temperature above 0 contradict each other: drop one")
+        given["temperature"] = 0.0
+    if "stop" in given:
+        given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
+        if not all(isinstance(item, str) for item in given["stop"]):
+            raise UserError("stop must be a string or a list of strings")
+    sampling = {key: given.pop(key) for key in _SAMPLING if key in given}
+    # A line that switches to one of two contradicting options switches the other off.
+    if given.get("raw"):
+        given.setdefault("system", None)
+    if "thinking_budget" in given:
+        given.setdefault("no_thinking", False)
+    elif given.get("no_thinking"):
+        given["thinking_budget"] = None
+    return dataclasses.replace(options, sampling=dataclasses.replace(options.sampling, **sampling), **given)
+
+
+class Output:
+    """The output file, open and locked.
+
+    Opening it repairs a half-written last line. A file that holds anything but output for these lines is refused and
+    left as it is.
+
+    Attributes:
+      done: (line number, sample) of each text in the file.
+    """
+
+    def __init__(self, path: Path, lines: Sequence[Line]) -> None:
+        self.path = path
+        self.done: set[tuple[int, int]] = set()
+        self._digests = {line.number: (line.digest, line.request.n) for line in lines}
+        try:
+            self._file: BinaryIO = open(path, "ab+", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        try:
+            self._lock()
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "Output":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, line: Line, reply: Reply) -> None:
+        """Adds a text, in one write: a kill leaves all of it or a torn last line."""
+        data = json.dumps(record(line, reply), ensure_ascii=False).encode() + b"\n"
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written: {error.strerror}; repeat the command to continue"
+            ) from None
+        if written != len(data):
+            raise UserError(f"{self.path} cannot be written: the disk is full; repeat the command to continue")
+        self.done.add((line.number, reply.sample))
+
+    def sort(self) -> None:
+        """Puts the lines in the order of the input, atomically."""
+        self._file.seek(0)
+        lines = self._file.read().splitlines(keepends=True)
+        ordered = sorted(lines, key=lambda line: ((r := json.loads(line))["line"], r["sample"]))
+        if ordered == lines:
+            return
+        path = self.path.resolve()
+        draft = path.with_name(f".{path.name}.sorted")
+        try:
+            with open(draft, "wb") as file:
+                file.writelines(ordered)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path} is being written by another run: wait for it or choose another --output"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        whole, _, torn = self._file.read().rpartition(b"\n")
+        for number, text in enumerate(whole.split(b"\n") if whole else [], 1):
+            self._check(number, text)
+        if not torn:
+            return
+        try:
+            json.loads(torn)
+        except ValueError:
+            # Only a torn line of ours is cut off; anything else is somebody's data.
+            if not torn.startswith(_START[: len(torn)]):
+                raise UserError(f"{self.path} holds other data: choose another --output") from None
+            self._file.truncate(len(whole) + bool(whole))
+        else:
+            self._check(len(self.done) + 1, torn)
+            self._file.write(b"\n")
+
+    def _check(self, number: int, text: bytes) -> None:
+        try:
+            values = json.loads(text)
+            key, digest = (values["line"], values["sample"]), values["request"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.path} holds other data (line {number}): choose another --output") from None
+        expected, n = self._digests.get(key[0], (None, 0))
+        if digest != expected or key[1] not in range(n):
+            raise UserError(
+                f"{self.path} was written for another input or other options (its line {number}): "
+                "repeat them to continue, or choose another --output"
+            )
+        if key in self.done:
+            raise UserError(f"{self.path} holds a text twice (its line {number}): remove one")
+        self.done.add(key)
+
+
+def record(line: Line, reply: Reply) -> dict[str, Any]:
+    """A line of the output."""
+    return {
+        "line": line.number,
+        "sample": reply.sample,
+        **line.carried,
+        **describe(reply),
+        "prompt_tokens": len(line.request.tokens),
+        "seed": line.request.seed,
+        "request": line.digest,
+    }
+
+
+def describe(reply: Reply) -> dict[str, Any]:
+    """A text for machines: as generated, cut into thinking and answer, why it ended and how long it is."""
+    return {
+        "text": reply.text,
+        "thinking": reply.thinking,
+        "answer": reply.answer,
+        "finish": reply.finish,
+        "generated_tokens": len(reply.tokens),
+    }
+
+
+def generate_lines(engine: Engine, lines: Sequence[Line], output: Output, max_rows: int) -> Iterator[int]:
+    """Generates and writes what is missing; yields how many texts are done. Ends early when the engine is cancelled."""
+    index_of = {line.number: i for i, line in enumerate(lines)}
+    done = {(index_of[number], sample) for number, sample in output.done}
+    for event in engine.generate([line.request for line in lines], max_rows, done=done):
+        if event.reply.finish not in (None, "interrupted"):
+            output.append(lines[event.request], event.reply)
+            yield len(output.done)

@@ -1,0 +1,126 @@
+"""`load`: a model from an official or transformers safetensors folder, or from a converted checkpoint.
+
+Every parameter is one buffer, filled straight from the mapped files and cast on the way, which JAX on CPU then takes
+over without a copy: memory holds the data once.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from m1jax.config import M1Config
+from m1jax.errors import UserError
+from m1jax.model import M1, build
+from m1jax.params import ParamSpec
+from m1jax.safetensors import Tensor, read_folder
+from m1jax.weights import Piece, plan
+
+MARKER = "m1jax.json"  # the last file that a conversion writes
+PROGRESS = "m1jax.progress.jsonl"  # lies in unfinished conversions and exports
+
+_ALIGNMENT = 64  # bytes; XLA:CPU takes over a host buffer that starts on this boundary
+_WINDOW = 32 << 20  # bytes of a source tensor mapped at once
+
+
+def load(path: str | Path, dtype: str = "float32") -> M1:
+    """The model in `path` with parameters and computation in `dtype` ("float32" or "bfloat16").
+
+    Router and shared-expert coefficient stay float32. The folder holds config.json and either safetensors in the
+    official or in transformers' layout, or the result of ``python -m m1jax.convert``.
+
+    Raises:
+      UserError: the folder is missing, incomplete or corrupt, its config contradicts its weights, or no such `dtype`.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype {dtype!r} is not supported: choose float32 or bfloat16")
+    path = Path(path)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if (path / MARKER).exists():
+        from m1jax import checkpoint  # Orbax takes half a second to import
+
+        return checkpoint.load(path, dtype, device)
+    config, tensors, pieces = open_source(path)
+
+    def leaf(name: str, spec: ParamSpec) -> jax.Array:
+        kind = np.dtype(jnp.dtype(spec.dtype or dtype))
+        if 0 in spec.shape:
+            return jnp.zeros(spec.shape, kind)
+        sources = [(piece.index, tensors[piece.name]) for piece in pieces[name]]
+
+        def read(block: tuple[slice, ...] | None) -> NDArray[Any]:
+            return read_block(sources, spec.shape, block or (), kind)
+
+        return jax.make_array_from_callback(spec.shape, device, read)
+
+    return build(config, leaf)
+
+
+def open_source(path: Path) -> tuple[M1Config, dict[str, Tensor], dict[str, list[Piece]]]:
+    """Config, tensors and plan of a safetensors folder; reads headers only. Raises `UserError`."""
+    if (path / PROGRESS).exists():
+        raise UserError(f"{path} is unfinished: run the command that was writing it again")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise UserError(f"{path} is not a model: it has no config.json")
+    tensors = read_folder(path)
+    config = M1Config.from_file(path)
+    try:
+        return config, tensors, plan(config, tensors)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_block(
+    sources: Sequence[tuple[tuple[int, ...], Tensor]],
+    shape: tuple[int, ...],
+    block: tuple[slice, ...],
+    dtype: np.dtype[Any],
+) -> NDArray[Any]:
+    """`parameter[block]` of a parameter of the given shape, in an aligned buffer.
+
+    Args:
+      sources: tensors with the leading index that each fills.
+      block: one slice per axis, as `jax.make_array_from_callback` passes them for a shard.
+    """
+    bounds = [range(*part.indices(size)) for part, size in zip(block, shape, strict=True)]
+    out = aligned_empty(tuple(len(part) for part in bounds), dtype)
+    jobs = []
+    for index, tensor in sources:
+        inside = [i - part.start for i, part in zip(index, bounds, strict=False) if i in part]
+        if len(inside) == len(index):
+            # A source tensor is the parameter's trailing axes, flattened in pairs: the same bytes.
+            jobs.append((out[tuple(inside)], tensor._replace(shape=shape[len(index) :]), bounds[len(index) :]))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda job: _copy(*job), jobs):
+            pass
+    return out
+
+
+def _copy(out: NDArray[Any], tensor: Tensor, bounds: Sequence[range]) -> None:
+    """Casts `tensor[bounds]` into `out`, mapping one window of the file at a time."""
+    rest = tuple(slice(part.start, part.stop) for part in bounds[1:])
+    for first, last in windows(bounds[0], tensor.nbytes // tensor.shape[0]):
+        with np.errstate(all="ignore"):  # a NaN among the weights is reported where it matters, in the logits
+            out[first - bounds[0].start : last - bounds[0].start] = tensor.rows(first, last)[(slice(None), *rest)]
+
+
+def windows(rows: range, row_bytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Splits rows into stretches (first, last + 1) of about 32 MB, each but the last a multiple of so many rows."""
+    step = max(1, _WINDOW // max(1, row_bytes) // multiple) * multiple
+    for first in range(rows.start, rows.stop, step):
+        yield first, min(first + step, rows.stop)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Like `np.empty`, starting where JAX on CPU needs no copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)

@@ -1,0 +1,134 @@
+"""The three ways to run `python -m m1jax.generate`: a prompt, a conversation, a JSONL file. They return exit codes."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from m1jax.arguments import read_prompt
+from m1jax.chat import Chat
+from m1jax.config import M1Config
+from m1jax.engine import Engine, Stats, check_context
+from m1jax.errors import UserError
+from m1jax.jsonl import Output, describe, generate_lines, read_lines
+from m1jax.loading import load
+from m1jax.prompt import Prompter
+from m1jax.reply import Reply
+from m1jax.runtime import Interrupts, use_compilation_cache
+from m1jax.terminal import Printer, ending, figures, note, rates
+
+INTERRUPTED = 130
+
+
+def single(args: argparse.Namespace, prompter: Prompter, config: M1Config) -> int:
+    """Streams the text for one prompt, or prints it as JSON."""
+    request = prompter.plain(read_prompt(args), args.options)
+    check_context(len(request.tokens), config.max_position_embeddings)
+    engine, interrupts, seconds = start(args, prompter)
+    found: dict[int, Reply] = {}
+    printer = None if args.json else Printer(sys.stdout, request.n)
+    with interrupts.caught():
+        try:
+            for event in engine.generate([request], max_rows=args.batch_size):
+                found[event.reply.sample] = event.reply
+                if printer is not None:
+                    printer.show(event)
+        finally:
+            if printer is not None:
+                printer.end_line()
+    replies = [found[sample] for sample in sorted(found)]
+    if args.json:
+        samples = [describe(reply) for reply in replies]
+        stats = {**rates(engine.stats), "load_seconds": round(seconds, 3)}
+        out = {"text": samples[0]["text"], "samples": samples, "seed": args.options.seed, "stats": stats}
+        print(json.dumps(out, ensure_ascii=False), flush=True)
+    else:
+        _figures(replies, args, engine.stats, seconds)
+    return INTERRUPTED if any(reply.finish == "interrupted" for reply in replies) else 0
+
+
+def converse(args: argparse.Namespace, prompter: Prompter) -> int:
+    """Replies to each line of stdin; Ctrl-C ends a reply, the end of stdin the conversation."""
+    _ = prompter.template  # complains before the weights are read
+    engine, interrupts, seconds = start(args, prompter)
+    chat, terminal = Chat(engine, args.options), sys.stdin.isatty()
+    if terminal:
+        import readline  # noqa: F401  (gives input() a history and line editing)
+
+        note("Ctrl-C ends a reply, Ctrl-D the conversation.", sys.stderr)
+    while True:
+        try:
+            message = input("> " if terminal else "")
+        except (EOFError, KeyboardInterrupt) as end:
+            if terminal:
+                print()
+            return 0 if isinstance(end, EOFError) else INTERRUPTED
+        except UnicodeDecodeError:
+            raise UserError("stdin is not valid UTF-8") from None
+        if not message.strip():
+            continue
+        engine.stats = Stats()
+        try:
+            reply = _turn(chat, message, interrupts)
+        except UserError as error:
+            if not terminal:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            _figures([reply], args, engine.stats, seconds)
+            seconds = None
+
+
+def _turn(chat: Chat, message: str, interrupts: Interrupts) -> Reply:
+    """Streams the reply to a message."""
+    printer, reply = Printer(sys.stdout), None
+    with interrupts.caught():
+        try:
+            for event in chat.send(message):
+                reply = event.reply
+                printer.show(event)
+        finally:
+            printer.end_line()
+    assert reply is not None, "a request ends with an event"
+    return reply
+
+
+def batch(args: argparse.Namespace, prompter: Prompter, config: M1Config) -> int:
+    """Generates for each line of `--input` what `--output` lacks."""
+    lines = read_lines(args.input, args.options, prompter, config.max_position_embeddings)
+    total = sum(line.request.n for line in lines)
+    with Output(args.output, lines) as output:
+        if len(output.done) < total:
+            engine, interrupts, seconds = start(args, prompter)
+            bar = tqdm(total=total, initial=len(output.done), unit="text", dynamic_ncols=True, file=sys.stderr)
+            with bar, interrupts.caught():
+                for _ in generate_lines(engine, lines, output, args.batch_size):
+                    bar.update()
+            note(figures(engine.stats, seconds), sys.stderr)
+        done = len(output.done)
+        if done == total:
+            output.sort()
+    if done < total:
+        note(f"interrupted: {args.output} has {done} of {total} texts, repeat the command to continue", sys.stderr)
+        return INTERRUPTED
+    note(f"{args.output} has all {total} texts", sys.stderr)
+    return 0
+
+
+def start(args: argparse.Namespace, prompter: Prompter) -> tuple[Engine, Interrupts, float]:
+    """Loads the model: an engine, what tells it of Ctrl-C, and the seconds it took."""
+    use_compilation_cache()
+    begin, interrupts = time.perf_counter(), Interrupts()
+    engine = Engine(load(args.model, args.dtype), prompter.tokenizer, cancelled=lambda: interrupts.requested)
+    return engine, interrupts, time.perf_counter() - begin
+
+
+def _figures(replies: Sequence[Reply], args: argparse.Namespace, stats: Stats, seconds: float | None) -> None:
+    """The line under a text: speeds, the seed to repeat it with, and why it ended."""
+    parts = [figures(stats, seconds)]
+    if args.options.sampling.temperature > 0:
+        parts.append(f"seed {args.options.seed}")
+    note(" · ".join([*parts, *filter(None, [ending(replies)])]), sys.stderr)

@@ -1,0 +1,107 @@
+"""From what a user asks for to a `Request`: chat template, thinking, and the options of one text."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from m1jax.chat_template import ChatTemplate, Message
+from m1jax.errors import UserError
+from m1jax.reply import EMPTY_THINKING, FORCED_CLOSE, OPEN, Request
+from m1jax.sampling import DEFAULT_SAMPLING, Sampling
+from m1jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to prompt and generate: those of the command line, which a line of a JSONL file may change.
+
+    `raw` feeds the prompt as it stands, without chat template; `system` is a system message put first; `no_thinking`
+    gives the model an empty thinking block. The others are as in `Request`.
+    """
+
+    sampling: Sampling = DEFAULT_SAMPLING
+    seed: int = 0
+    n: int = 1
+    max_tokens: int = 4096
+    stop: tuple[str, ...] = ()
+    thinking_budget: int | None = None
+    no_thinking: bool = False
+    raw: bool = False
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.raw and self.system is not None:
+            raise UserError("a system prompt needs the chat template: drop --system or --raw")
+        if self.raw and self.no_thinking:
+            raise UserError(
+                "--raw feeds the prompt as it stands: drop --no-thinking, or write the empty block yourself"
+            )
+        if self.no_thinking and self.thinking_budget is not None:
+            raise UserError("--no-thinking and --thinking-budget contradict each other: drop one")
+        self.request((0,), False)
+
+    def request(self, tokens: Sequence[int], thinking: bool) -> Request:
+        """The request for a prompt of these tokens that ends inside `<think>` or not."""
+        return Request(
+            tokens=tuple(tokens),
+            sampling=self.sampling,
+            seed=self.seed,
+            n=self.n,
+            max_tokens=self.max_tokens,
+            stop=self.stop,
+            thinking_budget=self.thinking_budget,
+            thinking=thinking,
+            may_think=not self.no_thinking,
+        )
+
+
+class Prompter:
+    """Makes requests for one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        """The tokenizer folder's chat template. Raises `UserError` if it has none."""
+        if self.tokenizer.template is None:
+            raise UserError(
+                f"{self.tokenizer.folder} has no chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json): add it, or use --raw for plain text"
+            )
+        return ChatTemplate(self.tokenizer.template, self.tokenizer.special)
+
+    def plain(self, prompt: str, options: Options) -> Request:
+        """A request for a prompt, by the chat template unless `options.raw`. Raises `UserError` if it is empty."""
+        if not (prompt if options.raw else prompt.strip()):
+            raise UserError("the prompt is empty: give some text")
+        if not options.raw:
+            return self.chat([{"role": "user", "content": prompt}], options)
+        return options.request(self.tokenizer.encode(prompt), ends_inside_thinking(prompt))
+
+    def chat(
+        self, messages: Sequence[Message], options: Options, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> Request:
+        """A request for a conversation."""
+        if options.raw:
+            raise UserError("messages need the chat template: give a prompt, or drop --raw")
+        text = "".join(self.text(messages, options, tools))
+        return options.request(self.tokenizer.encode(text), ends_inside_thinking(text))
+
+    def text(
+        self, messages: Sequence[Message], options: Options, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[str, str]:
+        """The prompt text of a conversation, and the beginning of the reply that is put in the model's mouth."""
+        if options.system is not None:
+            messages = [{"role": "system", "content": options.system}, *messages]
+        text = self.template.render(messages, tools)
+        if not options.no_thinking:
+            return text, ""
+        # Some templates open the thinking block themselves: then it only needs to be closed.
+        return text, FORCED_CLOSE if ends_inside_thinking(text) else EMPTY_THINKING
+
+
+def ends_inside_thinking(prompt: str) -> bool:
+    """Whether the reply starts inside `<think>`. Only the end counts: a user may write the tag as well."""
+    return prompt.rstrip().endswith(OPEN)

@@ -1,0 +1,266 @@
+"""What the host knows of one text being generated: its tokens, its text, its thinking, and when to stop.
+
+Tokens go through three stages: detokenising, stop strings (text that may turn out to be one is held back), and
+marking what lies between `<think>` and `</think>`. M1 has no tokens of its own for these two tags, so they are found in
+the text.
+"""
+
+import collections
+import dataclasses
+import enum
+from collections.abc import Collection, Sequence
+from typing import Literal, NamedTuple
+
+from m1jax.errors import UserError
+from m1jax.sampling import DEFAULT_SAMPLING, MAX_SEED, Sampling
+from m1jax.tokenizer import Detokeniser, Tokenizer
+
+OPEN, CLOSE = "<think>", "</think>"
+FORCED_CLOSE = f"\n{CLOSE}\n"  # as M1 closes its thinking
+EMPTY_THINKING = f"{OPEN}\n\n{CLOSE}\n"
+
+Finish = Literal["eos", "stop", "length", "context", "interrupted"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt and what to do with it.
+
+    Attributes:
+      tokens: the prompt.
+      sampling: how tokens are chosen.
+      seed: with the sample's index, the source of all randomness.
+      n: how many texts to generate.
+      max_tokens: the most tokens to generate.
+      stop: strings that end the text; they are not part of it.
+      thinking_budget: the most tokens inside `<think>`; then its end is put in. None is no limit.
+      thinking: whether the prompt ends inside `<think>`.
+      may_think: False if thinking is over before the text starts, so that a `<think>` in it is plain text.
+
+    Raises:
+      UserError: a value out of range.
+    """
+
+    tokens: tuple[int, ...]
+    sampling: Sampling = DEFAULT_SAMPLING
+    seed: int = 0
+    n: int = 1
+    max_tokens: int = 4096
+    stop: tuple[str, ...] = ()
+    thinking_budget: int | None = None
+    thinking: bool = False
+    may_think: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            raise UserError("the prompt is empty: give some text")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UserError(f"seed must be from 0 to {MAX_SEED}, not {self.seed}")
+        if self.n < 1:
+            raise UserError(f"n must be 1 or more, not {self.n}")
+        if self.max_tokens < 1:
+            raise UserError(f"max-tokens must be 1 or more, not {self.max_tokens}")
+        if "" in self.stop:
+            raise UserError("a stop string is empty: give some text")
+        if self.thinking_budget is not None and self.thinking_budget < 0:
+            raise UserError(f"thinking-budget must be 0 or more, not {self.thinking_budget}")
+
+
+class Segment(NamedTuple):
+    """A piece of generated text, and whether it is thinking (the tags included)."""
+
+    text: str
+    thinking: bool
+
+
+def overlap(text: str, tag: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `tag`."""
+    return next((n for n in range(min(len(text), len(tag) - 1), 0, -1) if tag.startswith(text[-n:])), 0)
+
+
+class Phase(enum.Enum):
+    """Where in its reply the model is; `<think>` counts only at the very start."""
+
+    START = "start"
+    THINKING = "thinking"
+    ANSWER = "answer"
+
+
+class ThinkingSplitter:
+    """Cuts streamed text into thinking and answer."""
+
+    def __init__(self, phase: Phase) -> None:
+        self.phase = phase
+        self.held = ""  # may be the beginning of a tag
+        self._last = ""
+
+    def feed(self, text: str) -> list[Segment]:
+        """The segments that are certain now."""
+        text, self.held = self.held + text, ""
+        out: list[Segment] = []
+        if self.phase is Phase.START:
+            body = text.lstrip()
+            if body.startswith(OPEN):
+                self.phase = Phase.THINKING
+                cut = len(text) - len(body) + len(OPEN)
+                out.append(Segment(text[:cut], True))
+                text = text[cut:]
+            elif OPEN.startswith(body):
+                self.held = text
+                return []
+            else:
+                self.phase = Phase.ANSWER
+        if self.phase is Phase.THINKING:
+            inside, found, rest = text.partition(CLOSE)
+            if not found:
+                self.held = text[len(text) - overlap(text, CLOSE) :]
+                inside, rest = text[: len(text) - len(self.held)], ""
+            else:
+                self.phase = Phase.ANSWER
+            out.append(Segment(inside + found, True))
+            self._last = (self._last + inside)[-1:]
+            text = rest
+        return [segment for segment in [*out, Segment(text, False)] if segment.text]
+
+    def flush(self) -> list[Segment]:
+        """What was held back in case it became a tag."""
+        text, self.held = self.held, ""
+        return [Segment(text, self.phase is Phase.THINKING)] if text else []
+
+    def closing(self) -> str:
+        """The text that ends thinking from here, completing a tag that has begun."""
+        if self.held:
+            return FORCED_CLOSE[FORCED_CLOSE.index(self.held) + len(self.held) :]
+        return FORCED_CLOSE.lstrip("\n") if self._last == "\n" else FORCED_CLOSE
+
+
+class StopFilter:
+    """Ends streamed text before the first stop string, and never lets a part of one through."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """The text that is certain to come before any stop string."""
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = len(text) - max((overlap(text, stop) for stop in self._stops), default=0)
+        text, self._held = text[:keep], text[keep:]
+        return text
+
+    def flush(self) -> str:
+        """What was held back in case it became a stop string."""
+        text, self._held = self._held, ""
+        return text
+
+
+class Reply:
+    """One text in the making, and what becomes of each token.
+
+    Args:
+      request: what is asked for.
+      sample: which of the request's n texts this is.
+      tokenizer: turns tokens into text.
+      eos_ids: tokens that end the text.
+      context: the most tokens, prompt included, that the model can read.
+
+    Attributes:
+      tokens: the tokens generated, the one that ended the text included.
+      segments: the text shown so far.
+      finish: why it ended, None while it goes on.
+    """
+
+    def __init__(
+        self, request: Request, sample: int, tokenizer: Tokenizer, eos_ids: Collection[int], context: int
+    ) -> None:
+        self.request, self.sample = request, sample
+        self.tokens: list[int] = []
+        self.segments: list[Segment] = []
+        self.finish: Finish | None = None
+        self.limit = min(request.max_tokens, context - len(request.tokens))
+        self._tokenizer, self._eos_ids = tokenizer, eos_ids
+        phase = Phase.THINKING if request.thinking else Phase.START if request.may_think else Phase.ANSWER
+        self._detokeniser = Detokeniser(tokenizer, keep=(OPEN, CLOSE))
+        self._stops = StopFilter(request.stop)
+        self._shown = ThinkingSplitter(phase)
+        # The budget follows the text as generated: what the stop filter holds back is already thought.
+        self._thought = ThinkingSplitter(phase)
+        self._thinking_tokens = 0
+        self._forced: collections.deque[int] | None = None
+        if request.thinking:
+            self._spend_budget()
+
+    @property
+    def text(self) -> str:
+        """The text shown so far, tags included."""
+        return "".join(segment.text for segment in self.segments)
+
+    @property
+    def thinking(self) -> str | None:
+        """What was thought, without the tags; None if nothing was."""
+        text = "".join(segment.text for segment in self.segments if segment.thinking)
+        if not text and not self.request.thinking:
+            return None
+        return text.strip().removeprefix(OPEN).removesuffix(CLOSE).strip()
+
+    @property
+    def answer(self) -> str:
+        """The text after thinking."""
+        return "".join(segment.text for segment in self.segments if not segment.thinking).lstrip("\n")
+
+    def push(self, token: int) -> list[Segment]:
+        """Takes the next token; returns the text that is now certain."""
+        self.tokens.append(token)
+        if token in self._eos_ids:
+            return self.end("eos")
+        text = self._detokeniser.push(token)
+        self._count(text)
+        segments = self._show(self._stops.feed(text))
+        if self._stops.stopped or len(self.tokens) >= self.limit:
+            length = "length" if self.limit == self.request.max_tokens else "context"
+            segments += self.end("stop" if self._stops.stopped else length)
+        return segments
+
+    def end(self, reason: Finish) -> list[Segment]:
+        """Ends the text; returns what was held back."""
+        segments = self._show(self._stops.feed(self._detokeniser.flush()) + self._stops.flush())
+        rest = self._shown.flush()
+        self.segments += rest
+        self.finish = "stop" if self._stops.stopped else reason
+        return segments + rest
+
+    def take_forced(self) -> int | None:
+        """The token that must come next instead of a sampled one, if any."""
+        return self._forced.popleft() if self._forced else None
+
+    @property
+    def must_be_current(self) -> bool:
+        """Whether the next token can only be chosen once every token before it has been pushed."""
+        budget = self.request.thinking_budget
+        if budget is None or self._forced is not None or self._thought.phase is Phase.ANSWER:
+            return False
+        return budget - self._thinking_tokens <= 1
+
+    def _show(self, text: str) -> list[Segment]:
+        segments = self._shown.feed(text) if text else []
+        self.segments += segments
+        return segments
+
+    def _count(self, text: str) -> None:
+        before = self._thought.phase
+        self._thought.feed(text)
+        if self._thought.phase is Phase.THINKING:
+            self._thinking_tokens += before is Phase.THINKING
+            self._spend_budget()
+
+    def _spend_budget(self) -> None:
+        budget = self.request.thinking_budget
+        if budget is not None and self._thinking_tokens >= budget and self._forced is None:
+            self._forced = collections.deque(self._tokenizer.encode(self._thought.closing()))

@@ -1,0 +1,115 @@
+"""The device's side of text generation: what a batch keeps between steps, and the compiled functions over it.
+
+Letters: B batch rows, T tokens of a chunk, N cache length, V vocabulary.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from m1jax.model import M1, KVCache, M1State
+from m1jax.sampling import SamplingRows, sample
+
+NOT_A_NUMBER = -1  # stands for a token where the logits were not finite
+FREE = -1  # stands for a forced token where none is forced
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A batch between two steps.
+
+    `token` int32 `[B]` was chosen last and is not yet in `state`; `seen` bool `[B, V]` marks the tokens of each prompt
+    and text so far.
+    """
+
+    state: M1State
+    token: jax.Array
+    seen: jax.Array
+    sampling: SamplingRows
+
+    def take(self, rows: jax.Array) -> "Rows":
+        """The given rows, in that order."""
+        return Rows(self.state.take(rows), self.token[rows], self.seen[rows], self.sampling.take(rows))
+
+
+@functools.partial(jax.jit, donate_argnames=("state", "logits"))
+def prefill(
+    model: M1, tokens: jax.Array, lengths: jax.Array, state: M1State, logits: jax.Array
+) -> tuple[jax.Array, M1State]:
+    """Reads a chunk `[B, T]` of each prompt; a row with nothing left (length 0) keeps its state and logits `[B, V]`."""
+    new, state = model.step(tokens, state, lengths=lengths, logits="last")
+    return jnp.where(lengths[:, None] > 0, new, logits), state
+
+
+@jax.jit
+def begin(
+    logits: jax.Array, state: M1State, source: jax.Array, seen: jax.Array, sampling: SamplingRows, forced: jax.Array
+) -> tuple[jax.Array, Rows]:
+    """A batch whose row b continues row source[b] of a prefill, and the first token of each."""
+    token = jnp.zeros_like(source)
+    return _choose(logits[source], Rows(state.take(source), token, seen, sampling), forced)
+
+
+@functools.partial(jax.jit, donate_argnames="rows")
+def decode(model: M1, rows: Rows, active: jax.Array, forced: jax.Array) -> tuple[jax.Array, Rows]:
+    """Feeds each active row's last token and chooses the next.
+
+    Args:
+      model: the model.
+      rows: the batch.
+      active: bool `[B]`; the state of other rows stays as it is.
+      forced: int32 `[B]`, the token to take instead of a sampled one, or `FREE`.
+
+    Returns:
+      The tokens int32 `[B]`, `NOT_A_NUMBER` where logits were not finite, and the batch.
+    """
+    logits, state = model.step(rows.token[:, None], rows.state, lengths=active.astype(jnp.int32), logits="last")
+    return _choose(logits, dataclasses.replace(rows, state=state), forced)
+
+
+def _choose(logits: jax.Array, rows: Rows, forced: jax.Array) -> tuple[jax.Array, Rows]:
+    token = sample(logits, rows.sampling, rows.state.length, rows.seen)
+    token = jnp.where(forced == FREE, token, forced)
+    seen = rows.seen.at[jnp.arange(token.shape[0]), token].set(True)
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    return jnp.where(finite, token, NOT_A_NUMBER), dataclasses.replace(rows, token=token, seen=seen)
+
+
+@jax.jit
+def join(batches: tuple[Rows, ...], source: jax.Array) -> Rows:
+    """A batch of the given rows `[B]` of all batches one after the other; their caches have one length."""
+
+    def joined(axis: int, *arrays: jax.Array) -> jax.Array:
+        return jnp.concatenate(arrays, axis)
+
+    if len(batches) == 1:
+        return batches[0].take(source)
+    lightning = jax.tree.map(functools.partial(joined, 1), *(rows.state.lightning for rows in batches))
+    cache = jax.tree.map(functools.partial(joined, 1), *(rows.state.cache for rows in batches))
+    length = joined(0, *(rows.state.length for rows in batches))
+    rest = [jax.tree.map(functools.partial(joined, 0), *parts) for parts in zip(*map(_parts, batches), strict=True)]
+    token, seen, sampling = rest
+    return Rows(M1State(lightning, cache, length), token, seen, sampling).take(source)
+
+
+def _parts(rows: Rows) -> tuple[jax.Array, jax.Array, SamplingRows]:
+    return rows.token, rows.seen, rows.sampling
+
+
+@functools.partial(jax.jit, static_argnames="N")
+def grow(state: M1State, N: int) -> M1State:
+    """The same state with room for N tokens."""
+
+    def longer(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, N - x.shape[3]), (0, 0)))
+
+    return dataclasses.replace(state, cache=KVCache(longer(state.cache.k), longer(state.cache.v)))
+
+
+@functools.partial(jax.jit, static_argnames=("B", "N"))
+def empty(model: M1, B: int, N: int) -> tuple[jax.Array, M1State]:
+    """Logits `[B, V]` and state before the first token."""
+    return jnp.zeros((B, model.config.vocab_size), jnp.float32), model.init_state(batch=B, max_length=N)

@@ -1,0 +1,88 @@
+"""The process around the model: compilation cache, memory figures, Ctrl-C, broken pipes and exhausted memory."""
+
+import contextlib
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import jax
+
+from m1jax.errors import UserError
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs for the next start, in the user's cache folder, unless jax is told otherwise already.
+
+    A folder that cannot be written only means that every start compiles.
+    """
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
+        return
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = (Path(base) if base else Path.home() / ".cache") / "m1jax" / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def peak_memory() -> dict[str, int]:
+    """The most memory used so far, in bytes: of the process, and of the first accelerator if it keeps count."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = {"process": peak if sys.platform == "darwin" else peak * 1024}
+    device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return out if device is None else {**out, "device": device}
+
+
+class Interrupts:
+    """Turns the first Ctrl-C of a stretch of work into a flag, the second one into `KeyboardInterrupt`.
+
+    The device's state is handed from step to step; ending between two steps keeps it whole.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """The stretch of work; the flag is lowered at its beginning."""
+        self.requested = False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turns exhausted memory into a `UserError`."""
+    try:
+        yield
+    except MemoryError:
+        raise UserError("out of memory: use --dtype bfloat16, fewer tokens or a smaller --batch-size") from None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        raise UserError("out of memory: use --dtype bfloat16, fewer tokens or a smaller --batch-size") from None
+
+
+def silence_stdout() -> None:
+    """After a broken pipe: keeps Python from complaining about it once more when it exits."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

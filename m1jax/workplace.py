@@ -1,0 +1,156 @@
+"""A folder that is made beside its final place: there as a whole or not at all, one writer, resumable, nothing lost.
+
+`DST.partial` holds the work: a lock, a progress file whose first line says what is being made, then a line for each
+step done. When all is done it is renamed to DST.
+"""
+
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from m1jax.errors import UserError
+from m1jax.loading import MARKER, PROGRESS
+
+LOCK = "m1jax.lock"
+
+# What goes along with the weights, both ways: config, tokenizer, chat template, and whatever the authors put there.
+_CARRIED = (".json", ".jinja", ".model", ".txt", ".py", ".md")
+_LEFT = (MARKER, PROGRESS, "model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+@dataclasses.dataclass
+class Workplace:
+    """An open `DST.partial`: `path` to write in, `done` with the steps of earlier runs."""
+
+    path: Path
+    done: list[Any]
+    progress: TextIO
+
+    def record(self, step: Any) -> None:
+        """Notes that a step, any JSON value, is done and on disk."""
+        self.progress.write(json.dumps(step) + "\n")
+        self.progress.flush()
+        os.fsync(self.progress.fileno())
+
+
+def check_paths(src: Path, dst: Path, overwrite: bool) -> None:
+    """Raises `UserError` if `dst` must not be written: it has contents, or has to do with `src`."""
+    one, other = src.resolve(), dst.resolve()
+    if one == other or one.is_relative_to(other) or other.is_relative_to(one):
+        raise UserError(f"{dst} and {src} must be separate folders")
+    if dst.is_symlink() or (dst.exists() and not dst.is_dir()):
+        raise UserError(f"{dst} exists and is not a folder: choose another name")
+    if not dst.exists() or not any(dst.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{dst} exists and is not empty: choose another name or give --overwrite")
+    if not (dst / MARKER).exists() and not (dst / "model.safetensors.index.json").exists():
+        raise UserError(f"{dst} is not a checkpoint, so --overwrite does not replace it: choose another name")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises `UserError` if the disk of `folder` has less than `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"{folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed: make room")
+
+
+@contextmanager
+def open_workplace(dst: Path, what: dict[str, Any], overwrite: bool) -> Iterator[Workplace]:
+    """Opens or continues `DST.partial`; at the end of the block it becomes DST. Not at an exception.
+
+    Args:
+      what: the identity of the work; that of an earlier run must be the same for it to be continued.
+      overwrite: replaces an earlier run for something else, and DST.
+    """
+    partial = dst.with_name(dst.name + ".partial")
+    if partial.exists() and not (partial / LOCK).exists() and any(partial.iterdir()):
+        raise UserError(f"{partial} is in the way and not an unfinished run's: move it")
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{partial} is being written by another process: wait for it") from None
+        steps = _resume(partial, what, overwrite)
+        with (partial / PROGRESS).open("a", encoding="utf-8") as stream:
+            place = Workplace(partial, steps[1:], stream)
+            if not steps:
+                place.record(what)
+            yield place
+        _finish(partial, dst, overwrite)
+
+
+def _resume(partial: Path, what: dict[str, Any], overwrite: bool) -> list[Any]:
+    """Identity and finished steps of an earlier run; without one the folder is emptied."""
+    file = partial / PROGRESS
+    steps = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            steps.append(json.loads(line))
+        except ValueError:  # the line that was being written when the process died
+            break
+    if steps and steps[0] == what:
+        # Without a torn last line, which would swallow the next one.
+        _replace(file, "".join(json.dumps(step) + "\n" for step in steps))
+        return steps
+    if steps and not overwrite:
+        raise UserError(
+            f"{partial} holds an unfinished run for another source or option: delete it or give --overwrite"
+        )
+    for item in partial.iterdir():
+        if item.is_dir():
+            shutil.rmtree(item)
+        elif item.name != LOCK:
+            item.unlink()
+    return []
+
+
+def _replace(file: Path, text: str) -> None:
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
+def _finish(partial: Path, dst: Path, overwrite: bool) -> None:
+    """Puts the finished folder in its place; what was there goes last."""
+    old = dst.with_name(dst.name + ".replaced")
+    if (old / LOCK).exists():
+        shutil.rmtree(old)
+    if dst.exists() and any(dst.iterdir()):
+        if not overwrite:
+            raise UserError(f"{dst} appeared in the meantime: move it and run again")
+        (dst / LOCK).touch()  # whoever finds it under its new name knows that it may go
+        os.rename(dst, old)
+    (partial / PROGRESS).unlink()
+    os.rename(partial, dst)
+    (dst / LOCK).unlink()
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def carry(src: Path, dst: Path) -> None:
+    """Copies config, tokenizer and the other small files of a model."""
+    for file in sorted(src.iterdir()):
+        named = file.suffix in _CARRIED or file.name.startswith(("LICENSE", "NOTICE"))
+        if file.is_file() and named and file.name not in _LEFT:
+            shutil.copyfile(file, dst / file.name)
+
+
+@contextmanager
+def disk_errors(place: Path) -> Iterator[None]:
+    """Turns failures of the file system into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        remedy = (
+            "make room, then run again: it continues" if error.errno == errno.ENOSPC else "check the path and try again"
+        )
+        raise UserError(f"{error.filename or place}: {error.strerror or error}: {remedy}") from error

@@ -1,0 +1,17 @@
+"""Settings of the test run: CPU, modules as plain pytrees, compiled programs kept between runs."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["NNX_GRAPH_MODE"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+from hypothesis import settings
+
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+settings.register_profile("m1jax", deadline=None, max_examples=15, derandomize=True)
+settings.load_profile("m1jax")

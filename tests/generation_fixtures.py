@@ -1,0 +1,105 @@
+"""A small real tokenizer with M1's special tokens and chat template, and a random model folder that uses it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from safetensors.numpy import save_file
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from m1jax import M1Config
+
+DATA = Path(__file__).parent / "data"
+MARKS = ["<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>"]
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and then thinks about it: what is 17 times 24?",
+    "<think>\nOkay, the user asks for 17 * 24 = 408.\n</think>\nThe answer is 408. ünïcödé 日本語 🙂🙃",
+    "def function(name, arguments):\n    return {'name': name, 'arguments': arguments}\n",
+    "system ai_setting=assistant user name=user ai name=assistant tool name=tools",
+] * 3
+
+
+def train_tokenizer(folder: Path, gpt2_files: bool = False) -> None:
+    """Writes a byte-level BPE of 400 tokens to `folder`, as `tokenizer.json` or as GPT-2's two files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=396, initial_alphabet=alphabet, show_progress=False)
+    )
+    backend.add_special_tokens(MARKS)
+    if gpt2_files:
+        backend.model.save(str(folder))
+        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        vocab |= {mark: backend.token_to_id(mark) for mark in MARKS}
+        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    else:
+        backend.save(str(folder / "tokenizer.json"))
+    shutil.copy(DATA / "tokenizer_config.json", folder)
+
+
+def tiny_config(**changes: object) -> M1Config:
+    """Three layers, one of them softmax; weights large enough that logits differ clearly."""
+    values = {
+        "model_type": "minimax_m1",
+        "vocab_size": 416,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "rotary_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "attn_type_list": [0, 1, 0],
+        "max_position_embeddings": 4096,
+        "postnorm": True,
+        "initializer_range": 0.3,
+    }
+    return M1Config.from_dict(values | changes)
+
+
+def official_tensors(config: M1Config, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random weights under their official names."""
+    rng = np.random.default_rng(seed)
+    M, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    F, V = config.intermediate_size, config.vocab_size
+
+    def weight(*shape: int) -> np.ndarray:
+        return rng.normal(scale=config.initializer_range, size=shape).astype(np.float32)
+
+    out = {
+        "model.embed_tokens.weight": weight(V, M),
+        "lm_head.weight": weight(V, M),
+        "model.norm.weight": 1 + weight(M),
+    }
+    for i, kind in enumerate(config.layer_types):
+        at, moe = f"model.layers.{i}.self_attn", f"model.layers.{i}.block_sparse_moe"
+        if kind == "lightning":
+            out |= {f"{at}.qkv_proj.weight": weight(3 * H * D, M), f"{at}.output_gate.weight": weight(H * D, M)}
+            out |= {f"{at}.norm.weight": 1 + weight(H * D), f"{at}.out_proj.weight": weight(M, H * D)}
+        else:
+            out |= {f"{at}.q_proj.weight": weight(H * D, M), f"{at}.o_proj.weight": weight(M, H * D)}
+            out |= {f"{at}.k_proj.weight": weight(K * D, M), f"{at}.v_proj.weight": weight(K * D, M)}
+        out |= {
+            f"model.layers.{i}.{name}.weight": 1 + weight(M) for name in ("input_layernorm", "post_attention_layernorm")
+        }
+        out[f"{moe}.gate.weight"] = weight(config.num_local_experts, M)
+        for e in range(config.num_local_experts):
+            out |= {f"{moe}.experts.{e}.{w}.weight": weight(F, M) for w in ("w1", "w3")}
+            out[f"{moe}.experts.{e}.w2.weight"] = weight(M, F)
+    return out
+
+
+def write_model(folder: Path, config: M1Config | None = None, seed: int = 0) -> Path:
+    """A model folder as downloaded: config, official safetensors, tokenizer."""
+    config = tiny_config() if config is None else config
+    train_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(config.to_official()), encoding="utf-8")
+    save_file(official_tensors(config, seed), folder / "model.safetensors", {"format": "pt"})
+    return folder

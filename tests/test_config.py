@@ -1,0 +1,137 @@
+"""`config.json` in every spelling of the family; nothing is silently ignored."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from m1jax.config import M1Config
+from m1jax.errors import UserError
+from tests.tools import DATA, SMALL, TINY, variant
+
+OFFICIAL = json.loads((DATA / "m1_config.json").read_text())
+
+# What transformers 5 writes for its own class.
+TRANSFORMERS = {
+    "architectures": ["MiniMaxForCausalLM"],
+    "attention_dropout": 0.0,
+    "block_size": 256,
+    "bos_token_id": 1,
+    "dtype": "float32",
+    "eos_token_id": 2,
+    "full_attn_alpha_factor": 3.5,
+    "full_attn_beta_factor": 1,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "initializer_range": 0.02,
+    "intermediate_size": 96,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_attn_alpha_factor": 3.25,
+    "linear_attn_beta_factor": 0.5,
+    "max_position_embeddings": 131072,
+    "mlp_alpha_factor": 2,
+    "mlp_beta_factor": 1,
+    "model_type": "minimax",
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "output_router_logits": False,
+    "pad_token_id": None,
+    "rms_norm_eps": 1e-05,
+    "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+    "router_aux_loss_coef": 0.001,
+    "router_jitter_noise": 0.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "transformers_version": "5.23.0",
+    "use_cache": True,
+    "vocab_size": 256,
+}
+
+
+def test_official_m1() -> None:
+    config = M1Config.from_file(DATA / "m1_config.json")
+    assert config.num_hidden_layers == 80 and config.softmax_layers == tuple(range(7, 80, 8))
+    assert len(config.lightning_layers) == 70
+    assert config.rotary_dim == 64 and config.head_dim == 128
+    assert config.lightning_alpha == pytest.approx(160**0.25, abs=1e-9)
+    assert config.postnorm and config.eos_token_id is None
+
+
+def test_official_text_01() -> None:
+    text = {**OFFICIAL, "model_type": "minimax_text_01", "architectures": ["MiniMaxText01ForCausalLM"]}
+    assert M1Config.from_dict(text) == M1Config.from_dict(OFFICIAL)
+    del text["postnorm"]
+    assert not M1Config.from_dict(text).postnorm  # the official class' default
+
+
+def test_transformers() -> None:
+    config = M1Config.from_dict(TRANSFORMERS)
+    assert config.layer_types == ("lightning", "softmax")
+    assert (config.lightning_alpha, config.lightning_beta, config.softmax_alpha, config.mlp_alpha) == (3.25, 0.5, 3.5, 2)
+    assert config.head_dim == 16 and config.rotary_dim == 16 and config.rope_theta == 1e6
+    assert config.postnorm and config.eos_token_id == 2
+    half = {**TRANSFORMERS, "rope_parameters": {"rope_theta": 1e7, "rope_type": "default", "partial_rotary_factor": 0.5}}
+    assert M1Config.from_dict(half).rotary_dim == 8
+    assert M1Config.from_dict({**TRANSFORMERS, "eos_token_id": [2, 7]}).eos_token_id == (2, 7)
+
+
+@pytest.mark.parametrize("config", [SMALL, variant(postnorm=False, eos_token_id=(3, 4), shared_intermediate_size=8)])
+def test_official_spelling_round_trips(config: M1Config) -> None:
+    assert M1Config.from_dict(json.loads(json.dumps(config.to_official()))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rotary_dims": 64}, "unknown key 'rotary_dims': did you mean 'rotary_dim'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+        ({"sliding_window": 4096}, "sliding_window = 4096 is not supported"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"router_jitter_noise": 0.01}, "router_jitter_noise"),
+        ({"shared_moe_mode": "softmax"}, "shared_moe_mode"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_typ": "default"}}, "unknown key 'rope_typ'"),
+        ({"rope_parameters": {"rope_theta": 5.0}}, "contradicts"),
+        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"attn_type_list": [0, 2]}, "attn_type_list has 2"),
+        ({"attn_type_list": [0, 1]}, "attn_type_list has 2 entries, num_hidden_layers is 80"),
+        ({"num_key_value_heads": 7}, "num_attention_heads 64 is not a multiple"),
+        ({"rotary_dim": 65}, "rotary_dim 65"),
+        ({"num_experts_per_tok": 33}, "exceeds num_local_experts"),
+        ({"hidden_size": "6144"}, "hidden_size = '6144' is not an integer"),
+        ({"vocab_size": 0}, "vocab_size = 0 is too small"),
+        ({"vocab_size": None}, "missing vocab_size"),
+        ({"rms_norm_eps": True}, "rms_norm_eps"),
+        ({"postnorm": 1}, "postnorm"),
+    ],
+)
+def test_what_is_not_this_model_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        M1Config.from_dict({**OFFICIAL, **change})
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        M1Config.from_file(tmp_path)
+    for content in (b"{", b"\xff\xfe", b"[1]"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(UserError, match=re.escape("config.json")):
+            M1Config.from_file(tmp_path)
+    assert M1Config.from_file(TINY) == M1Config.from_file(TINY / "config.json")
+
+
+def test_every_field_is_read_somewhere() -> None:
+    """A field that no code but the reader mentions would be one that is silently ignored."""
+    root = Path(__file__).parents[1]
+    code = "\n".join(path.read_text() for path in (root / "m1jax").glob("*.py") if path.name != "config.py")
+    for_training = {"router_aux_loss_coef"}  # read by the balancing loss, which comes with the trainer
+    unread = {f.name for f in dataclasses.fields(M1Config) if not re.search(rf"\.{f.name}\b", code)}
+    assert unread <= for_training | {"layer_types", "bos_token_id"} - {"layer_types"}, unread

@@ -1,0 +1,218 @@
+"""One suite per op over every implementation that runs here, against `reference.py`; relative RMS error."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m1jax.kernels import lightning_attention as lightning_package
+from m1jax.kernels.experts import experts
+from m1jax.kernels.lightning_attention import lightning_attention, log_decay
+from m1jax.kernels.lightning_attention.api import slopes
+from m1jax.kernels.linear import linear
+from m1jax.kernels.softmax_attention import softmax_attention
+from m1jax.kernels.softmax_attention import xla as softmax_xla
+from tests.tools import rms_error
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3}
+DTYPES = list(TOLERANCE)
+
+
+def normal(seed: int, *shape: int, dtype: str = "float32") -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)).astype(dtype)
+
+
+def gradients(fn: Any, *arrays: jax.Array) -> list[jax.Array]:
+    """Gradients of a scalar made of every output, each weighted by its own fixed numbers."""
+
+    def loss(*arrays: jax.Array) -> jax.Array:
+        outputs = jax.tree.leaves(fn(*arrays))
+        return sum((jnp.vdot(normal(99 + i, *o.shape), o.astype(jnp.float32)) for i, o in enumerate(outputs)), jnp.zeros(()))
+
+    return jax.tree.leaves(jax.grad(loss, argnums=tuple(range(len(arrays))))(*arrays))
+
+
+# --- lightning attention
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("length", "lengths"), [(1, (1, 0)), (5, (5, 2)), (128, (128, 128)), (300, (300, 129))])
+def test_lightning_attention(length: int, lengths: tuple[int, int], dtype: str) -> None:
+    H, D = 6, 16
+    qkv, state = normal(0, 2, length, H, 3, D, dtype=dtype), normal(1, 2, H, D, D)
+    decay = jnp.asarray(log_decay(H, 3, 9))
+    args: dict[str, Any] = {"state": state, "lengths": jnp.asarray(lengths)}
+    want, want_state = lightning_attention(qkv, decay, implementation="reference", **args)
+    got, got_state = lightning_attention(qkv, decay, implementation="xla", **args)
+    assert got.dtype == qkv.dtype and got_state.dtype == jnp.float32
+    assert bool(jnp.all(jnp.isfinite(got)))
+    for b, n in enumerate(lengths):
+        assert n == 0 or rms_error(got[b, :n], want[b, :n]) < TOLERANCE[dtype]
+    assert rms_error(got_state, want_state) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("length", [1, 37, 200])
+def test_lightning_attention_gradients(length: int) -> None:
+    H, D = 4, 8
+    arrays = normal(0, 2, length, H, 3, D), normal(1, 2, H, D, D)
+    lengths = jnp.asarray([length, max(length - 20, 1)])
+    valid = (jnp.arange(length) < lengths[:, None])[..., None, None]
+
+    def run(implementation: Any) -> Any:
+        def fn(qkv: jax.Array, state: jax.Array) -> Any:
+            decay = jnp.asarray(log_decay(H, 1, 4))
+            out, state = lightning_attention(
+                qkv, decay, state=state, lengths=lengths, implementation=implementation
+            )
+            return jnp.where(valid, out, 0), state
+
+        return gradients(fn, *arrays)
+
+    for got, want in zip(run("xla"), run("reference"), strict=True):
+        assert rms_error(got, want) < 1e-5
+
+
+def test_decay_of_each_head() -> None:
+    """Powers of two: 2^(-8(h+1)/H). Others: worked by hand for 6 heads, c = 4, then every second slope of 8 heads."""
+    assert np.allclose(slopes(8), [2.0 ** -(h + 1) for h in range(8)])
+    assert np.allclose(slopes(6), [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])
+    assert log_decay(64, 0, 80)[0] == pytest.approx(-(2 ** (-1 / 8)) * (1 + 1e-5), rel=1e-6)
+    assert log_decay(64, 79, 80)[63] == pytest.approx(-(2**-8) * 1e-5, rel=1e-2)
+
+
+def test_state_survives_ten_thousand_single_steps() -> None:
+    """A bias in λ would grow with the number of steps; the slowest head forgets nothing to speak of."""
+    H, D, T = 2, 4, 10_000
+    qkv = normal(0, 1, T, H, 3, D)
+    decay = jnp.asarray([-1e-6, -1e-3], jnp.float32)
+
+    def body(state: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
+        return lightning_attention(x[None, None], decay, state=state)[1], None
+
+    stepped, _ = jax.jit(lambda: jax.lax.scan(body, jnp.zeros((1, H, D, D)), qkv[0]))()
+    k, v = np.asarray(jax.nn.silu(qkv[0]), np.float64)[:, :, 1], np.asarray(jax.nn.silu(qkv[0]), np.float64)[:, :, 2]
+    age = np.arange(T)[::-1, None]
+    want = np.einsum("th,thd,the->hde", np.exp(np.asarray(decay, np.float64) * age), k, v)
+    assert rms_error(stepped[0], want) < 2e-5
+
+
+# --- softmax attention
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "N", "offset"), [(1, 40, (0, 39)), (7, 40, (0, 33)), (300, 700, (0, 400)), (600, 600, (0, 0))])
+def test_softmax_attention(T: int, N: int, offset: tuple[int, int], dtype: str) -> None:
+    H, K, D = 6, 2, 16
+    q, k, v = normal(0, 2, T, H, D, dtype=dtype), *(normal(i, 2, K, N, D, dtype=dtype) for i in (1, 2))
+    want = softmax_attention(q, k, v, offset=jnp.asarray(offset), implementation="reference")
+    got = {
+        "api": softmax_attention(q, k, v, offset=jnp.asarray(offset), implementation="xla"),
+        "direct": softmax_xla.direct(q, k, v, jnp.asarray(offset)),
+        "blocked": softmax_xla.blocked(q, k, v, jnp.asarray(offset), 64, 96),
+    }
+    for name, out in got.items():
+        assert out.dtype == v.dtype
+        assert rms_error(out, want) < TOLERANCE[dtype], name
+
+
+def test_softmax_attention_ignores_what_lies_ahead() -> None:
+    q, k, v = normal(0, 1, 3, 2, 8), normal(1, 1, 1, 20, 8), normal(2, 1, 1, 20, 8)
+    ahead = jnp.arange(20)[:, None] > 7
+    far_k, far_v = jnp.where(ahead, 1e30, k), jnp.where(ahead, 1e30, v)
+    offset = jnp.asarray([5])
+    for form in (softmax_xla.direct, lambda *a: softmax_xla.blocked(*a, 2, 4)):
+        assert np.array_equal(form(q, far_k, far_v, offset), form(q, k, v, offset))
+
+
+def test_softmax_attention_gradients() -> None:
+    arrays = normal(0, 1, 50, 4, 8), normal(1, 1, 2, 50, 8), normal(2, 1, 2, 50, 8)
+    want = gradients(lambda q, k, v: softmax_attention(q, k, v, implementation="reference"), *arrays)
+    got = gradients(lambda q, k, v: softmax_xla.blocked(q, k, v, jnp.zeros(1, jnp.int32), 16, 24), *arrays)
+    for a, b in zip(got, want, strict=True):
+        assert rms_error(a, b) < 1e-5
+
+
+# --- experts
+
+
+def routing(seed: int, N: int, k: int, E: int, skew: bool) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(seed)
+    scores = rng.standard_normal((N, E)) + (4 * (np.arange(E) == 1) if skew else 0)
+    weights = rng.random((N, k), dtype=np.float32)
+    return jnp.asarray(np.argsort(-scores)[:, :k], jnp.int32), jnp.asarray(weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "k", "skew"), [(1, 2, False), (3, 2, False), (8, 2, True), (61, 1, False), (200, 3, True)])
+def test_experts(N: int, k: int, skew: bool, dtype: str) -> None:
+    L, E, F, M = 2, 6, 32, 256  # wide enough for the fused form
+    x, w13, w2 = normal(0, N, M, dtype=dtype), normal(1, L, E, 2, F, M, dtype=dtype), normal(2, L, E, M, F, dtype=dtype)
+    w13, w2 = (w / np.sqrt(w.shape[-1]).astype(dtype) for w in (w13, w2))
+    chosen, weights = routing(N, N, k, E, skew)
+    chosen = chosen.at[N // 2 :: 3].set(E) if N > 2 else chosen  # padding
+    args = (x, w13, w2, chosen, weights)
+    want = experts(*args, layer=1, implementation="reference")
+    got = jax.jit(lambda *a: experts(*a, layer=1, implementation="xla"))(*args)
+    assert got.dtype == jnp.float32
+    assert rms_error(got, want) < TOLERANCE[dtype]
+    if N > 2:
+        assert not np.any(got[N // 2 :: 3])
+
+
+def test_experts_gradients() -> None:
+    N, E, F, M = 19, 4, 8, 12
+    x, w13, w2 = normal(0, N, M), normal(1, 1, E, 2, F, M), normal(2, 1, E, M, F)
+    chosen, weights = routing(3, N, 2, E, skew=True)
+    for got, want in zip(
+        gradients(lambda *a: experts(*a[:3], chosen, a[3], implementation="xla"), x, w13, w2, weights),
+        gradients(lambda *a: experts(*a[:3], chosen, a[3], implementation="reference"), x, w13, w2, weights),
+        strict=True,
+    ):
+        assert rms_error(got, want) < 1e-5
+
+
+# --- linear
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
+@pytest.mark.parametrize(("N", "I", "O"), [(1, 256, 6), (2, 512, 8), (4, 256, 7), (8, 256, 6), (1, 24, 5), (33, 48, 20)])
+def test_linear(N: int, I: int, O: int, dtypes: tuple[str, str]) -> None:
+    x, stack = normal(0, N, I, dtype=dtypes[0]), normal(1, 3, O, I, dtype=dtypes[1])
+    want = linear(x, stack, 2, implementation="reference")
+
+    def loop(x: jax.Array, stack: jax.Array) -> jax.Array:  # inside a loop, as in the model
+        return jax.lax.map(lambda i: linear(x, stack, i, implementation="xla"), jnp.arange(3))[2]
+
+    assert rms_error(jax.jit(loop)(x, stack), want) < TOLERANCE["float32"]
+    assert rms_error(linear(x, stack, 2, implementation="xla"), want) < TOLERANCE["float32"]
+
+
+def test_linear_gradients() -> None:
+    x, stack = normal(0, 2, 256), normal(1, 2, 6, 256)
+    want = gradients(lambda x, w: linear(x, w, 1, implementation="reference"), x, stack)
+    for a, b in zip(gradients(lambda x, w: linear(x, w, 1, implementation="xla"), x, stack), want, strict=True):
+        assert rms_error(a, b) < 1e-5
+
+
+# --- bad arguments
+
+
+def test_bad_arguments_are_named() -> None:
+    qkv, decay = normal(0, 1, 4, 2, 3, 8), jnp.zeros(2)
+    bad: list[tuple[str, Any]] = [
+        ("qkv", lambda: lightning_attention(qkv[:, :, :, :2], decay)),
+        ("log_decay", lambda: lightning_attention(qkv, decay[:1])),
+        ("state", lambda: lightning_attention(qkv, decay, state=jnp.zeros((1, 2, 8, 4)))),
+        ("lengths", lambda: lightning_attention(qkv, decay, lengths=jnp.ones(3, jnp.int32))),
+        ("implementation", lambda: lightning_attention(qkv, decay, implementation="none")),  # pyright: ignore
+        ("implementation", lambda: linear(decay[None], decay[None, None], 0, implementation="none")),  # pyright: ignore
+        ("dtype", lambda: linear(jnp.zeros((1, 2), jnp.bfloat16), jnp.zeros((1, 3, 2)), 0)),
+        ("x", lambda: experts(jnp.zeros((2, 3)), jnp.zeros((1, 2, 2, 5, 4)), jnp.zeros((1, 2, 4, 5)), *routing(0, 2, 1, 2, False))),
+        ("k", lambda: softmax_attention(jnp.zeros((1, 2, 3, 4)), jnp.zeros((1, 2, 5, 4)), jnp.zeros((1, 2, 5, 4)))),
+    ]
+    for name, call in bad:
+        with pytest.raises(ValueError, match=name):
+            call()
+    assert lightning_package.__all__

@@ -1,0 +1,241 @@
+"""The model against an independent float64 implementation, and its own invariances."""
+
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m1jax import model as m1
+from m1jax.config import M1Config
+from m1jax.errors import UserError
+from m1jax.params import count, flatten
+from tests import numpy_m1
+from tests.tools import DATA, SMALL, random_model, rms_error, variant
+
+# What the golden checkpoint does not show: other head counts, irregular layers, every option of the Text-01 family.
+VARIANTS = {
+    "small": SMALL,
+    "irregular layers, heads no power of two": variant(
+        layer_types=("lightning", "lightning", "softmax", "lightning", "softmax"),
+        num_attention_heads=6,
+        num_key_value_heads=3,
+    ),
+    "softmax first, full rotary, pre-norm": variant(
+        layer_types=("softmax", "lightning", "lightning"), rotary_dim=8, rope_theta=500.0, postnorm=False
+    ),
+    "lightning only, shared expert": variant(layer_types=("lightning",) * 3, shared_intermediate_size=20),
+    "softmax only, tied, one key head, one expert": variant(
+        layer_types=("softmax",) * 2, tie_word_embeddings=True, num_key_value_heads=1, num_experts_per_tok=1
+    ),
+    "wide heads, all experts": variant(hidden_size=40, head_dim=16, rms_norm_eps=1e-3, num_experts_per_tok=4),
+}
+
+
+def tokens_of(config: M1Config, batch: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length)).astype(np.int32)
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+def test_every_configuration_matches_float64(config: M1Config) -> None:
+    model, tokens = random_model(config), tokens_of(config, 2, 19)
+    logits, state = model.step(tokens, model.init_state(2, 24))
+    for row in range(2):
+        want, states = numpy_m1.forward(config, flatten(model), tokens[row])
+        assert rms_error(logits[row], want) < 3e-6
+        assert np.array_equal(np.argmax(logits[row], -1), np.argmax(want, -1))
+        if states:
+            assert rms_error(state.lightning.s[:, row], np.stack(states)) < 3e-6
+
+
+MODEL = random_model(SMALL)
+LENGTH = 23
+WHOLE = tokens_of(SMALL, 2, LENGTH)
+
+
+@given(st.lists(st.sampled_from([1, 2, 5, 8]), min_size=1, max_size=LENGTH))
+def test_any_chunking_equals_one_shot(sizes: list[int]) -> None:
+    want, final = MODEL.step(WHOLE, MODEL.init_state(2, LENGTH))
+    assert rms_error(MODEL(WHOLE), want) < 1e-6
+    state, out, at = MODEL.init_state(2, LENGTH), [], 0
+    while at < LENGTH:
+        n = min(sizes[len(out) % len(sizes)], LENGTH - at)
+        logits, state = MODEL.step(WHOLE[:, at : at + n], state)
+        out.append(logits)
+        at += n
+    assert rms_error(jnp.concatenate(out, 1), want) < 2e-6
+    assert rms_error(state.lightning.s, final.lightning.s) < 2e-6
+    assert rms_error(state.cache.k, final.cache.k) < 2e-6
+    assert list(state.length) == [LENGTH, LENGTH]
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=3))
+def test_any_padding_equals_none(chunks: list[tuple[int, int, int]]) -> None:
+    rows = tokens_of(SMALL, 3, 18, seed=1)
+    state, at = MODEL.init_state(3, 18), np.zeros(3, int)
+    got: list[list[np.ndarray]] = [[], [], []]
+    for lengths in chunks:
+        block = np.full((3, 6), 7, np.int32)  # padding is an ordinary token
+        for b, n in enumerate(lengths):
+            block[b, :n] = rows[b, at[b] : at[b] + n]
+        logits, state = MODEL.step(block, state, lengths=np.asarray(lengths))
+        for b, n in enumerate(lengths):
+            got[b].append(np.asarray(logits[b, :n]))
+        at += np.asarray(lengths)
+    for b in range(3):
+        alone = MODEL.init_state(1, 18)
+        want = np.zeros((0, SMALL.vocab_size), np.float32)
+        if at[b]:
+            # Token by token: one compiled shape for every length that hypothesis thinks of.
+            steps = []
+            for t in range(at[b]):
+                logits, alone = MODEL.step(rows[b : b + 1, t : t + 1], alone)
+                steps.append(np.asarray(logits[0]))
+            want = np.concatenate(steps)
+            assert rms_error(np.concatenate(got[b]), want) < 2e-6
+            assert rms_error(state.lightning.s[:, b], alone.lightning.s[:, 0]) < 2e-6
+            n = at[b]
+            assert rms_error(state.cache.k[:, b, :, :n], alone.cache.k[:, 0, :, :n]) < 2e-6
+        else:
+            assert not np.any(state.lightning.s[:, b])
+        assert state.length[b] == at[b]
+
+
+def test_last_logits_are_those_of_the_last_valid_token() -> None:
+    tokens = tokens_of(SMALL, 3, 9)
+    lengths = np.asarray([9, 4, 1])
+    whole, _ = MODEL.step(tokens, MODEL.init_state(3, 9), lengths=lengths)
+    last, _ = MODEL.step(tokens, MODEL.init_state(3, 9), lengths=lengths, logits="last")
+    assert rms_error(last, np.stack([whole[b, n - 1] for b, n in enumerate(lengths)])) < 1e-6
+
+
+def test_padding_past_the_end_of_the_cache_harms_nothing() -> None:
+    tokens = tokens_of(SMALL, 1, 12)
+    _, state = MODEL.step(tokens[:, :8], MODEL.init_state(1, 10))
+    padded, _ = MODEL.step(np.pad(tokens[:, 8:10], ((0, 0), (0, 6))), state, lengths=np.asarray([2]))
+    want, _ = MODEL.step(tokens[:, 8:10], state)
+    assert rms_error(padded[:, :2], want) < 1e-6
+
+
+def test_taken_rows_go_on_alone() -> None:
+    tokens = tokens_of(SMALL, 3, 8)
+    _, state = MODEL.step(tokens, MODEL.init_state(3, 12))
+    rows = jnp.asarray([2, 0, 2])
+    taken, _ = MODEL.step(tokens[np.asarray(rows), :2], state.take(rows))
+    want, _ = MODEL.step(tokens[:, :2], state)
+    assert rms_error(taken, np.asarray(want)[np.asarray(rows)]) < 1e-6
+
+
+def test_bfloat16_keeps_its_distance_in_chunks_too() -> None:
+    """bf16 rounds every layer's output: a few 1e-3 on the logits of this model, whole or token by token."""
+    model = random_model(SMALL, dtype="bfloat16")
+    exact = m1.build(SMALL, lambda path, _: jnp.asarray(flatten(model)[path], jnp.float32))
+    tokens = tokens_of(SMALL, 2, 16)
+    want = exact(tokens)
+    assert model(tokens).dtype == jnp.float32
+    assert rms_error(model(tokens), want) < 3e-2
+    state, out = model.init_state(2, 16), []
+    assert state.cache.k.dtype == jnp.bfloat16 and state.lightning.s.dtype == jnp.float32
+    for t in range(16):
+        logits, state = model.step(tokens[:, t : t + 1], state)
+        out.append(logits)
+    assert rms_error(jnp.concatenate(out, 1), want) < 3e-2
+
+
+def test_gradients_match_finite_differences() -> None:
+    model, tokens = random_model(variant(layer_types=("lightning", "softmax"))), tokens_of(SMALL, 1, 7)
+
+    def loss(model: m1.M1) -> jax.Array:
+        picked = jax.nn.log_softmax(model(tokens))[0, jnp.arange(6), tokens[0, 1:]]
+        return -jnp.mean(picked)
+
+    gradient = jax.grad(loss)(model)
+    rng = np.random.default_rng(0)
+    direction = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), a.dtype), model)
+    slope = sum(float(jnp.vdot(a, b)) for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
+    step = 3e-4
+    ahead, behind = (loss(jax.tree.map(lambda a, d: a + s * d, model, direction)) for s in (step, -step))
+    assert slope == pytest.approx(float(ahead - behind) / (2 * step), rel=2e-2)
+
+
+def test_periods_and_runs() -> None:
+    m1_layers = (("lightning",) * 7 + ("softmax",)) * 10
+    assert m1.period(m1_layers) == 8
+    assert m1.period(("softmax", "lightning", "lightning")) == 3
+    assert [tuple(run) for run in m1.runs(m1_layers[:8])] == [("lightning", 0, 0, 7), ("softmax", 7, 0, 1)]
+    assert [tuple(run) for run in m1.runs(("softmax", "lightning", "lightning", "softmax"))] == [
+        ("softmax", 0, 0, 1),
+        ("lightning", 1, 0, 2),
+        ("softmax", 3, 1, 1),
+    ]
+
+
+def test_the_full_model_traces_in_the_time_of_one_period() -> None:
+    config = M1Config.from_file(DATA / "m1_config.json")
+    assert count(config) == 456_089_655_296
+    model = m1.abstract(config)
+    assert sum(leaf.size for leaf in jax.tree.leaves(model)) == 456_089_655_296
+    state = jax.eval_shape(lambda: model.init_state(1, 128))
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    start = time.process_time()
+    text = m1._step.lower(model, tokens, state, lengths, "last").as_text()
+    seconds = time.process_time() - start
+    # Two layer bodies, not eighty: the program is short. The time is only printed, not asserted.
+    print(f"traced in {seconds:.1f} s")
+    assert text.count("stablehlo.while") < 20
+
+
+def test_first_bad_layer_is_named() -> None:
+    tokens = tokens_of(SMALL, 1, 5)
+    assert MODEL.first_bad_layer(tokens) is None
+
+    def spoil(path: str, index: tuple[int, ...]) -> m1.M1:
+        arrays = flatten(MODEL)
+        return m1.build(SMALL, lambda p, _: arrays[p].at[index].set(jnp.nan) if p == path else arrays[p])
+
+    assert spoil("lightning.out_proj", (1, 0, 0, 0)).first_bad_layer(tokens) == "layer 2 (lightning)"
+    assert spoil("softmax.o_proj", (0, 0, 0, 0)).first_bad_layer(tokens) == "layer 1 (softmax)"
+    assert spoil("embed", (int(tokens[0, 2]), 0)).first_bad_layer(tokens) == "embedding"
+    assert spoil("lm_head", (3, 0)).first_bad_layer(tokens) == "lm_head"
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="tokens: expected integers"):
+        MODEL(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="tokens: expected integers"):
+        MODEL(np.zeros((2, 0), np.int32))
+    with pytest.raises(ValueError, match="state: made for 2 rows"):
+        MODEL.step(np.zeros((3, 1), np.int32), MODEL.init_state(2, 8))
+    with pytest.raises(UserError, match="exceeds the context of 4096"):
+        MODEL.init_state(1, 5000)
+
+
+def test_the_state_is_not_touched_and_may_be_used_again() -> None:
+    tokens = tokens_of(SMALL, 1, 6)
+    _, state = MODEL.step(tokens[:, :3], MODEL.init_state(1, 8))
+    before = jax.tree.map(np.array, state)
+    first, _ = MODEL.step(tokens[:, 3:], state)
+    second, _ = MODEL.step(tokens[:, 3:], state)
+    assert np.array_equal(first, second)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state), strict=True))
+
+
+def test_steps_work_under_the_callers_jit_and_as_a_pytree() -> None:
+    tokens = tokens_of(SMALL, 1, 4)
+    step = jax.jit(lambda model, tokens, state: model.step(tokens, state))
+    got, _ = step(MODEL, tokens, MODEL.init_state(1, 8))
+    want, _ = MODEL.step(tokens, MODEL.init_state(1, 8))
+    assert rms_error(got, want) < 1e-6
+    doubled = jax.tree.map(lambda a: 2 * a, MODEL)
+    assert isinstance(doubled, m1.M1) and doubled.config == SMALL
+
+
+def test_importing_the_package_does_not_import_torch_or_the_other_kernels() -> None:
+    code = "import m1jax, sys; assert not {'torch', 'transformers', 'kernels', 'sharding'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

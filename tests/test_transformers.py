@@ -1,0 +1,72 @@
+"""Side by side with transformers' `MiniMaxForCausalLM`, where it computes the official model.
+
+That is: rotary_dim = head_dim, heads a power of two, whole prompts, `position_ids` passed. Its layer factor is
+1 - i/(L-1+1e-5) + 1e-5 where the official one is 1 - i/(L-1) + 1e-5: the test gives it the official one.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import m1jax
+from tests.tools import rms_error
+
+torch = pytest.importorskip("torch", reason="the extra `parity` is not installed")
+transformers = pytest.importorskip("transformers", reason="the extra `parity` is not installed")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("transformers") / "model"
+    torch.manual_seed(0)
+    config = transformers.MiniMaxConfig(
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+        linear_attn_alpha_factor=1.8,
+        full_attn_alpha_factor=1.7,
+        mlp_alpha_factor=1.6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        initializer_range=0.2,
+    )
+    transformers.MiniMaxForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def official_decay(model: Any) -> Any:
+    """Replaces the slopes of transformers' class by the official ones."""
+    layers = model.model.layers
+    for i, layer in enumerate(layers):
+        if layer.block_type != "linear_attention":
+            continue
+        attention = layer.self_attn
+        heads = attention.num_attention_heads
+        slope = 2.0 ** (-8.0 * (torch.arange(heads, dtype=torch.float32) + 1) / heads)
+        slope = (slope * (1 - i / (len(layers) - 1) + 1e-5))[:, None, None]
+        attention.slope_rate = slope
+        attention.query_decay, attention.key_decay, attention.diagonal_decay = attention.decay_factors(slope)
+    return model
+
+
+def test_logits_and_decode(folder: Path) -> None:
+    theirs = official_decay(transformers.MiniMaxForCausalLM.from_pretrained(folder).eval())
+    ours = m1jax.load(folder)
+    ids = np.random.default_rng(0).integers(0, 96, (2, 290))
+    with torch.no_grad():
+        whole = theirs(torch.tensor(ids), use_cache=True)
+        nxt = torch.argmax(whole.logits[:, -1:], -1)
+        position = torch.full((2, 1), 290)
+        one = theirs(nxt, past_key_values=whole.past_key_values, use_cache=True, position_ids=position)
+    assert rms_error(ours(ids), whole.logits.numpy()) < 3e-6
+    logits, state = ours.step(ids, ours.init_state(2, 300), logits="last")
+    assert np.array_equal(np.argmax(logits, -1), nxt.numpy()[:, 0])
+    logits, _ = ours.step(nxt.numpy(), state, logits="last")
+    assert rms_error(logits, one.logits[:, 0].numpy()) < 3e-6

@@ -1,0 +1,62 @@
+"""Helpers that several test modules share."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m1jax.config import M1Config
+from m1jax.model import M1, build
+
+DATA = Path(__file__).parent / "data"
+TINY = DATA / "m1_tiny"
+
+SMALL = M1Config(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=24,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    rotary_dim=4,
+    layer_types=("lightning", "softmax") * 2,
+    max_position_embeddings=4096,
+    lightning_alpha=1.7,
+    softmax_alpha=1.6,
+    mlp_alpha=1.5,
+    lightning_beta=0.9,
+    softmax_beta=1.1,
+    mlp_beta=0.8,
+)
+
+
+def rms_error(ours: Any, theirs: Any) -> float:
+    """Root mean square of the difference, relative to that of `theirs`."""
+    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)))
+
+
+def random_model(config: M1Config, seed: int = 0, dtype: str = "float32") -> M1:
+    """Random weights, norms away from one."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(_: str, spec: Any) -> jax.Array:
+        values = rng.standard_normal(spec.shape, dtype=np.float32)
+        fan_in = spec.shape[-1] if spec.init is not None else 1
+        scaled = values / np.sqrt(fan_in) if spec.init is not None else 1 + 0.2 * values
+        return jnp.asarray(scaled).astype(spec.dtype or dtype)
+
+    return build(config, leaf)
+
+
+def variant(**changes: Any) -> M1Config:
+    """SMALL with some fields changed; `num_hidden_layers` follows `layer_types`."""
+    if "layer_types" in changes:
+        changes["num_hidden_layers"] = len(changes["layer_types"])
+    return dataclasses.replace(SMALL, **changes)
