@@ -11,9 +11,9 @@ from jax import lax
 def isolated(fn: Callable[..., Any], index: jax.Array | int, *operands: Any) -> Any:
     """`fn(*operands)`; on CPUs inside a branch that is always taken, though the compiler cannot know.
 
-    A branch reads and returns whole buffers. So what made an operand is not computed again for each element that uses it,
-    a result is not computed twice, and bfloat16 weights are not converted to float32 ahead of the loop, all layers' at once.
-    `optimization_barrier` is dropped before these passes run. `index` is any non-negative integer of the loop.
+    A branch reads and returns whole buffers. So what made an operand is not computed again for each element that uses
+    it, a result is not computed twice, and bfloat16 weights are not converted to float32 ahead of the loop, all layers'
+    at once. `optimization_barrier` is dropped before these passes run. `index` is any non-negative integer of the loop.
     """
 
     def in_branch(*operands: Any) -> Any:

@@ -43,7 +43,13 @@ _WHOLE = ("layer", "experts", "gate_up")  # axes of which a chunk holds one inde
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
-    """What `m1jax.json` says. Raises `UserError` if it is not this version's."""
+    """What `m1jax.json` says. Raises `UserError` if it is not there or not this version's."""
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist: give a folder made by python -m m1jax.convert")
+    if not (folder / MARKER).exists():
+        raise UserError(
+            f"{folder} is not a converted checkpoint, it has no {MARKER}: run python -m m1jax.convert first"
+        )
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -92,7 +98,7 @@ def create(folder: Path, arrays: Mapping[str, tuple[ParamSpec, np.dtype[Any]]]) 
 
 def open_arrays(folder: Path, paths: Iterable[str]) -> dict[str, ts.TensorStore]:
     """The stored arrays of parameters, to be read or written; they share one database, so also transactions."""
-    context = ts.Context()
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})  # without it every chunk reads the index anew
     try:
         return {path: ts.open(_tensorstore_spec(folder, path), context=context).result() for path in paths}
     except (ValueError, RuntimeError) as error:
@@ -108,8 +114,9 @@ def windows_of(store: ts.TensorStore, axis: int, rows: range | None = None) -> I
 
 
 def short(error: Exception) -> str:
-    """The beginning of an error's text, on one line."""
-    return " ".join(str(error).split())[:200]
+    """The beginning of an error's text, on one line, or of a long one what matters."""
+    text = " ".join(str(error).split())
+    return "No space left on device" if "No space left on device" in text else text[:200]
 
 
 def _tensorstore_spec(folder: Path, path: str) -> dict[str, Any]:

@@ -148,11 +148,13 @@ def _commit(place: Workplace, transaction: ts.Transaction) -> None:
 def _batches(jobs: list[Job]) -> Iterator[list[Job]]:
     """Consecutive jobs of together about `_BATCH` bytes."""
     batch: list[Job] = []
+    size = 0
     for job in jobs:
         batch.append(job)
-        if sum(other.tensor.nbytes for other in batch) >= _BATCH:
+        size += job.tensor.nbytes
+        if size >= _BATCH:
             yield batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch
 
@@ -179,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("keep", *_DTYPES),
         default="keep",
-        help="stored dtype; keep (default) makes export give back the same bits; the router stays float32",
+        help="stored dtype; keep (default): as in SRC, export then gives back the same bits; else the router is float32",
     )
     out.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST when the new one is whole")
     out.add_argument(
@@ -195,6 +197,8 @@ def main() -> int:
     """Command line; see the module's docstring."""
     args = parser().parse_args()
     if args.verify:
+        if args.overwrite or args.dtype != "keep":
+            raise UserError("--verify converts nothing: it goes without --dtype and --overwrite")
         from m1jax.verify import verify  # needs the model, a conversion does not
 
         return 0 if verify(args.src, args.dst) else 1

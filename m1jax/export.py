@@ -39,8 +39,6 @@ def export(src: Path, dst: Path, max_shard: int = 5_000_000_000, overwrite: bool
       UserError: `src` is not a converted checkpoint or damaged, `dst` is taken, or the disk is full. `dst` is
         then as it was.
     """
-    if not (src / MARKER).exists():
-        raise UserError(f"{src} is not a converted checkpoint: it has no {MARKER}")
     dtypes = checkpoint.read_marker(src)["dtypes"]
     config = M1Config.from_file(src)
     table = {path: spec for path, spec in param_table(config).items() if 0 not in spec.shape}
@@ -108,7 +106,9 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("src", type=Path, metavar="CKPT", help="converted checkpoint")
     out.add_argument("dst", type=Path, metavar="DST", help="folder to be made; config and tokenizer go along")
-    out.add_argument("--max-shard-size", type=parse_size, default="5GB", help="e.g. 5GB (default) or 500MB")
+    out.add_argument(
+        "--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="e.g. 5GB (default) or 500MB"
+    )
     out.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST when the new one is whole")
     return out
 

@@ -14,7 +14,7 @@ from m1jax.arguments import parse
 from m1jax.config import M1Config
 from m1jax.errors import UserError, main_guard
 from m1jax.prompt import Prompter
-from m1jax.runtime import memory_errors, silence_stdout
+from m1jax.runtime import Interrupts, memory_errors, silence_stdout
 from m1jax.tokenizer import Tokenizer
 
 BROKEN_PIPE = 141  # as the shell reports a program that SIGPIPE ended
@@ -25,15 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `python -m m1jax.generate --help`."""
     args = parse(argv, __doc__ or "")
     try:
-        with memory_errors():
+        with Interrupts().installed() as interrupts, memory_errors():
             if not args.model.is_dir():
                 raise UserError(f"{args.model} is not a folder: give one with a model's config.json")
             # Whatever can be refused is, before the weights are read.
             config = M1Config.from_file(args.model)
             prompter = Prompter(Tokenizer.load(args.model))
             if args.interactive:
-                return modes.converse(args, prompter)
-            return (modes.single if args.input is None else modes.batch)(args, prompter, config)
+                return modes.converse(args, prompter, interrupts)
+            return (modes.single if args.input is None else modes.batch)(args, prompter, config, interrupts)
     except BrokenPipeError:
         silence_stdout()
         return BROKEN_PIPE

@@ -213,8 +213,8 @@ class Output:
 
     def _read(self) -> None:
         self._file.seek(0)
-        whole, _, torn = self._file.read().rpartition(b"\n")
-        for number, text in enumerate(whole.split(b"\n") if whole else [], 1):
+        whole, newline, torn = self._file.read().rpartition(b"\n")
+        for number, text in enumerate(whole.split(b"\n") if newline else [], 1):
             self._check(number, text)
         if not torn:
             return
@@ -224,7 +224,7 @@ class Output:
             # Only a torn line of ours is cut off; anything else is somebody's data.
             if not torn.startswith(_START[: len(torn)]):
                 raise UserError(f"{self.path} holds other data: choose another --output") from None
-            self._file.truncate(len(whole) + bool(whole))
+            self._file.truncate(len(whole) + len(newline))
         else:
             self._check(len(self.done) + 1, torn)
             self._file.write(b"\n")

@@ -1,8 +1,8 @@
 """MiniMax-M1 as NNX modules used as immutable pytrees: `(tokens, state) -> (logits, state)`, nothing mutated.
 
-All layers of one kind lie stacked in one array. A forward pass scans over the repeating period of the layer types (M1: 7
-lightning, 1 softmax) and inside it over each run of equal layers, picking a layer's weights by index, so that a
-model of 80 layers traces and compiles in the time of two.
+All layers of one kind lie stacked in one array. A forward pass scans over the repeating period of the layer types
+(M1: 7 lightning, 1 softmax) and inside it over each run of equal layers, picking a layer's weights by index, so that
+a model of 80 layers traces and compiles in the time of two.
 
 Letters: B batch, T tokens, N cache length, L layers (P lightning, S softmax), H heads, K key/value heads, D head_dim,
 M hidden, E experts, F expert width, V vocabulary, R rotary_dim.

@@ -23,11 +23,11 @@ from m1jax.terminal import Printer, ending, figures, note, rates
 INTERRUPTED = 130
 
 
-def single(args: argparse.Namespace, prompter: Prompter, config: M1Config) -> int:
+def single(args: argparse.Namespace, prompter: Prompter, config: M1Config, interrupts: Interrupts) -> int:
     """Streams the text for one prompt, or prints it as JSON."""
     request = prompter.plain(read_prompt(args), args.options)
     check_context(len(request.tokens), config.max_position_embeddings)
-    engine, interrupts, seconds = start(args, prompter)
+    engine, seconds = start(args, prompter, interrupts)
     found: dict[int, Reply] = {}
     printer = None if args.json else Printer(sys.stdout, request.n)
     with interrupts.caught():
@@ -50,10 +50,10 @@ def single(args: argparse.Namespace, prompter: Prompter, config: M1Config) -> in
     return INTERRUPTED if any(reply.finish == "interrupted" for reply in replies) else 0
 
 
-def converse(args: argparse.Namespace, prompter: Prompter) -> int:
+def converse(args: argparse.Namespace, prompter: Prompter, interrupts: Interrupts) -> int:
     """Replies to each line of stdin; Ctrl-C ends a reply, the end of stdin the conversation."""
     _ = prompter.template  # complains before the weights are read
-    engine, interrupts, seconds = start(args, prompter)
+    engine, seconds = start(args, prompter, interrupts)
     chat, terminal = Chat(engine, args.options), sys.stdin.isatty()
     if terminal:
         import readline  # noqa: F401  (gives input() a history and line editing)
@@ -96,13 +96,13 @@ def _turn(chat: Chat, message: str, interrupts: Interrupts) -> Reply:
     return reply
 
 
-def batch(args: argparse.Namespace, prompter: Prompter, config: M1Config) -> int:
+def batch(args: argparse.Namespace, prompter: Prompter, config: M1Config, interrupts: Interrupts) -> int:
     """Generates for each line of `--input` what `--output` lacks."""
     lines = read_lines(args.input, args.options, prompter, config.max_position_embeddings)
     total = sum(line.request.n for line in lines)
     with Output(args.output, lines) as output:
         if len(output.done) < total:
-            engine, interrupts, seconds = start(args, prompter)
+            engine, seconds = start(args, prompter, interrupts)
             bar = tqdm(total=total, initial=len(output.done), unit="text", dynamic_ncols=True, file=sys.stderr)
             with bar, interrupts.caught():
                 for _ in generate_lines(engine, lines, output, args.batch_size):
@@ -118,12 +118,12 @@ def batch(args: argparse.Namespace, prompter: Prompter, config: M1Config) -> int
     return 0
 
 
-def start(args: argparse.Namespace, prompter: Prompter) -> tuple[Engine, Interrupts, float]:
-    """Loads the model: an engine, what tells it of Ctrl-C, and the seconds it took."""
+def start(args: argparse.Namespace, prompter: Prompter, interrupts: Interrupts) -> tuple[Engine, float]:
+    """Loads the model: an engine, and the seconds it took."""
     use_compilation_cache()
-    begin, interrupts = time.perf_counter(), Interrupts()
+    begin = time.perf_counter()
     engine = Engine(load(args.model, args.dtype), prompter.tokenizer, cancelled=lambda: interrupts.requested)
-    return engine, interrupts, time.perf_counter() - begin
+    return engine, time.perf_counter() - begin
 
 
 def _figures(replies: Sequence[Reply], args: argparse.Namespace, stats: Stats, seconds: float | None) -> None:

@@ -1,8 +1,8 @@
 """The parameters of M1, declared once: path, shape, logical axes, dtype and initialisation.
 
-Matrices are `[out, in]`, as in the official checkpoints, so that conversion is reshape and stack; every layer's matrix of
-one kind lies in one array with a leading layer axis. Letters: L layers (P of them lightning, S softmax), V vocabulary,
-M hidden size, H heads, K key/value heads, D head_dim, E experts, F expert width, I width of the shared expert.
+Matrices are `[out, in]`, as in the official checkpoints, so that conversion is reshape and stack; every layer's matrix
+of one kind lies in one array with a leading layer axis. Letters: L layers (P lightning, S softmax), V vocabulary, M
+hidden size, H heads, K key/value heads, D head_dim, E experts, F expert width, I width of the shared expert.
 """
 
 import dataclasses

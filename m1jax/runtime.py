@@ -1,5 +1,6 @@
 """The process around the model: compilation cache, memory figures, Ctrl-C, broken pipes and exhausted memory."""
 
+import _thread
 import contextlib
 import os
 import resource
@@ -13,6 +14,8 @@ from types import FrameType
 import jax
 
 from m1jax.errors import UserError
+
+_GC_CALLBACK = "_xla_gc_callback"  # what jax has Python call at each garbage collection
 
 
 def use_compilation_cache() -> None:
@@ -42,31 +45,45 @@ def peak_memory() -> dict[str, int]:
 
 
 class Interrupts:
-    """Turns the first Ctrl-C of a stretch of work into a flag, the second one into `KeyboardInterrupt`.
+    """Ctrl-C: at once, or, while text is generated, after the current step.
 
-    The device's state is handed from step to step; ending between two steps keeps it whole.
+    The device's state is handed from step to step; ending between two steps keeps it whole. So the first Ctrl-C of a
+    `caught` stretch only raises a flag, the second one `KeyboardInterrupt`.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._catching = False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator["Interrupts"]:
+        """Handles Ctrl-C inside; only a process's main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        previous = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
         """The stretch of work; the flag is lowered at its beginning."""
-        self.requested = False
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = signal.signal(signal.SIGINT, self._handle)
+        self.requested, self._catching = False, True
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            self._catching = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self._catching and not self.requested:
+            self.requested = True
+        elif frame is not None and frame.f_code.co_name == _GC_CALLBACK:
+            # Python drops exceptions raised there, and a signal that arrives inside XLA often lands there: try again.
+            threading.Timer(0.02, _thread.interrupt_main).start()
+        else:
             raise KeyboardInterrupt
-        self.requested = True
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from m1jax.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+WRITER = "m1jax"
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -98,6 +99,14 @@ def read_folder(folder: str | Path) -> dict[str, Tensor]:
     others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     found = f" (only {listing(others, 3)})" if others else ""
     raise UserError(f"{folder} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there{found}")
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `write_folder` made the folder."""
+    try:
+        return json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["metadata"]["written_by"] == WRITER
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _read_index(file: Path) -> dict[str, str]:
@@ -293,5 +302,5 @@ def write_folder(
             write_file(file, shard, progress)
         weights |= dict.fromkeys((entry.name for entry in shard), file.name)
     total = sum(entry.nbytes for entry in entries)
-    index = {"metadata": {"total_size": total}, "weight_map": weights}
+    index = {"metadata": {"total_size": total, "written_by": WRITER}, "weight_map": weights}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=1), encoding="utf-8")

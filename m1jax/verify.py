@@ -4,7 +4,6 @@ import gc
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
@@ -33,11 +32,13 @@ class Parity(NamedTuple):
 
 def verify(src: Path, dst: Path) -> bool:
     """Prints a table of the parity in float32 of two checkpoints; true if they agree. Raises `UserError`."""
-    if not (dst / MARKER).exists():
-        raise UserError(f"{dst} is not a converted checkpoint: it has no {MARKER}")
-    rounded = read_marker(dst)["dtype"] == "bfloat16"
+    rounded = (dst / MARKER).exists() and read_marker(dst)["dtype"] == "bfloat16"
     wanted = _logits(src)
     found = _logits(dst)
+    if {name: logits.shape for name, logits in wanted.items()} != {
+        name: logits.shape for name, logits in found.items()
+    }:
+        raise UserError(f"{src} and {dst} are different models: their vocabularies or tokenizers differ")
     rows = [compare(name, wanted[name], found[name]) for name in wanted]
     tolerance = _ROUNDED if rounded else _EXACT
     print(f"{'prompt':<44} {'max abs':>9} {'rel. RMS':>9} {'argmax':>7}")
@@ -63,7 +64,6 @@ def _logits(path: Path) -> dict[str, NDArray[np.float32]]:
     prompts = _prompts(path, model.config.vocab_size)
     out = {name: np.array(model(jnp.asarray(tokens[None]))[0]) for name, tokens in prompts.items()}
     del model
-    jax.clear_caches()
     gc.collect()
     return out
 

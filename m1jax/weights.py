@@ -160,7 +160,7 @@ def plan(config: M1Config, tensors: Mapping[str, Described]) -> dict[str, list[P
       UserError: `config` contradicts the tensors, or some are missing, extra, duplicate, misshapen or not of a
         floating dtype; one line names them all.
     """
-    tensors = {name: tensor for name, tensor in tensors.items() if not any(r.regex.fullmatch(name) for r in IGNORED)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not _match(IGNORED, name)}
     layout = _layout(tensors)
     wanted = expected(config, layout)
     problems = _problems(wanted, tensors, layout)

@@ -17,12 +17,13 @@ from typing import Any, TextIO
 
 from m1jax.errors import UserError
 from m1jax.loading import MARKER, PROGRESS
+from m1jax.safetensors import INDEX_NAME, is_ours
 
 LOCK = "m1jax.lock"
 
 # What goes along with the weights, both ways: config, tokenizer, chat template, and whatever the authors put there.
 _CARRIED = (".json", ".jinja", ".model", ".txt", ".py", ".md")
-_LEFT = (MARKER, PROGRESS, "model.safetensors.index.json", "pytorch_model.bin.index.json")
+_LEFT = (MARKER, PROGRESS, INDEX_NAME, "pytorch_model.bin.index.json")
 
 
 @dataclasses.dataclass
@@ -42,6 +43,8 @@ class Workplace:
 
 def check_paths(src: Path, dst: Path, overwrite: bool) -> None:
     """Raises `UserError` if `dst` must not be written: it has contents, or has to do with `src`."""
+    if dst.name in ("", ".."):
+        raise UserError(f"{dst} cannot be replaced: give a new folder's name")
     one, other = src.resolve(), dst.resolve()
     if one == other or one.is_relative_to(other) or other.is_relative_to(one):
         raise UserError(f"{dst} and {src} must be separate folders")
@@ -51,15 +54,15 @@ def check_paths(src: Path, dst: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{dst} exists and is not empty: choose another name or give --overwrite")
-    if not (dst / MARKER).exists() and not (dst / "model.safetensors.index.json").exists():
-        raise UserError(f"{dst} is not a checkpoint, so --overwrite does not replace it: choose another name")
+    if not (dst / MARKER).exists() and not is_ours(dst):
+        raise UserError(f"{dst} was not made by m1jax, so --overwrite does not replace it: choose another name")
 
 
 def check_space(folder: Path, needed: int) -> None:
     """Raises `UserError` if the disk of `folder` has less than `needed` bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"{folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed: make room")
+        raise UserError(f"{folder} has {free / 1e9:.3f} GB free, {needed / 1e9:.3f} GB are needed: make room")
 
 
 @contextmanager
@@ -84,7 +87,12 @@ def open_workplace(dst: Path, what: dict[str, Any], overwrite: bool) -> Iterator
             place = Workplace(partial, steps[1:], stream)
             if not steps:
                 place.record(what)
-            yield place
+            try:
+                yield place
+            except BaseException:
+                if {file.name for file in partial.iterdir()} <= {LOCK, PROGRESS}:  # nothing worth continuing
+                    shutil.rmtree(partial)
+                raise
         _finish(partial, dst, overwrite)
 
 
@@ -150,7 +158,6 @@ def disk_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = (
-            "make room, then run again: it continues" if error.errno == errno.ENOSPC else "check the path and try again"
-        )
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room, then run again: it continues" if full else "check the path and try again"
         raise UserError(f"{error.filename or place}: {error.strerror or error}: {remedy}") from error

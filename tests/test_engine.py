@@ -31,9 +31,8 @@ def random_model(seed: int = 0) -> M1:
     rng = np.random.default_rng(seed)
 
     def leaf(path: str, spec: ParamSpec) -> jax.Array:
-        if spec.init is None:
-            return jnp.ones(spec.shape, spec.dtype or "float32")
-        return jnp.asarray(rng.normal(scale=spec.init, size=spec.shape), spec.dtype or "float32")
+        values = np.ones(spec.shape) if spec.init is None else rng.normal(scale=spec.init, size=spec.shape)
+        return jax.device_put(values.astype(spec.dtype or "float32"), jax.devices()[0])  # as `load` puts them
 
     return build(config, leaf)
 
@@ -117,7 +116,7 @@ def test_samples_share_a_prefill_and_differ(engine: Engine) -> None:
 
 def test_chunked_prefill_equals_one_shot(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [
-        Request(tuple(engine.tokenizer.encode(text)), GREEDY, max_tokens=6) for text in ("fox " * 20, "dog " * 9)
+        Request(tuple(engine.tokenizer.encode(text)), GREEDY, max_tokens=6) for text in ("fox " * 7, "dog " * 3)
     ]
     whole = replies(engine, requests)
     monkeypatch.setattr(engine_module, "CHUNK", 16)
@@ -134,15 +133,16 @@ def test_nothing_is_compiled_twice(engine: Engine) -> None:
 
 
 def test_the_cache_grows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for 4 tokens at first, 40 generated, beyond the smallest cache."""
-    request = Request(prompts(engine)[2], seed=1, max_tokens=40)
+    """Room for 4 tokens at first, 140 generated, beyond the smallest cache."""
+    request = Request(prompts(engine)[2], seed=1, max_tokens=140)
     whole = one(engine, request)
     monkeypatch.setattr(engine_module, "ROOM", 4)
-    monkeypatch.setattr(engine_module, "SMALLEST_CACHE", 32)
-    assert one(engine, request).tokens == whole.tokens and len(whole.tokens) == 40
+    monkeypatch.setattr(engine_module, "SMALLEST_CACHE", 128)
+    assert one(engine, request).tokens == whole.tokens and len(whole.tokens) == 140
 
 
-def test_the_context_ends_the_text(engine: Engine) -> None:
+def test_the_context_ends_the_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "CHUNK", 16)
     tokens = tuple(engine.tokenizer.encode("x" * (CONTEXT - 5)))
     assert len(tokens) == CONTEXT - 5
     reply = one(engine, Request(tokens, GREEDY))
@@ -279,7 +279,7 @@ def test_nan_is_reported_with_its_layer(engine: Engine) -> None:
     )
     other = like(engine, model=damaged)
     with pytest.raises(UserError, match=r"NaN.*layer 1 \(softmax\)"):
-        list(other.generate([Request((1, 2, 3), max_tokens=4)]))
+        list(other.generate([Request((1,), max_tokens=4)]))
 
 
 def test_interrupting_ends_every_text(engine: Engine) -> None:
@@ -306,10 +306,10 @@ def test_conversation_with_kept_state_equals_reading_it_again(
     """Whether a turn ends by length, by an end-of-turn token (put in as the fifth token) or by the user."""
     cancelled = False
     end = engine.tokenizer.id_of("<end_of_sentence>")
-    other = like(engine, cancelled=lambda: cancelled, eos_ids=frozenset({end}))
-    options = Options(GREEDY, max_tokens=12, system="Be brief.", no_thinking=no_thinking)
+    other = like(engine, cancelled=lambda: cancelled, eos_ids=frozenset({end} if ending == "eos" else ()))
+    options = Options(GREEDY, max_tokens=12, no_thinking=no_thinking)
     chat = Chat(other, options)
-    for message in ["Hi", "The quick brown fox?", "17 * 24"]:
+    for message in ["Hi", "fox?", "24"]:
         before, start = list(chat.tokens), other.stats.prompt_tokens
         cancelled, last, steps = False, None, iter([None] * 4 + [end] * (ending == "eos"))
         with monkeypatch.context() as patch:
@@ -323,7 +323,8 @@ def test_conversation_with_kept_state_equals_reading_it_again(
             assert other.stats.prompt_tokens - start - (len(prompt) - len(before)) in (0, 1)
         again = one(engine, Request(tuple(prompt), GREEDY, max_tokens=12))
         sampled = last.tokens[:-1] if ending == "eos" else last.tokens
-        assert sampled == again.tokens[: len(sampled)] and len(sampled) >= 4
+        assert sampled == again.tokens[: len(sampled)]
+        assert len(sampled) == {"length": 12, "interrupted": 5}.get(ending, len(sampled))
 
 
 def test_conversation_text_is_the_templates(engine: Engine) -> None:

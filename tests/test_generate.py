@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from m1jax import jsonl, modes
 from m1jax.generate import main
+from m1jax.loading import load
 from m1jax.reply import CLOSE, OPEN
 from m1jax.runtime import Interrupts
 from tests.generation_fixtures import tiny_config, write_model
@@ -90,8 +91,8 @@ def test_prompt_from_stdin_and_file(run: Run, tmp_path: Path) -> None:
 
 
 def test_json(run: Run) -> None:
-    out = json.loads(run("--prompt", "Hello", "--max-tokens", 8, "-n", 3, "--seed", 5, "--json").out)
-    assert len(out["samples"]) == 3 and out["text"] == out["samples"][0]["text"] and out["seed"] == 5
+    out = json.loads(run("--prompt", "Hello", "--max-tokens", 8, "-n", 2, "--seed", 5, "--json").out)
+    assert len(out["samples"]) == 2 and out["text"] == out["samples"][0]["text"] and out["seed"] == 5
     assert {"text", "thinking", "answer", "finish", "generated_tokens"} == set(out["samples"][0])
     stats = out["stats"]
     assert stats["generated_tokens"] == sum(sample["generated_tokens"] for sample in out["samples"])
@@ -101,10 +102,10 @@ def test_json(run: Run) -> None:
 
 
 def test_samples_have_headings(run: Run) -> None:
-    result = run("--prompt", "Hello", "--max-tokens", 6, "-n", 3, "--seed", 5, "--batch-size", 2)
-    samples = json.loads(run("--prompt", "Hello", "--max-tokens", 6, "-n", 3, "--seed", 5, "--json").out)["samples"]
+    result = run("--prompt", "Hello", "--max-tokens", 6, "-n", 2, "--seed", 5, "--batch-size", 1)
+    samples = json.loads(run("--prompt", "Hello", "--max-tokens", 6, "-n", 2, "--seed", 5, "--json").out)["samples"]
     expected = "".join(
-        f"=== {i} of 3 ===\n{s['text']}" + "\n" * (not s["text"].endswith("\n") and s["text"] != "")
+        f"=== {i} of 2 ===\n{s['text']}" + "\n" * (not s["text"].endswith("\n") and s["text"] != "")
         for i, s in enumerate(samples, 1)
     )
     assert result.out == expected
@@ -115,7 +116,7 @@ def test_template_system_and_raw(run: Run) -> None:
         return json.loads(run(*args, "--max-tokens", 1, "--json").out)["stats"]["prompt_tokens"]
 
     assert prompt_tokens("--prompt", "a", "--raw") == 1 < prompt_tokens("--prompt", "a")
-    assert prompt_tokens("--prompt", "a") < prompt_tokens("--prompt", "a", "--system", "Be brief.")
+    assert prompt_tokens("--prompt", "a") < prompt_tokens("--prompt", "a", "--system", "x")
     assert prompt_tokens("--prompt", "a") < prompt_tokens("--prompt", "a", "--no-thinking")
 
 
@@ -126,8 +127,10 @@ def test_thinking_budget(run: Run) -> None:
     assert sample["text"].partition(CLOSE)[2].lstrip("\n") == sample["answer"]
 
 
-def test_bfloat16(run: Run) -> None:
-    assert run("--prompt", "Hello", "--max-tokens", 4, "--dtype", "bfloat16").code == 0
+def test_dtype_reaches_the_loader(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(modes, "load", lambda path, dtype: asked.append(dtype) or load(path))
+    assert run("--prompt", "Hello", "--max-tokens", 2, "--dtype", "bfloat16").code == 0 and asked == ["bfloat16"]
 
 
 def test_stop(run: Run) -> None:
@@ -162,7 +165,7 @@ LINES = [
     {"prompt": "Hello", "temperature": 0.5, "top_k": 5, "seed": 9, "no_thinking": True},
     {"prompt": "17 * 24 =", "min_p": 0.1, "repetition_penalty": 1.1, "thinking_budget": 2},
 ]
-FLAGS = ("--max-tokens", 9, "--batch-size", 3)
+FLAGS = ("--max-tokens", 9, "--batch-size", 2)
 
 
 @pytest.fixture
@@ -354,7 +357,7 @@ def test_nan_weights_are_located(run: Run, model: Path, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] = np.nan
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    result = run("--prompt", "x", folder=tmp_path)
+    result = run("--prompt", "x", "--raw", folder=tmp_path)
     assert result.code == 2 and "layer 1 (softmax)" in result.err and len(result.err.splitlines()) == 1
 
 
@@ -379,7 +382,7 @@ def test_ctrl_c_keeps_what_was_generated(run: Run, monkeypatch: pytest.MonkeyPat
 
 def test_second_ctrl_c_quits_at_once() -> None:
     interrupts = Interrupts()
-    with pytest.raises(KeyboardInterrupt), interrupts.caught():
+    with pytest.raises(KeyboardInterrupt), interrupts.installed(), interrupts.caught():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         assert interrupts.requested
@@ -400,7 +403,7 @@ def test_a_killed_batch_continues(model: Path, run: Run, tmp_path: Path) -> None
     """Killed without warning once its first lines are there; the final file equals that of an undisturbed run."""
     lines = [{"prompt": f"number {i}", "max_tokens": 20 + 6 * i} for i in range(24)]
     source, out, whole = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
-    flags = ("--batch-size", 4, "--input", source, "--output")
+    flags = ("--batch-size", 2, "--input", source, "--output")
     child = process(model, *flags, out, stderr=subprocess.DEVNULL)
     while not (out.exists() and out.stat().st_size) and child.poll() is None:
         time.sleep(0.005)

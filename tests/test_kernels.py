@@ -29,7 +29,8 @@ def gradients(fn: Any, *arrays: jax.Array) -> list[jax.Array]:
 
     def loss(*arrays: jax.Array) -> jax.Array:
         outputs = jax.tree.leaves(fn(*arrays))
-        return sum((jnp.vdot(normal(99 + i, *o.shape), o.astype(jnp.float32)) for i, o in enumerate(outputs)), jnp.zeros(()))
+        parts = [jnp.vdot(normal(99 + i, *o.shape), o.astype(jnp.float32)) for i, o in enumerate(outputs)]
+        return sum(parts, jnp.zeros(()))
 
     return jax.tree.leaves(jax.grad(loss, argnums=tuple(range(len(arrays))))(*arrays))
 
@@ -63,9 +64,7 @@ def test_lightning_attention_gradients(length: int) -> None:
     def run(implementation: Any) -> Any:
         def fn(qkv: jax.Array, state: jax.Array) -> Any:
             decay = jnp.asarray(log_decay(H, 1, 4))
-            out, state = lightning_attention(
-                qkv, decay, state=state, lengths=lengths, implementation=implementation
-            )
+            out, state = lightning_attention(qkv, decay, state=state, lengths=lengths, implementation=implementation)
             return jnp.where(valid, out, 0), state
 
         return gradients(fn, *arrays)
@@ -102,7 +101,9 @@ def test_state_survives_ten_thousand_single_steps() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "N", "offset"), [(1, 40, (0, 39)), (7, 40, (0, 33)), (300, 700, (0, 400)), (600, 600, (0, 0))])
+@pytest.mark.parametrize(
+    ("T", "N", "offset"), [(1, 40, (0, 39)), (7, 40, (0, 33)), (300, 700, (0, 400)), (600, 600, (0, 0))]
+)
 def test_softmax_attention(T: int, N: int, offset: tuple[int, int], dtype: str) -> None:
     H, K, D = 6, 2, 16
     q, k, v = normal(0, 2, T, H, D, dtype=dtype), *(normal(i, 2, K, N, D, dtype=dtype) for i in (1, 2))
@@ -145,10 +146,13 @@ def routing(seed: int, N: int, k: int, E: int, skew: bool) -> tuple[jax.Array, j
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "k", "skew"), [(1, 2, False), (3, 2, False), (8, 2, True), (61, 1, False), (200, 3, True)])
+@pytest.mark.parametrize(
+    ("N", "k", "skew"), [(1, 2, False), (3, 2, False), (8, 2, True), (61, 1, False), (200, 3, True)]
+)
 def test_experts(N: int, k: int, skew: bool, dtype: str) -> None:
     L, E, F, M = 2, 6, 32, 256  # wide enough for the fused form
-    x, w13, w2 = normal(0, N, M, dtype=dtype), normal(1, L, E, 2, F, M, dtype=dtype), normal(2, L, E, M, F, dtype=dtype)
+    x = normal(0, N, M, dtype=dtype)
+    w13, w2 = normal(1, L, E, 2, F, M, dtype=dtype), normal(2, L, E, M, F, dtype=dtype)
     w13, w2 = (w / np.sqrt(w.shape[-1]).astype(dtype) for w in (w13, w2))
     chosen, weights = routing(N, N, k, E, skew)
     chosen = chosen.at[N // 2 :: 3].set(E) if N > 2 else chosen  # padding
@@ -177,7 +181,9 @@ def test_experts_gradients() -> None:
 
 
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
-@pytest.mark.parametrize(("N", "I", "O"), [(1, 256, 6), (2, 512, 8), (4, 256, 7), (8, 256, 6), (1, 24, 5), (33, 48, 20)])
+@pytest.mark.parametrize(
+    ("N", "I", "O"), [(1, 256, 6), (2, 512, 8), (4, 256, 7), (8, 256, 6), (1, 24, 5), (33, 48, 20)]
+)
 def test_linear(N: int, I: int, O: int, dtypes: tuple[str, str]) -> None:
     x, stack = normal(0, N, I, dtype=dtypes[0]), normal(1, 3, O, I, dtype=dtypes[1])
     want = linear(x, stack, 2, implementation="reference")
@@ -200,7 +206,7 @@ def test_linear_gradients() -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    qkv, decay = normal(0, 1, 4, 2, 3, 8), jnp.zeros(2)
+    qkv, decay, picks = normal(0, 1, 4, 2, 3, 8), jnp.zeros(2), routing(0, 2, 1, 2, False)
     bad: list[tuple[str, Any]] = [
         ("qkv", lambda: lightning_attention(qkv[:, :, :, :2], decay)),
         ("log_decay", lambda: lightning_attention(qkv, decay[:1])),
@@ -209,7 +215,7 @@ def test_bad_arguments_are_named() -> None:
         ("implementation", lambda: lightning_attention(qkv, decay, implementation="none")),  # pyright: ignore
         ("implementation", lambda: linear(decay[None], decay[None, None], 0, implementation="none")),  # pyright: ignore
         ("dtype", lambda: linear(jnp.zeros((1, 2), jnp.bfloat16), jnp.zeros((1, 3, 2)), 0)),
-        ("x", lambda: experts(jnp.zeros((2, 3)), jnp.zeros((1, 2, 2, 5, 4)), jnp.zeros((1, 2, 4, 5)), *routing(0, 2, 1, 2, False))),
+        ("x", lambda: experts(jnp.zeros((2, 3)), jnp.zeros((1, 2, 2, 5, 4)), jnp.zeros((1, 2, 4, 5)), *picks)),
         ("k", lambda: softmax_attention(jnp.zeros((1, 2, 3, 4)), jnp.zeros((1, 2, 5, 4)), jnp.zeros((1, 2, 5, 4)))),
     ]
     for name, call in bad:

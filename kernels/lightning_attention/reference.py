@@ -8,7 +8,7 @@ from jax import lax
 def lightning_attention(
     qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """S_t = λ S_{t-1} + k_tᵀ v_t, o_t = q_t S_t, with q, k, v = silu(qkv); a token past its row's length leaves S alone.
+    """S_t = λ S_{t-1} + k_tᵀ v_t, o_t = q_t S_t, with q, k, v = silu(qkv); tokens past a row's length leave S alone.
 
     Args:
       qkv: `[B, T, H, 3, D]`, before the activation.

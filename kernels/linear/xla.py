@@ -1,8 +1,8 @@
 """Products with one matrix of a stack, in the forms that XLA:CPU runs well; elsewhere a plain dot.
 
-Two habits of XLA:CPU shape this file. A dot wants its matrix in a buffer of its own, so that a matrix picked from a stack is
-first copied, which costs more than the product itself while the rows are few. And it converts bfloat16 matrices
-to float32 ahead of a loop, all of them, unless the product stands in a branch.
+Two habits of XLA:CPU shape this file. A dot wants its matrix in a buffer of its own, so that a matrix picked from a
+stack is first copied, which costs more than the product itself while the rows are few. And it converts bfloat16
+matrices to float32 ahead of a loop, all of them, unless the product stands in a branch.
 """
 
 import jax
