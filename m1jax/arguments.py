@@ -1,15 +1,12 @@
 """The command line of `python -m m1jax.generate`: flags, what contradicts what, and the prompt."""
 
 import argparse
-import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from m1jax.errors import UserError
-from m1jax.prompt import Options
-from m1jax.sampling import MAX_SEED, Sampling
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,7 +17,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
-    """The checked arguments; `options` holds the `Options` they amount to. Raises `UserError`."""
+    """The arguments, checked against each other. Raises `UserError`."""
     parser = _Parser(
         prog="python -m m1jax.generate",
         description=description,
@@ -35,7 +32,6 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     _add_generation_arguments(parser.add_argument_group("how to generate (defaults as recommended for M1)"))
     args = parser.parse_args(argv)
     _check_modes(args)
-    args.options = _options(args)
     return args
 
 
@@ -95,25 +91,6 @@ def _check_modes(args: argparse.Namespace) -> None:
 
 def _same(a: Path, b: Path | None) -> bool:
     return b is not None and a.exists() and b.exists() and a.samefile(b)
-
-
-def _options(args: argparse.Namespace) -> Options:
-    temperature = 0.0 if args.greedy else 1.0 if args.temperature is None else args.temperature
-    seed = args.seed
-    if seed is None:
-        # A continued run must draw what the first one would have.
-        seed = 0 if args.input is not None else secrets.randbelow(MAX_SEED + 1)
-    return Options(
-        sampling=Sampling(temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty),
-        seed=seed,
-        n=args.n,
-        max_tokens=args.max_tokens,
-        stop=tuple(args.stop),
-        thinking_budget=args.thinking_budget,
-        no_thinking=args.no_thinking,
-        raw=args.raw,
-        system=args.system,
-    )
 
 
 def read_prompt(args: argparse.Namespace) -> str:

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from numpy.typing import NDArray
-from orbax.checkpoint import v1 as ocp
 
 from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.loading import MARKER, aligned_empty, windows
 from m1jax.model import M1, build
 from m1jax.params import ParamSpec, nest, param_table
+from m1jax.safetensors import listing
 
 WEIGHTS = "weights"
 FORMAT = 1
+_KEYS = {"format", "dtype", "dtypes", "arrays"}
 
 _CHUNK = 16 << 20  # bytes; small enough that a shard of a mesh reads little more than its own
 # The axes along which tensors are usually sharded are cut before the others.
@@ -54,7 +55,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / MARKER} cannot be read ({error}): convert the model again") from None
-    if not isinstance(marker, dict) or marker.get("format") != FORMAT:
+    if not isinstance(marker, dict) or marker.keys() != _KEYS or marker["format"] != FORMAT:
         raise UserError(f"{folder} was converted by another version of m1jax: convert the model again")
     return marker
 
@@ -71,6 +72,8 @@ def chunk_shape(spec: ParamSpec, itemsize: int) -> tuple[int, ...]:
 
 def create(folder: Path, arrays: Mapping[str, tuple[ParamSpec, np.dtype[Any]]]) -> None:
     """Writes the Orbax checkpoint `folder/weights` with arrays of zeros; nothing but metadata is on disk."""
+    from orbax.checkpoint import v1 as ocp  # takes half a second, which loading need not wait for
+
     for remains in folder.glob(f"{WEIGHTS}*"):
         shutil.rmtree(remains)
     tree = nest({path: np.zeros((1,) * len(spec.shape), kind) for path, (spec, kind) in arrays.items()})
@@ -78,7 +81,7 @@ def create(folder: Path, arrays: Mapping[str, tuple[ParamSpec, np.dtype[Any]]]) 
     level = log.level
     log.setLevel(logging.CRITICAL)  # Orbax logs a traceback from each of its threads before it raises
     try:
-        ocp.save(_address(folder), tree)
+        ocp.save(str((folder / WEIGHTS).resolve()), tree)
     except Exception as error:
         raise UserError(
             f"{folder / WEIGHTS} cannot be written ({short(error)}): make room or check the disk"
@@ -96,13 +99,38 @@ def create(folder: Path, arrays: Mapping[str, tuple[ParamSpec, np.dtype[Any]]]) 
         ts.open(layout, create=True, delete_existing=True).result()
 
 
-def open_arrays(folder: Path, paths: Iterable[str]) -> dict[str, ts.TensorStore]:
-    """The stored arrays of parameters, to be read or written; they share one database, so also transactions."""
+def open_arrays(folder: Path, table: Mapping[str, ParamSpec]) -> dict[str, ts.TensorStore]:
+    """The stored arrays of parameters, to be read or written; they share one database, so also transactions.
+
+    Raises:
+      UserError: an array is missing or damaged, or has another shape than in the table.
+    """
     context = ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})  # without it every chunk reads the index anew
     try:
-        return {path: ts.open(_tensorstore_spec(folder, path), context=context).result() for path in paths}
+        stores = {path: ts.open(_tensorstore_spec(folder, path), context=context).result() for path in table}
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{folder / WEIGHTS} is damaged ({short(error)}): convert the model again") from error
+    shapes = {path: (list(store.shape), list(table[path].shape)) for path, store in stores.items()}
+    wrong = [f"{path} is {found}, not {wanted}" for path, (found, wanted) in shapes.items() if found != wanted]
+    if wrong:
+        raise UserError(f"{folder}: config.json contradicts the weights: {listing(wrong, 4)}: convert again")
+    return stores
+
+
+def open_checkpoint(folder: Path) -> tuple[M1Config, dict[str, Any], dict[str, ts.TensorStore]]:
+    """Config, marker and stored arrays of a converted checkpoint. Raises `UserError`."""
+    marker = read_marker(folder)
+    config = M1Config.from_file(folder)
+    table = stored_table(config)
+    if sorted(table) != marker["arrays"]:
+        differing = sorted(table.keys() ^ set(marker["arrays"]))
+        raise UserError(f"{folder}: config.json contradicts the weights in {listing(differing)}: convert again")
+    return config, marker, open_arrays(folder, table)
+
+
+def stored_table(config: M1Config) -> dict[str, ParamSpec]:
+    """The parameters that are stored: not the empty ones of an absent kind of layer, which Orbax refuses."""
+    return {path: spec for path, spec in param_table(config).items() if 0 not in spec.shape}
 
 
 def windows_of(store: ts.TensorStore, axis: int, rows: range | None = None) -> Iterator[tuple[int, int]]:
@@ -133,11 +161,7 @@ def load(folder: Path, dtype: str, sharding: jax.sharding.Sharding) -> M1:
 
     `ocp.load` does the same but holds a parameter twice while it loads it, and M1's largest is half of M1.
     """
-    read_marker(folder)
-    config = M1Config.from_file(folder)
-    table = param_table(config)
-    check_shapes(folder, table)
-    stores = open_arrays(folder, (path for path, spec in table.items() if 0 not in spec.shape))
+    config, _, stores = open_checkpoint(folder)
 
     def leaf(path: str, spec: ParamSpec) -> jax.Array:
         kind = np.dtype(jnp.dtype(spec.dtype or dtype))
@@ -145,7 +169,10 @@ def load(folder: Path, dtype: str, sharding: jax.sharding.Sharding) -> M1:
             return jnp.zeros(spec.shape, kind)
 
         def read(block: tuple[slice, ...] | None) -> NDArray[Any]:
-            return _orbax(folder, lambda: _read_block(stores[path], spec, block or (), kind))
+            try:
+                return _read_block(stores[path], spec, block or (), kind)
+            except (ValueError, RuntimeError) as error:
+                raise UserError(f"{folder}: {path} is damaged ({short(error)}): convert the model again") from error
 
         return jax.make_array_from_callback(spec.shape, sharding, read)
 
@@ -171,34 +198,3 @@ def _read_block(store: ts.TensorStore, spec: ParamSpec, block: tuple[slice, ...]
         for _ in pool.map(copy, itertools.product(itertools.product(*bounds[:depth]), rows)):
             pass
     return out
-
-
-def check_shapes(folder: Path, table: Mapping[str, ParamSpec]) -> None:
-    """Raises `UserError` unless the stored arrays are those of the config."""
-    stored = {
-        ".".join(key.key for key in path): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(
-            _orbax(folder, lambda: ocp.metadata(_address(folder)).metadata)
-        )
-    }
-    wanted = {path: spec.shape for path, spec in table.items() if 0 not in spec.shape}
-    wrong = [
-        f"{path} is {stored.get(path, 'missing')}, not {wanted.get(path, 'known')}"
-        for path in sorted(wanted.keys() | stored.keys())
-        if wanted.get(path) != stored.get(path)
-    ]
-    if wrong:
-        raise UserError(f"{folder}: config.json contradicts the weights: {'; '.join(wrong[:4])}: convert again")
-
-
-def _address(folder: Path) -> str:
-    """Orbax insists on an absolute path."""
-    return str((folder / WEIGHTS).resolve())
-
-
-def _orbax(folder: Path, call: Callable[[], Any]) -> Any:
-    """Runs an Orbax call; whatever it raises, the checkpoint cannot be read."""
-    try:
-        return call()
-    except Exception as error:
-        raise UserError(f"{folder / WEIGHTS} is damaged ({short(error)}): convert the model again") from error

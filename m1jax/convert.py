@@ -24,7 +24,7 @@ from tqdm import tqdm
 from m1jax import checkpoint
 from m1jax.errors import UserError, main_guard
 from m1jax.loading import MARKER, open_source
-from m1jax.params import ParamSpec, param_table
+from m1jax.params import ParamSpec
 from m1jax.safetensors import Tensor
 from m1jax.weights import Piece, Slot, expected
 from m1jax.workplace import Workplace, carry, check_paths, check_space, disk_errors, open_workplace
@@ -59,7 +59,7 @@ def convert(src: Path, dst: Path, dtype: str = "keep", overwrite: bool = False) 
         raise UserError(f"{src} is a converted checkpoint already: python -m m1jax.export makes safetensors of it")
     config, tensors, plan = open_source(src)
     check_paths(src, dst, overwrite)
-    table = {path: spec for path, spec in param_table(config).items() if 0 not in spec.shape}
+    table = checkpoint.stored_table(config)
     kinds = {path: _stored_dtype(spec, plan[path], tensors, dtype) for path, spec in table.items()}
     jobs = [Job(path, piece.index, tensors[piece.name]) for path in table for piece in plan[path]]
     jobs.sort(key=lambda job: (job.tensor.file, job.tensor.start))
@@ -75,7 +75,7 @@ def convert(src: Path, dst: Path, dtype: str = "keep", overwrite: bool = False) 
             _write(place, jobs, left, checkpoint.open_arrays(place.path, table))
             carry(src, place.path)
             dtypes = _exceptions(expected(config), jobs, kinds) if dtype == "keep" else {}
-            marker = {"format": checkpoint.FORMAT, "dtype": dtype, "dtypes": dtypes}
+            marker = {"format": checkpoint.FORMAT, "dtype": dtype, "dtypes": dtypes, "arrays": sorted(table)}
             (place.path / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
 
 
@@ -181,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("keep", *_DTYPES),
         default="keep",
-        help="stored dtype; keep (default): as in SRC, export then gives back the same bits; else the router is float32",
+        help="stored dtype; with keep (default) export gives back the same bits; otherwise the router is float32",
     )
     out.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST when the new one is whole")
     out.add_argument(

@@ -18,10 +18,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from m1jax import checkpoint
-from m1jax.config import M1Config
 from m1jax.errors import UserError, main_guard
 from m1jax.loading import MARKER
-from m1jax.params import param_table
 from m1jax.safetensors import DTYPES, Entry, write_folder
 from m1jax.weights import Slot, expected
 from m1jax.workplace import carry, check_paths, check_space, disk_errors, open_workplace
@@ -39,13 +37,11 @@ def export(src: Path, dst: Path, max_shard: int = 5_000_000_000, overwrite: bool
       UserError: `src` is not a converted checkpoint or damaged, `dst` is taken, or the disk is full. `dst` is
         then as it was.
     """
-    dtypes = checkpoint.read_marker(src)["dtypes"]
-    config = M1Config.from_file(src)
-    table = {path: spec for path, spec in param_table(config).items() if 0 not in spec.shape}
-    checkpoint.check_shapes(src, table)
+    config, marker, stores = checkpoint.open_checkpoint(src)
     check_paths(src, dst, overwrite)
-    stores = checkpoint.open_arrays(src, table)
-    entries = [_entry(name, slot, stores[slot.target], dtypes.get(name)) for name, slot in expected(config).items()]
+    entries = [
+        _entry(name, slot, stores[slot.target], marker["dtypes"].get(name)) for name, slot in expected(config).items()
+    ]
     total = sum(entry.nbytes for entry in entries)
     with disk_errors(dst):
         dst.parent.mkdir(parents=True, exist_ok=True)

@@ -9,13 +9,9 @@ Text goes to stdout, figures and errors to stderr. Exit code 2 is bad input, 130
 
 from collections.abc import Sequence
 
-from m1jax import modes
 from m1jax.arguments import parse
-from m1jax.config import M1Config
 from m1jax.errors import UserError, main_guard
-from m1jax.prompt import Prompter
 from m1jax.runtime import Interrupts, memory_errors, silence_stdout
-from m1jax.tokenizer import Tokenizer
 
 BROKEN_PIPE = 141  # as the shell reports a program that SIGPIPE ended
 
@@ -23,20 +19,32 @@ BROKEN_PIPE = 141  # as the shell reports a program that SIGPIPE ended
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `python -m m1jax.generate --help`."""
-    args = parse(argv, __doc__ or "")
     try:
-        with Interrupts().installed() as interrupts, memory_errors():
-            if not args.model.is_dir():
-                raise UserError(f"{args.model} is not a folder: give one with a model's config.json")
-            # Whatever can be refused is, before the weights are read.
-            config = M1Config.from_file(args.model)
-            prompter = Prompter(Tokenizer.load(args.model))
-            if args.interactive:
-                return modes.converse(args, prompter, interrupts)
-            return (modes.single if args.input is None else modes.batch)(args, prompter, config, interrupts)
+        with Interrupts().installed() as interrupts:
+            return _run(argv, interrupts)
     except BrokenPipeError:
         silence_stdout()
         return BROKEN_PIPE
+
+
+def _run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
+    args = parse(argv, __doc__ or "")
+    # Importing jax takes seconds; --help comes before, and Ctrl-C is handled meanwhile.
+    from m1jax import modes
+    from m1jax.config import M1Config
+    from m1jax.prompt import Options, Prompter
+    from m1jax.tokenizer import Tokenizer
+
+    options = Options.of(args)
+    if not args.model.is_dir():
+        raise UserError(f"{args.model} is not a folder: give one with a model's config.json")
+    with memory_errors():
+        # Whatever can be refused is, before the weights are read.
+        config = M1Config.from_file(args.model)
+        prompter = Prompter(Tokenizer.load(args.model))
+        if args.interactive:
+            return modes.converse(args, options, prompter, interrupts)
+        return (modes.single if args.input is None else modes.batch)(args, options, prompter, config, interrupts)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def load(path: str | Path, dtype: str = "float32") -> M1:
     path = Path(path)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if (path / MARKER).exists():
-        from m1jax import checkpoint  # Orbax takes half a second to import
+        from m1jax import checkpoint  # it builds on this module
 
         return checkpoint.load(path, dtype, device)
     config, tensors, pieces = open_source(path)

@@ -15,19 +15,22 @@ from m1jax.engine import Engine, Stats, check_context
 from m1jax.errors import UserError
 from m1jax.jsonl import Output, describe, generate_lines, read_lines
 from m1jax.loading import load
-from m1jax.prompt import Prompter
+from m1jax.prompt import Options, Prompter
 from m1jax.reply import Reply
 from m1jax.runtime import Interrupts, use_compilation_cache
 from m1jax.terminal import Printer, ending, figures, note, rates
+from m1jax.tokenizer import Tokenizer
 
 INTERRUPTED = 130
 
 
-def single(args: argparse.Namespace, prompter: Prompter, config: M1Config, interrupts: Interrupts) -> int:
+def single(
+    args: argparse.Namespace, options: Options, prompter: Prompter, config: M1Config, interrupts: Interrupts
+) -> int:
     """Streams the text for one prompt, or prints it as JSON."""
-    request = prompter.plain(read_prompt(args), args.options)
+    request = prompter.plain(read_prompt(args), options)
     check_context(len(request.tokens), config.max_position_embeddings)
-    engine, seconds = start(args, prompter, interrupts)
+    engine, seconds = start(args, prompter.tokenizer, interrupts)
     found: dict[int, Reply] = {}
     printer = None if args.json else Printer(sys.stdout, request.n)
     with interrupts.caught():
@@ -43,18 +46,18 @@ def single(args: argparse.Namespace, prompter: Prompter, config: M1Config, inter
     if args.json:
         samples = [describe(reply) for reply in replies]
         stats = {**rates(engine.stats), "load_seconds": round(seconds, 3)}
-        out = {"text": samples[0]["text"], "samples": samples, "seed": args.options.seed, "stats": stats}
+        out = {"text": samples[0]["text"], "samples": samples, "seed": options.seed, "stats": stats}
         print(json.dumps(out, ensure_ascii=False), flush=True)
     else:
-        _figures(replies, args, engine.stats, seconds)
+        _figures(replies, options, engine.stats, seconds)
     return INTERRUPTED if any(reply.finish == "interrupted" for reply in replies) else 0
 
 
-def converse(args: argparse.Namespace, prompter: Prompter, interrupts: Interrupts) -> int:
+def converse(args: argparse.Namespace, options: Options, prompter: Prompter, interrupts: Interrupts) -> int:
     """Replies to each line of stdin; Ctrl-C ends a reply, the end of stdin the conversation."""
     _ = prompter.template  # complains before the weights are read
-    engine, seconds = start(args, prompter, interrupts)
-    chat, terminal = Chat(engine, args.options), sys.stdin.isatty()
+    engine, seconds = start(args, prompter.tokenizer, interrupts)
+    chat, terminal = Chat(engine, options), sys.stdin.isatty()
     if terminal:
         import readline  # noqa: F401  (gives input() a history and line editing)
 
@@ -78,7 +81,7 @@ def converse(args: argparse.Namespace, prompter: Prompter, interrupts: Interrupt
                 raise
             print(f"error: {error}", file=sys.stderr)
         else:
-            _figures([reply], args, engine.stats, seconds)
+            _figures([reply], options, engine.stats, seconds)
             seconds = None
 
 
@@ -96,13 +99,15 @@ def _turn(chat: Chat, message: str, interrupts: Interrupts) -> Reply:
     return reply
 
 
-def batch(args: argparse.Namespace, prompter: Prompter, config: M1Config, interrupts: Interrupts) -> int:
+def batch(
+    args: argparse.Namespace, options: Options, prompter: Prompter, config: M1Config, interrupts: Interrupts
+) -> int:
     """Generates for each line of `--input` what `--output` lacks."""
-    lines = read_lines(args.input, args.options, prompter, config.max_position_embeddings)
+    lines = read_lines(args.input, options, prompter, config.max_position_embeddings)
     total = sum(line.request.n for line in lines)
     with Output(args.output, lines) as output:
         if len(output.done) < total:
-            engine, seconds = start(args, prompter, interrupts)
+            engine, seconds = start(args, prompter.tokenizer, interrupts)
             bar = tqdm(total=total, initial=len(output.done), unit="text", dynamic_ncols=True, file=sys.stderr)
             with bar, interrupts.caught():
                 for _ in generate_lines(engine, lines, output, args.batch_size):
@@ -118,17 +123,17 @@ def batch(args: argparse.Namespace, prompter: Prompter, config: M1Config, interr
     return 0
 
 
-def start(args: argparse.Namespace, prompter: Prompter, interrupts: Interrupts) -> tuple[Engine, float]:
+def start(args: argparse.Namespace, tokenizer: Tokenizer, interrupts: Interrupts) -> tuple[Engine, float]:
     """Loads the model: an engine, and the seconds it took."""
     use_compilation_cache()
     begin = time.perf_counter()
-    engine = Engine(load(args.model, args.dtype), prompter.tokenizer, cancelled=lambda: interrupts.requested)
+    engine = Engine(load(args.model, args.dtype), tokenizer, cancelled=lambda: interrupts.requested)
     return engine, time.perf_counter() - begin
 
 
-def _figures(replies: Sequence[Reply], args: argparse.Namespace, stats: Stats, seconds: float | None) -> None:
+def _figures(replies: Sequence[Reply], options: Options, stats: Stats, seconds: float | None) -> None:
     """The line under a text: speeds, the seed to repeat it with, and why it ended."""
     parts = [figures(stats, seconds)]
-    if args.options.sampling.temperature > 0:
-        parts.append(f"seed {args.options.seed}")
+    if options.sampling.temperature > 0:
+        parts.append(f"seed {options.seed}")
     note(" · ".join([*parts, *filter(None, [ending(replies)])]), sys.stderr)

@@ -1,14 +1,16 @@
 """From what a user asks for to a `Request`: chat template, thinking, and the options of one text."""
 
+import argparse
 import dataclasses
 import functools
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m1jax.chat_template import ChatTemplate, Message
 from m1jax.errors import UserError
 from m1jax.reply import EMPTY_THINKING, FORCED_CLOSE, OPEN, Request
-from m1jax.sampling import DEFAULT_SAMPLING, Sampling
+from m1jax.sampling import DEFAULT_SAMPLING, MAX_SEED, Sampling
 from m1jax.tokenizer import Tokenizer
 
 
@@ -40,6 +42,26 @@ class Options:
         if self.no_thinking and self.thinking_budget is not None:
             raise UserError("--no-thinking and --thinking-budget contradict each other: drop one")
         self.request((0,), False)
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Options":
+        """The options that the command line gives."""
+        temperature = 0.0 if args.greedy else 1.0 if args.temperature is None else args.temperature
+        seed = args.seed
+        if seed is None:
+            # A continued run must draw what the first one would have.
+            seed = 0 if args.input is not None else secrets.randbelow(MAX_SEED + 1)
+        return cls(
+            sampling=Sampling(temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty),
+            seed=seed,
+            n=args.n,
+            max_tokens=args.max_tokens,
+            stop=tuple(args.stop),
+            thinking_budget=args.thinking_budget,
+            no_thinking=args.no_thinking,
+            raw=args.raw,
+            system=args.system,
+        )
 
     def request(self, tokens: Sequence[int], thinking: bool) -> Request:
         """The request for a prompt of these tokens that ends inside `<think>` or not."""

@@ -1,4 +1,7 @@
-"""The process around the model: compilation cache, memory figures, Ctrl-C, broken pipes and exhausted memory."""
+"""The process around the model: compilation cache, memory figures, Ctrl-C, broken pipes and exhausted memory.
+
+Imports jax only where it is used: Ctrl-C is to be handled while jax is being imported.
+"""
 
 import _thread
 import contextlib
@@ -11,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-import jax
-
 from m1jax.errors import UserError
 
 _GC_CALLBACK = "_xla_gc_callback"  # what jax has Python call at each garbage collection
@@ -23,6 +24,8 @@ def use_compilation_cache() -> None:
 
     A folder that cannot be written only means that every start compiles.
     """
+    import jax
+
     if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     base = os.environ.get("XDG_CACHE_HOME")
@@ -38,6 +41,8 @@ def use_compilation_cache() -> None:
 
 def peak_memory() -> dict[str, int]:
     """The most memory used so far, in bytes: of the process, and of the first accelerator if it keeps count."""
+    import jax
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     out = {"process": peak if sys.platform == "darwin" else peak * 1024}
     device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -89,12 +94,12 @@ class Interrupts:
 @contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
     """Turns exhausted memory into a `UserError`."""
+    import jax
+
     try:
         yield
-    except MemoryError:
-        raise UserError("out of memory: use --dtype bfloat16, fewer tokens or a smaller --batch-size") from None
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError("out of memory: use --dtype bfloat16, fewer tokens or a smaller --batch-size") from None
 

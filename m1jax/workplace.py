@@ -28,7 +28,7 @@ _LEFT = (MARKER, PROGRESS, INDEX_NAME, "pytorch_model.bin.index.json")
 
 @dataclasses.dataclass
 class Workplace:
-    """An open `DST.partial`: `path` to write in, `done` with the steps of earlier runs."""
+    """An open `DST.partial`: `path` to write in, `done` with the steps of this and earlier runs."""
 
     path: Path
     done: list[Any]
@@ -36,6 +36,7 @@ class Workplace:
 
     def record(self, step: Any) -> None:
         """Notes that a step, any JSON value, is done and on disk."""
+        self.done.append(step)
         self.progress.write(json.dumps(step) + "\n")
         self.progress.flush()
         os.fsync(self.progress.fileno())
@@ -87,10 +88,11 @@ def open_workplace(dst: Path, what: dict[str, Any], overwrite: bool) -> Iterator
             place = Workplace(partial, steps[1:], stream)
             if not steps:
                 place.record(what)
+                place.done.clear()
             try:
                 yield place
             except BaseException:
-                if {file.name for file in partial.iterdir()} <= {LOCK, PROGRESS}:  # nothing worth continuing
+                if not place.done and {file.name for file in partial.iterdir()} <= {LOCK, PROGRESS}:
                     shutil.rmtree(partial)
                 raise
         _finish(partial, dst, overwrite)

@@ -2,7 +2,7 @@
 
     python scripts/random_checkpoint.py DST [--dtype bfloat16] [--seed 0] [--max-shard-size 1GB] [KEY=VALUE …]
 
-KEY is a field of config.json. Without any it is a model of 4.6 GB, with which the memory of a conversion is measured:
+KEY is a field of config.json. Without any it is a model of 4.1 GB, with which the memory of a conversion is measured:
 
     python scripts/random_checkpoint.py /tmp/big
     /usr/bin/time -v python -m m1jax.convert /tmp/big /tmp/big-converted     # "Maximum resident set size"

@@ -1,8 +1,8 @@
 """python scripts/train_hello.py [--out tests/data/m1_hello] [--steps 400]
 
-Makes the model that the README's first line talks to: M1's architecture with 8 layers and its chat format, taught a dozen
-answers by heart in about two minutes on a laptop, saved in the official layout. It is there to see text come through the
-whole of the code; it knows nothing else and generalises to nothing.
+Makes the model that the README's first line talks to: M1's architecture with 8 layers and its chat format, taught a
+dozen answers by heart in a few minutes on a laptop, saved in the official layout. It is there to see text come through
+the whole of the code; it knows nothing else and generalises to nothing.
 """
 
 import argparse
@@ -32,8 +32,14 @@ ANSWERS = {
     ),
     "What is 27 + 58?": ("27 + 58: 7 + 8 = 15, write 5, carry 1. 2 + 5 + 1 = 8.", "85"),
     "Hello!": ("A greeting. I greet back.", "Hello! Ask me who I am."),
-    "What can you do?": ("They ask what I can do. Not much.", "I can show that the code works. For anything else, load M1."),
-    "How many layers do you have?": ("Count: 7 lightning, 1 softmax.", "Eight: seven with lightning attention, one softmax."),
+    "What can you do?": (
+        "They ask what I can do. Not much.",
+        "I can show that the code works. For anything else, load M1.",
+    ),
+    "How many layers do you have?": (
+        "Count: 7 lightning, 1 softmax.",
+        "Eight: seven with lightning attention, one softmax.",
+    ),
     "How many layers has MiniMax-M1?": ("The big one.", "Eighty: seventy with lightning attention, ten with softmax."),
     "How many parameters has MiniMax-M1?": ("Total, not active.", "456,089,655,296."),
     "What is lightning attention?": (
@@ -65,7 +71,8 @@ def conversations() -> list[tuple[str, str]]:
     """(prompt, reply) as the chat template puts them."""
     template = ChatTemplate(json.loads(TOKENIZER_CONFIG.read_text())["chat_template"])
     ask = {q: template.render([{"role": "user", "content": q}]) for q in ANSWERS}
-    return [(ask[q], f"<think>\n{thought}\n</think>\n{answer}<end_of_sentence>") for q, (thought, answer) in ANSWERS.items()]
+    reply = {q: f"<think>\n{thought}\n</think>\n{answer}<end_of_sentence>" for q, (thought, answer) in ANSWERS.items()}
+    return [(ask[q], reply[q]) for q in ANSWERS]
 
 
 def train_tokenizer(folder: Path) -> tokenizers.Tokenizer:
@@ -102,10 +109,10 @@ def train(model: M1, tokens: np.ndarray, learn: np.ndarray, steps: int) -> M1:
     @jax.jit
     def step(model: M1, state: optax.OptState) -> tuple[M1, optax.OptState, jax.Array]:
         value, gradient = jax.value_and_grad(loss)(model)
-        update, state = optimizer.update(gradient, state, model)
-        return optax.apply_updates(model, update), state, value
+        update, state = optimizer.update(gradient, state, model)  # pyright: ignore[reportArgumentType]
+        return jax.tree.map(jnp.add, model, update), state, value
 
-    state = optimizer.init(model)
+    state = optimizer.init(model)  # pyright: ignore[reportArgumentType]
     with tqdm(range(steps)) as progress:
         for _ in progress:
             model, state, value = step(model, state)

@@ -2,15 +2,17 @@
 
 import json
 import lzma
+import sys
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from m1jax.config import M1Config
-from m1jax.safetensors import Entry, write_folder
+from m1jax.safetensors import Entry, read_folder, write_folder
 from m1jax.weights import Layout, expected
 
 DATA = Path(__file__).parent / "data"
@@ -65,3 +67,16 @@ def same_bits(ours: dict[str, Any], theirs: dict[str, NDArray[Any]]) -> bool:
         and tensor.view().tobytes() == theirs[name].tobytes()
         for name, tensor in ours.items()
     )
+
+
+def golden() -> dict[str, Any]:
+    return {name: tensor.view() for name, tensor in read_folder(TINY).items()}
+
+
+def run(module: Any, *args: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Exit code of a command."""
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, args)])
+    with pytest.raises(SystemExit) as caught:
+        module.main()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code

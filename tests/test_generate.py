@@ -56,8 +56,9 @@ def run(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 def process(model: Path, *args: object, **options: Any) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "m1jax.generate", "--model", str(model), *map(str, args)]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".pytest_cache" / "jax")}
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, **{**pipes, **options})
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    child: subprocess.Popen[bytes] = subprocess.Popen(command, env=environment, text=False, **pipes)
+    return child
 
 
 def write_lines(file: Path, lines: Sequence[object]) -> Path:

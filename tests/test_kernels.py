@@ -1,5 +1,6 @@
 """One suite per op over every implementation that runs here, against `reference.py`; relative RMS error."""
 
+import functools
 from typing import Any
 
 import jax
@@ -123,7 +124,8 @@ def test_softmax_attention_ignores_what_lies_ahead() -> None:
     ahead = jnp.arange(20)[:, None] > 7
     far_k, far_v = jnp.where(ahead, 1e30, k), jnp.where(ahead, 1e30, v)
     offset = jnp.asarray([5])
-    for form in (softmax_xla.direct, lambda *a: softmax_xla.blocked(*a, 2, 4)):
+    blocked = functools.partial(softmax_xla.blocked, q_block=2, k_block=4)
+    for form in (softmax_xla.direct, blocked):
         assert np.array_equal(form(q, far_k, far_v, offset), form(q, k, v, offset))
 
 
@@ -170,8 +172,8 @@ def test_experts_gradients() -> None:
     x, w13, w2 = normal(0, N, M), normal(1, 1, E, 2, F, M), normal(2, 1, E, M, F)
     chosen, weights = routing(3, N, 2, E, skew=True)
     for got, want in zip(
-        gradients(lambda *a: experts(*a[:3], chosen, a[3], implementation="xla"), x, w13, w2, weights),
-        gradients(lambda *a: experts(*a[:3], chosen, a[3], implementation="reference"), x, w13, w2, weights),
+        gradients(lambda x, u, d, w: experts(x, u, d, chosen, w, implementation="xla"), x, w13, w2, weights),
+        gradients(lambda x, u, d, w: experts(x, u, d, chosen, w, implementation="reference"), x, w13, w2, weights),
         strict=True,
     ):
         assert rms_error(got, want) < 1e-5
@@ -182,10 +184,10 @@ def test_experts_gradients() -> None:
 
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
 @pytest.mark.parametrize(
-    ("N", "I", "O"), [(1, 256, 6), (2, 512, 8), (4, 256, 7), (8, 256, 6), (1, 24, 5), (33, 48, 20)]
+    ("N", "width", "O"), [(1, 256, 6), (2, 512, 8), (4, 256, 7), (8, 256, 6), (1, 24, 5), (33, 48, 20)]
 )
-def test_linear(N: int, I: int, O: int, dtypes: tuple[str, str]) -> None:
-    x, stack = normal(0, N, I, dtype=dtypes[0]), normal(1, 3, O, I, dtype=dtypes[1])
+def test_linear(N: int, width: int, O: int, dtypes: tuple[str, str]) -> None:
+    x, stack = normal(0, N, width, dtype=dtypes[0]), normal(1, 3, O, width, dtype=dtypes[1])
     want = linear(x, stack, 2, implementation="reference")
 
     def loop(x: jax.Array, stack: jax.Array) -> jax.Array:  # inside a loop, as in the model

@@ -34,19 +34,21 @@ def blocked(
     share = jnp.pad(share, (0, rows))
     w13 = gate_up.reshape(*gate_up.shape[:2], 2 * F, M)
 
-    def compute(size: int, out: jax.Array, e: jax.Array, first: jax.Array) -> jax.Array:
+    def compute(size: int, e: jax.Array, first: jax.Array) -> jax.Array:
         block = x[lax.dynamic_slice_in_dim(tokens, first, size)]
         gate, up = jnp.split(product(block, w13, (layer, e)), 2, axis=1)
         y = product((jax.nn.silu(gate) * up).astype(x.dtype), down, (layer, e))
-        return lax.dynamic_update_slice(out, y * lax.dynamic_slice_in_dim(share, first, size)[:, None], (first, 0))
+        y *= lax.dynamic_slice_in_dim(share, first, size)[:, None]
+        return jnp.pad(y, ((0, rows - size), (0, 0)))
 
     sizes = _sizes(rows)
-    branches = [lambda out, *_: out, *(functools.partial(compute, size) for size in sizes)]
+    branches = [lambda *_: jnp.zeros((rows, M), jnp.float32), *(functools.partial(compute, size) for size in sizes)]
 
     def body(out: jax.Array, block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         e, first, count = block
         smallest = jnp.searchsorted(jnp.asarray((0, *sizes)), count)
-        return lax.switch(smallest, branches, out, e, first), None
+        # The output stays outside the branches, which would copy it whole.
+        return lax.dynamic_update_slice(out, lax.switch(smallest, branches, e, first), (first, 0)), None
 
     out, _ = lax.scan(body, jnp.zeros((N * k + rows, M), jnp.float32), blocks)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(N * k, dtype=order.dtype), unique_indices=True)
@@ -71,4 +73,5 @@ def _blocks(flat: jax.Array, experts: int, rows: int) -> tuple[jax.Array, jax.Ar
     done = (index - (last - per_expert)[expert]) * rows  # rows of the expert in earlier blocks
     needed = index < last[-1]
     first = (jnp.cumsum(counts) - counts)[expert] + done
-    return expert, jnp.where(needed, first, 0), jnp.where(needed, jnp.minimum(counts[expert] - done, rows), 0)
+    end = flat.shape[0]  # where what needs no block is written
+    return expert, jnp.where(needed, first, end), jnp.where(needed, jnp.minimum(counts[expert] - done, rows), 0)

@@ -1,0 +1,58 @@
+"""Parity of two checkpoints, as ``python -m m1jax.convert --verify`` reports it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m1jax import convert
+from m1jax.config import M1Config
+from m1jax.convert import convert as run_convert
+from m1jax.errors import UserError
+from m1jax.verify import compare, verify
+from tests.checkpoints import TINY, golden, random_tensors, run, write_checkpoint
+from tests.tools import variant
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden checkpoint, converted; not to be changed."""
+    path = tmp_path_factory.mktemp("converted") / "m1"
+    run_convert(TINY, path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every length is a compilation."""
+    monkeypatch.setattr("m1jax.verify._LENGTHS", (7,))
+
+
+def test_verify(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(TINY, converted)
+    assert "same" in capsys.readouterr().out
+    tensors = {name: np.array(value) for name, value in golden().items()}
+    tensors["model.layers.3.block_sparse_moe.experts.1.w1.weight"][0] *= 2
+    other = write_checkpoint(tmp_path / "other", M1Config.from_file(TINY), tensors)
+    assert not verify(other, converted)
+    assert "DIFFERENT" in capsys.readouterr().out
+
+
+def test_verify_refuses_another_model(converted: Path, tmp_path: Path) -> None:
+    config = variant(layer_types=("softmax",))
+    other = write_checkpoint(tmp_path / "other", config, random_tensors(config))
+    with pytest.raises(UserError, match="different models"):
+        verify(other, converted)
+
+
+def test_verify_commands_exit_code(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(convert, "--verify", TINY, converted, monkeypatch=monkeypatch) == 0
+    monkeypatch.setattr("m1jax.verify.verify", lambda *_: False)
+    assert run(convert, "--verify", TINY, converted, monkeypatch=monkeypatch) == 1
+    monkeypatch.undo()
+    assert run(convert, "--verify", TINY, tmp_path, monkeypatch=monkeypatch) == 2
+
+
+def test_nan_is_never_parity() -> None:
+    one = np.ones((2, 3), np.float32)
+    assert not compare("x", one, one * np.nan).within(5e-2)
