@@ -20,16 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from numpy.typing import NDArray
 
 from m1jax.config import M1Config
 from m1jax.errors import UserError
-from m1jax.loading import MARKER, aligned_empty, windows
-from m1jax.model import M1, build
+from m1jax.loading import MARKER, Reader, aligned_empty, windows
 from m1jax.params import ParamSpec, nest, param_table
 from m1jax.safetensors import listing
 
@@ -156,27 +153,20 @@ def _tensorstore_spec(folder: Path, path: str) -> dict[str, Any]:
     return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": path + "/"}}
 
 
-def load(folder: Path, dtype: str, sharding: jax.sharding.Sharding) -> M1:
-    """The model of a converted checkpoint, cast to `dtype` while it is read. Raises `UserError`.
+def open_parameters(folder: Path) -> tuple[M1Config, Reader]:
+    """Config of a converted checkpoint, and how to read any block of any parameter. Raises `UserError`.
 
-    `ocp.load` does the same but holds a parameter twice while it loads it, and M1's largest is half of M1.
+    `ocp.load` reads the same arrays but holds a parameter twice while it loads it, and M1's largest is half of M1.
     """
     config, _, stores = open_checkpoint(folder)
 
-    def leaf(path: str, spec: ParamSpec) -> jax.Array:
-        kind = np.dtype(jnp.dtype(spec.dtype or dtype))
-        if 0 in spec.shape:
-            return jnp.zeros(spec.shape, kind)
+    def read(name: str, spec: ParamSpec, block: tuple[slice, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        try:
+            return _read_block(stores[name], spec, block, dtype)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{folder}: {name} is damaged ({short(error)}): convert the model again") from error
 
-        def read(block: tuple[slice, ...] | None) -> NDArray[Any]:
-            try:
-                return _read_block(stores[path], spec, block or (), kind)
-            except (ValueError, RuntimeError) as error:
-                raise UserError(f"{folder}: {path} is damaged ({short(error)}): convert the model again") from error
-
-        return jax.make_array_from_callback(spec.shape, sharding, read)
-
-    return build(config, leaf)
+    return config, read
 
 
 def _read_block(store: ts.TensorStore, spec: ParamSpec, block: tuple[slice, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

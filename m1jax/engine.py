@@ -149,7 +149,7 @@ class Engine:
         Args:
           prompts: of each row, the tokens that `prior` has not read.
           N: cache length.
-          prior: a state to go on from, used up.
+          prior: a state to go on from, used up; its cache may be longer.
 
         Returns:
           Logits `[B, V]` after each prompt's last token, and the state; B is the bucket of the number of prompts.
@@ -157,7 +157,7 @@ class Engine:
         B = self.bucket(len(prompts))
         logits, state = self.run(device.empty, self.model, B=B, N=N)
         if prior is not None:
-            state = prior if prior.max_length == N else self.run(device.grow, prior, N=N)
+            state = prior if prior.max_length >= N else self.run(device.grow, prior, N=N)
         longest = max(map(len, prompts))
         chunk = min(CHUNK, max(SMALLEST_CHUNK, CHUNK_OF_ALL // B))
         for start in range(0, longest, chunk):

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -158,6 +159,8 @@ class Output:
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
         try:
+            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                raise UserError(f"{path} is not an ordinary file: choose another --output")
             self._lock()
             self._read()
         except BaseException:
@@ -187,7 +190,10 @@ class Output:
         """Puts the lines in the order of the input, atomically."""
         self._file.seek(0)
         lines = self._file.read().splitlines(keepends=True)
-        ordered = sorted(lines, key=lambda line: ((r := json.loads(line))["line"], r["sample"]))
+        try:
+            ordered = sorted(lines, key=lambda line: ((r := json.loads(line))["line"], r["sample"]))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.path} was changed by another program meanwhile: choose another --output") from None
         if ordered == lines:
             return
         path = self.path.resolve()

@@ -6,7 +6,7 @@ over without a copy: memory holds the data once.
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ MARKER = "m1jax.json"  # the last file that a conversion writes
 PROGRESS = "m1jax.progress.jsonl"  # lies in unfinished conversions and exports
 
 _ALIGNMENT = 64  # bytes; XLA:CPU takes over a host buffer that starts on this boundary
+# (path of a parameter, its spec, one slice per axis, dtype) -> that block
+Reader = Callable[[str, ParamSpec, tuple[slice, ...], np.dtype[Any]], NDArray[Any]]
+
 _WINDOW = 32 << 20  # bytes of a source tensor mapped at once
 
 
@@ -43,24 +46,30 @@ def load(path: str | Path, dtype: str = "float32") -> M1:
         raise UserError(f"dtype {dtype!r} is not supported: choose float32 or bfloat16")
     path = Path(path)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    if (path / MARKER).exists():
-        from m1jax import checkpoint  # it builds on this module
-
-        return checkpoint.load(path, dtype, device)
-    config, tensors, pieces = open_source(path)
+    config, read = open_parameters(path)
 
     def leaf(name: str, spec: ParamSpec) -> jax.Array:
         kind = np.dtype(jnp.dtype(spec.dtype or dtype))
         if 0 in spec.shape:
             return jnp.zeros(spec.shape, kind)
-        sources = [(piece.index, tensors[piece.name]) for piece in pieces[name]]
-
-        def read(block: tuple[slice, ...] | None) -> NDArray[Any]:
-            return read_block(sources, spec.shape, block or (), kind)
-
-        return jax.make_array_from_callback(spec.shape, device, read)
+        return jax.make_array_from_callback(spec.shape, device, lambda block: read(name, spec, block or (), kind))
 
     return build(config, leaf)
+
+
+def open_parameters(path: Path) -> tuple[M1Config, Reader]:
+    """Config of a folder that `load` takes, and how to read any block of any parameter. Raises `UserError`."""
+    if (path / MARKER).exists():
+        from m1jax import checkpoint  # it builds on this module
+
+        return checkpoint.open_parameters(path)
+    config, tensors, pieces = open_source(path)
+
+    def read(name: str, spec: ParamSpec, block: tuple[slice, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        sources = [(piece.index, tensors[piece.name]) for piece in pieces[name]]
+        return read_block(sources, spec.shape, block, dtype)
+
+    return config, read
 
 
 def open_source(path: Path) -> tuple[M1Config, dict[str, Tensor], dict[str, list[Piece]]]:

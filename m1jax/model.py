@@ -230,15 +230,19 @@ def runs(kinds: tuple[str, ...]) -> list[Run]:
     return out
 
 
-def body(model: M1, carry: Carry, tokens_seen: jax.Array, lengths: jax.Array) -> Carry:
-    """All layers; `tokens_seen` int32 `[B]` is the position of the first token, `lengths` int32 `[B]` as in `step`."""
+def body(model: M1, carry: Carry, tokens_seen: jax.Array, lengths: jax.Array, decays: jax.Array | None = None) -> Carry:
+    """All layers; `tokens_seen` int32 `[B]` is the position of the first token, `lengths` int32 `[B]` as in `step`.
+
+    `decays` float32 `[L, H]` is log λ where the layers are a part of a larger model, whose numbering counts.
+    """
     cfg = model.config
     p = period(cfg.layer_types)
     one_period = runs(cfg.layer_types[:p])
     per_period = {kind: cfg.layer_types[:p].count(kind) for kind in cfg.layer_types}
     rope = layers.rope_angles(cfg, tokens_seen, carry.x.shape[1])
     L = cfg.num_hidden_layers
-    decays = jnp.asarray([log_decay(cfg.num_attention_heads, i, L) for i in range(L)])
+    if decays is None:
+        decays = all_decays(cfg)
     valid = jnp.arange(carry.x.shape[1]) < lengths[:, None]  # [B, T]
 
     def layer(kind: str, carry: Carry, i: jax.Array, n: jax.Array) -> Carry:
@@ -279,6 +283,12 @@ def body(model: M1, carry: Carry, tokens_seen: jax.Array, lengths: jax.Array) ->
     return carry
 
 
+def all_decays(config: M1Config) -> jax.Array:
+    """log λ of every layer and head, float32 `[L, H]`; read for lightning layers only."""
+    H, L = config.num_attention_heads, config.num_hidden_layers
+    return jnp.asarray([log_decay(H, i, L) for i in range(L)])
+
+
 def _residual(x: jax.Array, y: jax.Array, alpha: float, beta: float) -> jax.Array:
     return x * alpha + y * beta
 
@@ -297,11 +307,13 @@ def _tokens(tokens: ArrayLike) -> jax.Array:
     return tokens.astype(jnp.int32)
 
 
-def _embed(model: M1, tokens: jax.Array) -> jax.Array:
+def embed(model: M1, tokens: jax.Array) -> jax.Array:
+    """Embeddings `[B, T, M]` of tokens `[B, T]`."""
     return model.embed[...][tokens]
 
 
-def _final_norm(model: M1, x: jax.Array) -> jax.Array:
+def final_norm(model: M1, x: jax.Array) -> jax.Array:
+    """The norm before the head."""
     return layers.rms_norm(x, model.norm[...], model.config.rms_norm_eps)
 
 
@@ -312,30 +324,30 @@ def _stateless(model: M1, tokens: jax.Array, carry: Carry) -> Carry:
 
 @jax.jit
 def _forward(model: M1, tokens: jax.Array) -> jax.Array:
-    carry = _stateless(model, tokens, Carry(_embed(model, tokens), None, None, None, None, None))
-    return head(model, _final_norm(model, carry.x))
+    carry = _stateless(model, tokens, Carry(embed(model, tokens), None, None, None, None, None))
+    return head(model, final_norm(model, carry.x))
 
 
 @jax.jit
 def _trace(model: M1, tokens: jax.Array) -> Trace:
     cfg, (B, T) = model.config, tokens.shape
-    x = _embed(model, tokens)
+    x = embed(model, tokens)
     hidden = jnp.zeros((cfg.num_hidden_layers, *x.shape), x.dtype)
     logits = jnp.zeros((cfg.num_hidden_layers, B, T, cfg.num_local_experts), jnp.float32)
     carry = _stateless(model, tokens, Carry(x, None, None, None, hidden, logits))
     assert carry.hidden is not None and carry.router_logits is not None
-    return Trace(x, carry.hidden, _final_norm(model, carry.x), carry.router_logits)
+    return Trace(x, carry.hidden, final_norm(model, carry.x), carry.router_logits)
 
 
 @functools.partial(jax.jit, static_argnames="logits")
 def _step(
     model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array, logits: Logits
 ) -> tuple[jax.Array, M1State]:
-    carry = Carry(_embed(model, tokens), state.lightning.s, state.cache.k, state.cache.v, None, None)
+    carry = Carry(embed(model, tokens), state.lightning.s, state.cache.k, state.cache.v, None, None)
     carry = body(model, carry, state.length, lengths)
     assert carry.s is not None and carry.k is not None and carry.v is not None
     x = carry.x
     if logits == "last":
         x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     state = M1State(LightningState(carry.s), KVCache(carry.k, carry.v), state.length + lengths)
-    return head(model, _final_norm(model, x)), state
+    return head(model, final_norm(model, x)), state

@@ -5,6 +5,7 @@ Imports jax only where it is used: Ctrl-C is to be handled while jax is being im
 
 import _thread
 import contextlib
+import io
 import os
 import resource
 import signal
@@ -104,7 +105,16 @@ def memory_errors() -> Iterator[None]:
         raise UserError("out of memory: use --dtype bfloat16, fewer tokens or a smaller --batch-size") from None
 
 
+def open_streams() -> None:
+    """Puts closed standard streams in order (`>&-`), and has stdout replace what its encoding cannot write."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open as long as the process)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def silence_stdout() -> None:
-    """After a broken pipe: keeps Python from complaining about it once more when it exits."""
+    """After a failed write: keeps Python from complaining about it once more when it exits."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

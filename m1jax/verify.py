@@ -1,16 +1,20 @@
-"""Do two checkpoints compute the same? Logits of a few prompts, one model in memory at a time."""
+"""Do two checkpoints compute the same? Logits of a few prompts, one layer in memory at a time."""
 
-import gc
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
 from m1jax.checkpoint import read_marker
+from m1jax.config import M1Config
 from m1jax.errors import UserError
-from m1jax.loading import MARKER, load
+from m1jax.loading import MARKER, Reader, open_parameters
+from m1jax.model import M1, Carry, all_decays, body, build, embed, final_norm, head
+from m1jax.params import ParamSpec, param_table
 
 _LENGTHS = (1, 7, 64)  # tokens of the random prompts
 _TEXTS = ("The quick brown fox jumps over the lazy dog.", "1 + 1 =", "Wer reitet so spät durch Nacht und Wind?")
@@ -59,13 +63,50 @@ def compare(prompt: str, wanted: NDArray[np.float32], found: NDArray[np.float32]
 
 
 def _logits(path: Path) -> dict[str, NDArray[np.float32]]:
-    """Logits `[T, V]` by prompt. The model is gone when this returns."""
-    model = load(path)
-    prompts = _prompts(path, model.config.vocab_size)
-    out = {name: np.array(model(jnp.asarray(tokens[None]))[0]) for name, tokens in prompts.items()}
-    del model
-    gc.collect()
-    return out
+    """Logits `[T, V]` by prompt, in float32."""
+    config, read = open_parameters(path)
+    prompts = _prompts(path, config.vocab_size)
+    lengths = np.asarray([len(tokens) for tokens in prompts.values()], np.int32)
+    batch = np.zeros((len(prompts), lengths.max()), np.int32)
+    for row, tokens in zip(batch, prompts.values(), strict=True):
+        row[: len(tokens)] = tokens
+    logits = np.asarray(layer_by_layer(config, read, batch, lengths))
+    return {name: logits[b, : lengths[b]] for b, name in enumerate(prompts)}
+
+
+def layer_by_layer(config: M1Config, read: Reader, tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> jax.Array:
+    """`model(tokens)` in float32 for right-padded rows `[B, T]`, with one layer's parameters in memory at a time."""
+    x = embed(_part(config, read, {"embed"}, None), jnp.asarray(tokens))
+    decays = all_decays(config)
+    run = jax.jit(body)
+    for layer in range(config.num_hidden_layers):
+        part = _part(config, read, set(), layer)
+        carry = Carry(x, None, None, None, None, None)
+        first = jnp.zeros(len(tokens), jnp.int32)
+        x = run(part, carry, first, jnp.asarray(lengths), decays[layer : layer + 1]).x
+    last = _part(config, read, {"norm", "embed" if config.tie_word_embeddings else "lm_head"}, None)
+    return head(last, final_norm(last, x))
+
+
+def _part(config: M1Config, read: Reader, names: set[str], layer: int | None) -> M1:
+    """A model with the parameters `names`, or those of one layer; all others are empty."""
+    kind = config.layer_types[layer or 0]
+    one = dataclasses.replace(config, num_hidden_layers=1, layer_types=(kind,))
+    whole = param_table(config)
+    before = config.layer_types[: layer or 0].count(kind)
+
+    def leaf(name: str, spec: ParamSpec) -> jax.Array:
+        dtype = np.dtype("float32")
+        stacked = spec.axes[0] == "layer"
+        if 0 in spec.shape or (layer is None if stacked else name not in names):
+            return jnp.zeros((0,) * len(spec.shape))
+        block = [slice(0, size) for size in whole[name].shape]
+        if stacked and layer is not None:
+            at = before if name.startswith(kind) else layer
+            block[0] = slice(at, at + 1)
+        return jnp.asarray(read(name, whole[name], tuple(block), dtype))
+
+    return build(one, leaf)
 
 
 def _prompts(path: Path, vocab_size: int) -> dict[str, NDArray[np.int32]]:

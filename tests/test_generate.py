@@ -10,13 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from m1jax import jsonl, modes
+from m1jax.engine import Engine
 from m1jax.generate import main
 from m1jax.loading import load
 from m1jax.reply import CLOSE, OPEN
@@ -39,9 +40,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "tiny", config)
 
 
+class SharingEngine(Engine):
+    """An engine that keeps the functions compiled by the ones before: all models here have the same shapes."""
+
+    compiled: ClassVar[dict[Any, Any]] = {}
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._compiled = self.compiled
+
+
 @pytest.fixture
 def run(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs the command in this process: its exit code, stdout and stderr."""
+
+    monkeypatch.setattr(modes, "Engine", SharingEngine)
 
     def call(*args: object, stdin: bytes = b"", folder: Path = model) -> Result:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
@@ -53,12 +66,10 @@ def run(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     return call
 
 
-def process(model: Path, *args: object, **options: Any) -> subprocess.Popen[bytes]:
+def process(model: Path, *args: object, stderr: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "m1jax.generate", "--model", str(model), *map(str, args)]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".pytest_cache" / "jax")}
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    child: subprocess.Popen[bytes] = subprocess.Popen(command, env=environment, text=False, **pipes)
-    return child
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)
 
 
 def write_lines(file: Path, lines: Sequence[object]) -> Path:
@@ -323,6 +334,7 @@ def test_bad_files_get_one_line(run: Run, tmp_path: Path) -> None:
         (("--input", source, "--output", tmp_path / "no" / "o"), "cannot be written"),
         (("--input", source, "--output", tmp_path), "cannot be written"),
         (("--input", source, "--output", source), "the same file"),
+        (("--input", source, "--output", "/dev/zero"), "not an ordinary file"),
     ]
     for args, error in cases:
         result = run(*args)

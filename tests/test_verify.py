@@ -9,9 +9,10 @@ from m1jax import convert
 from m1jax.config import M1Config
 from m1jax.convert import convert as run_convert
 from m1jax.errors import UserError
-from m1jax.verify import compare, verify
+from m1jax.loading import load, open_parameters
+from m1jax.verify import compare, layer_by_layer, verify
 from tests.checkpoints import TINY, golden, random_tensors, run, write_checkpoint
-from tests.tools import variant
+from tests.tools import rms_error, variant
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +57,12 @@ def test_verify_commands_exit_code(converted: Path, tmp_path: Path, monkeypatch:
 def test_nan_is_never_parity() -> None:
     one = np.ones((2, 3), np.float32)
     assert not compare("x", one, one * np.nan).within(5e-2)
+
+
+def test_layer_by_layer_is_the_model() -> None:
+    config, read = open_parameters(TINY)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 9), dtype=np.int32)
+    got = layer_by_layer(config, read, tokens, np.asarray([9, 4], np.int32))
+    want = load(TINY)(tokens)
+    assert rms_error(got[0], want[0]) < 1e-6
+    assert rms_error(got[1, :4], want[1, :4]) < 1e-6
