@@ -31,6 +31,8 @@ def _on_cpu(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
         form = _row_by_row
     elif x.dtype == jnp.float32 and stack.size == O * I:
         return dot(x, stack.reshape(O, I))  # nothing to pick, nothing to copy
+    if form is _copied and stack.dtype == jnp.float32:
+        return _copied(x, stack, index)  # a dot reads and writes whole buffers as it is
     return isolated(form, index[0], x, stack, index)
 
 
