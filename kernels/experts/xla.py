@@ -57,7 +57,7 @@ def blocked(
 
 def _sizes(rows: int) -> tuple[int, ...]:
     """Block sizes that are compiled: the last block of an expert takes the smallest that holds its rows."""
-    return tuple(sorted({max(rows >> shift, 1) for shift in range(4)}))
+    return tuple(sorted({max(rows * eighths // 8, 1) for eighths in (1, 2, 4, 6, 8)}))
 
 
 def _blocks(flat: jax.Array, experts: int, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
