@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from safetensors.numpy import load_file
 
 import m1jax
@@ -15,7 +16,7 @@ import m1jax
 FOLDER = Path(__file__).parents[1] / "tests" / "data" / "m1_tiny"
 
 
-def rms(ours: np.ndarray, theirs: np.ndarray) -> float:
+def rms(ours: ArrayLike, theirs: np.ndarray) -> float:
     """Root mean square of the difference, relative to that of `theirs`."""
     return float(
         np.sqrt(np.mean((np.asarray(ours, np.float64) - theirs) ** 2) / np.mean(theirs.astype(np.float64) ** 2))
@@ -34,6 +35,7 @@ def in_chunks(model: m1jax.M1, ids: np.ndarray, size: int) -> tuple[np.ndarray, 
 def measure(dtype: str) -> dict[str, str]:
     """One column of the table."""
     want, model = load_file(FOLDER / "expected.safetensors"), m1jax.load(FOLDER, dtype=dtype)
+    agree = 0.0
     ids, trace = want["input_ids"], model.trace(want["input_ids"])
     out = {
         "router logits, layer 0": rms(trace.router_logits[0].reshape(-1, 4), want["router_logits_layer0"]),
@@ -44,7 +46,7 @@ def measure(dtype: str) -> dict[str, str]:
         logits, state = in_chunks(model, ids, size)
         out[f"logits, {name}"] = rms(logits, want["logits"])
         out[f"last lightning state, {name}"] = rms(state.lightning.s[-1], want["lightning_state_last"])
-        agree = np.mean(np.argmax(logits, -1) == np.argmax(want["logits"], -1))
+        agree = float(np.mean(np.argmax(logits, -1) == np.argmax(want["logits"], -1)))
     return {k: f"{v:.1e}" for k, v in out.items()} | {
         "same argmax": f"{agree:.1%}",
         "greedy tokens equal": decode(model, want),
