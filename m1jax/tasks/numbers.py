@@ -1,0 +1,124 @@
+"""Comparison, sorting and the next number in a sequence."""
+
+import itertools
+import random
+
+from m1jax.tasks.arithmetic import number
+from m1jax.tasks.task import Instance, Solution, Task
+
+
+def _draw_two(rng: random.Random, difficulty: int) -> Instance:
+    a = number(rng, difficulty)
+    digits = str(a)
+    b = a
+    while b == a:
+        if rng.random() < 0.5:  # numbers that begin alike: chance rarely makes them
+            keep = rng.randrange(len(digits))
+            b = int(digits[:keep] + "".join(rng.choice("0123456789") for _ in digits[keep:]))
+        else:
+            b = number(rng, rng.randint(max(1, difficulty - 1), difficulty))
+    pair = [a, b]
+    rng.shuffle(pair)
+    return {"a": pair[0], "b": pair[1], "wanted": rng.choice(("larger", "smaller"))}
+
+
+def compare(a: int, b: int) -> str:
+    """Lengths first, then digits from the left until two differ."""
+    pairs = list(zip(map(int, str(a)), map(int, str(b)), strict=False))
+    steps = [(len(str(a)), len(str(b)))]
+    if steps[0][0] == steps[0][1]:
+        differs = next((n for n, (x, y) in enumerate(pairs) if x != y), len(pairs) - 1)
+        steps += pairs[: differs + 1]
+    return "\n".join(f"{x}{'=' if x == y else '<' if x < y else '>'}{y}" for x, y in steps)
+
+
+def _solve_comparison(instance: Instance) -> Solution:
+    a, b = instance["a"], instance["b"]
+    answer = max(a, b) if instance["wanted"] == "larger" else min(a, b)
+    return Solution(compare(a, b), str(answer))
+
+
+COMPARISON = Task(
+    name="comparison",
+    difficulty=5,  # digits
+    draw=_draw_two,
+    phrasings=(
+        "Which is {wanted}, {a} or {b}?",
+        "Which number is {wanted}: {a} or {b}?",
+        "Compare {a} and {b}. Which one is {wanted}?",
+        "Of {a} and {b}, which is the {wanted} one?",
+    ),
+    solve=_solve_comparison,
+    identity=lambda i: sorted((i["a"], i["b"])),
+)
+
+
+def _draw_list(rng: random.Random, difficulty: int) -> Instance:
+    return {
+        "numbers": tuple(rng.randrange(100) for _ in range(difficulty + 1)),
+        "order": rng.choice(("ascending", "descending")),
+    }
+
+
+def _solve_sorting(instance: Instance) -> Solution:
+    """Takes the smallest (largest) of what is left, again and again."""
+    left, out, lines = list(instance["numbers"]), [], []
+    choose = min if instance["order"] == "ascending" else max
+    while left:
+        best = choose(left)
+        lines.append(f"{','.join(map(str, left))}:{best}")
+        left.remove(best)
+        out.append(best)
+    return Solution("\n".join(lines), ", ".join(map(str, out)))
+
+
+SORTING = Task(
+    name="sorting",
+    difficulty=5,  # one less than the numbers to sort
+    draw=_draw_list,
+    phrasings=(
+        "Sort {numbers} in {order} order.",
+        "Sort these numbers in {order} order: {numbers}.",
+        "Put {numbers} in {order} order.",
+        "What is {numbers} in {order} order?",
+    ),
+    solve=_solve_sorting,
+)
+
+
+def _draw_sequence(rng: random.Random, difficulty: int) -> Instance:
+    """1: a constant is added; 2: or subtracted; 3: or two constants take turns; 4: or doubling."""
+    kind = rng.randint(1, min(difficulty, 4))
+    if kind == 4:
+        start = rng.randint(1, 9)
+        return {"terms": tuple(start * 2**n for n in range(4)), "steps": ("*2",)}
+    step, other = rng.sample(range(1, 10), 2)
+    signs = {1: (step,), 2: (-step,), 3: (step, other)}[kind]
+    start = rng.randint(0, 50) + (40 if kind == 2 else 0)
+    terms = [start]
+    for n in range(3 + (kind == 3)):
+        terms.append(terms[-1] + signs[n % len(signs)])
+    return {"terms": tuple(terms), "steps": tuple(f"{sign:+}" for sign in signs)}
+
+
+def _solve_sequence(instance: Instance) -> Solution:
+    """How each term comes from the one before; then once more."""
+    terms, steps = list(instance["terms"]), instance["steps"]
+    step = steps[(len(terms) - 1) % len(steps)]
+    terms.append(terms[-1] * 2 if step == "*2" else terms[-1] + int(step))
+    lines = [f"{a}{steps[n % len(steps)]}={b}" for n, (a, b) in enumerate(itertools.pairwise(terms))]
+    return Solution("\n".join(lines), str(terms[-1]))
+
+
+SEQUENCE = Task(
+    name="sequence",
+    difficulty=4,
+    draw=_draw_sequence,
+    phrasings=(
+        "What comes next: {terms}?",
+        "What is the next number in {terms}?",
+        "Continue the sequence {terms}.",
+        "Find the next number: {terms}.",
+    ),
+    solve=_solve_sequence,
+)

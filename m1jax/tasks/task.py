@@ -1,0 +1,147 @@
+"""What a task is: problems drawn from a seed, solved step by step, split by a hash of themselves, and verified.
+
+A problem is an instance (the numbers or words it is about) in one of several phrasings. Which split it belongs to
+depends on the instance alone, so that no phrasing of a held-out problem is ever trained on.
+"""
+
+import dataclasses
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+from m1jax.errors import UserError
+
+Split = Literal["train", "held-out"]
+Instance = Mapping[str, Any]
+
+HELD_OUT = 8  # one instance in so many is held out
+_TRIES = 10_000  # draws before a split counts as empty
+
+
+class Solution(NamedTuple):
+    """A chain of thought that computes the answer, and the answer."""
+
+    thought: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A question with its solution; `identity` is the same for all phrasings of one instance."""
+
+    task: str
+    question: str
+    thought: str
+    answer: str
+    identity: str
+
+    @property
+    def reply(self) -> str:
+        """The reply that is to be learnt, in M1's format."""
+        return f"<think>\n{self.thought}\n</think>\n{self.answer}"
+
+
+class Verdict(NamedTuple):
+    """What the rules say of a reply."""
+
+    well_formed: bool  # <think>…</think> and then an answer, once each
+    correct: bool  # the answer is the right one
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A family of problems.
+
+    Attributes:
+      name: by which it is chosen.
+      difficulty: the shipped one, at which the task is trained and evaluated unless said otherwise; the easiest is 1.
+      draw: (random, difficulty) to an instance: what the phrasings name, by name.
+      phrasings: format strings over the instance; lists are shown with commas.
+      solve: from an instance to thought and answer.
+      identity: what tells instances apart; questions that are the same but for order should give the same value.
+    """
+
+    name: str
+    difficulty: int
+    draw: Callable[[random.Random, int], Instance]
+    phrasings: tuple[str, ...]
+    solve: Callable[[Instance], Solution]
+    identity: Callable[[Instance], Any] = lambda instance: sorted(instance.items())
+
+    def problem(self, rng: random.Random, difficulty: int | None = None, split: Split = "train") -> Problem:
+        """A problem of the split, drawn anew until it belongs there.
+
+        Raises:
+          UserError: the difficulty is below 1, or has no problem of this split.
+        """
+        difficulty = self.difficulty if difficulty is None else difficulty
+        if difficulty < 1:
+            raise UserError(f"task {self.name}: difficulty must be 1 or more, not {difficulty}")
+        for _ in range(_TRIES):
+            instance = self.draw(rng, difficulty)
+            identity = f"{self.name} {self.identity(instance)}"
+            if split_of(identity) == split:
+                shown = {name: _shown(value) for name, value in instance.items()}
+                question = rng.choice(self.phrasings).format_map(shown)
+                return Problem(self.name, question, *self.solve(instance), identity)
+        raise UserError(f"task {self.name} has no {split} problem of difficulty {difficulty}: choose a higher one")
+
+    def problems(
+        self, count: int, seed: int, difficulty: int | None = None, split: Split = "held-out"
+    ) -> list[Problem]:
+        """At most `count` different problems; fewer if chance finds no more in 20 times as many draws."""
+        rng = random.Random(f"{self.name} {seed}")
+        found: dict[str, Problem] = {}
+        for _ in range(20 * count):
+            if len(found) == count:
+                break
+            problem = self.problem(rng, difficulty, split)
+            found.setdefault(problem.identity, problem)
+        return list(found.values())
+
+
+def mixture(tasks: list[Task], seed: int, difficulty: float = 1.0) -> Iterator[Problem]:
+    """Training problems without end, all tasks alike, at random difficulties from 1 to the shipped one.
+
+    `difficulty` scales the upper end: 0.5 is half of each task's shipped difficulty, for a curriculum.
+    """
+    rng = random.Random(seed)
+    while True:
+        task = rng.choice(tasks)
+        highest = max(1, round(task.difficulty * difficulty))
+        # The hardest level is as frequent as all easier ones together: it has the most instances.
+        level = highest if rng.random() < 0.5 else rng.randint(1, highest)
+        yield task.problem(rng, level)
+
+
+def split_of(identity: str) -> Split:
+    """Where the problem of this identity belongs."""
+    return "held-out" if hashlib.sha256(identity.encode()).digest()[0] < 256 // HELD_OUT else "train"
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+# --- verification --------------------------------------------------------------------------------------------------
+
+_FORMAT = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<answer>.*)", re.DOTALL)
+_DECORATION = re.compile(r"\\boxed\{([^{}]*)\}|\*\*|\$|[\"'“”‘’]")
+
+
+def verify(problem: Problem, reply: str) -> Verdict:
+    """Judges a reply: its format, and the answer after `</think>` (the whole reply if there is no such tag)."""
+    match = _FORMAT.fullmatch(reply)
+    answer = reply.rpartition("</think>")[2]
+    well_formed = match is not None and match["thought"].strip() != "" and answer.strip() != ""
+    well_formed = well_formed and reply.count("<think>") == 1 and reply.count("</think>") == 1
+    return Verdict(well_formed, normalised(answer) == normalised(problem.answer))
+
+
+def normalised(answer: str) -> str:
+    """The answer without decoration: quotes, bold, `\\boxed{}`, a final full stop, case, differing spaces."""
+    plain = _DECORATION.sub(lambda match: match[1] or "", answer)
+    plain = re.sub(r"\s*,\s*", ", ", " ".join(plain.split()))
+    return plain.removesuffix(".").strip().casefold()

@@ -1,0 +1,220 @@
+"""Tasks: every chain of thought computes, splits never mix, verification is by rule."""
+
+import itertools
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from m1jax import tasks
+from m1jax.errors import UserError
+from m1jax.tasks import TASKS, Problem, Task, mixture, split_of, verify
+
+# A task as a user would write it.
+OWN_TASK = '''"""Digit sums, as an example of a task of one's own."""
+
+from m1jax.tasks import Instance, Solution, Task
+
+
+def draw(rng, difficulty):
+    """A number of so many digits."""
+    return {"n": rng.randrange(10 ** (difficulty - 1), 10**difficulty)}
+
+
+def solve(instance: Instance) -> Solution:
+    """Adds digit by digit."""
+    total, lines = 0, []
+    for digit in map(int, str(instance["n"])):
+        lines.append(f"{total}+{digit}={total + digit}")
+        total += digit
+    return Solution("\\n".join(lines), str(total))
+
+
+TASK = Task(
+    name="digit-sum",
+    difficulty=3,
+    draw=draw,
+    phrasings=("What is the digit sum of {n}?", "Add the digits of {n}."),
+    solve=solve,
+)
+'''
+
+
+def sample(task: Task, count: int = 60) -> list[Problem]:
+    rng = random.Random(5)
+    return [task.problem(rng, level) for level in range(1, task.difficulty + 1) for _ in range(count)]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def word_of(problem: Problem) -> str:
+    return max(re.findall(r'"([a-z]+)"', problem.question), key=len)
+
+
+def expected(problem: Problem) -> str:
+    """The answer, computed from the question in another way."""
+    question, values = problem.question, numbers(problem.question)
+    match problem.task:
+        case "addition":
+            return str(sum(values))
+        case "subtraction":
+            return str(max(values) - min(values))
+        case "multiplication":
+            return str(values[0] * values[1])
+        case "comparison":
+            return str(max(values) if "larger" in question else min(values))
+        case "sorting":
+            return ", ".join(map(str, sorted(values, reverse="descending" in question)))
+        case "counting":
+            letter = re.findall(r'"([a-z])"', question)[0]
+            word = re.findall(r'"([a-z]+)"', question)[-1]
+            return str(word.count(letter))
+        case "reversal":
+            return f'"{word_of(problem)[::-1]}"'
+        case "cipher":
+            shift = numbers(question)[0] * (-1 if "back" in question else 1)
+            return '"' + "".join(chr((ord(c) - 97 + shift) % 26 + 97) for c in word_of(problem)) + '"'
+        case "logic":
+            asked = question.removesuffix(" True or False?") if question.startswith("Is ") else question
+            found = re.fullmatch(r"(?:What is|Is|Evaluate|Compute) (.*?)[.?]?", asked)
+            assert found
+            return str(eval(found[1]))
+        case "retrieval":
+            name = re.findall(r"([a-z]\d\d)", question)[-1]
+            return dict(re.findall(r"([a-z]\d\d)=(\d+)", question))[name]
+    raise AssertionError(problem.task)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "sequence"])
+def test_answers_are_right(name: str) -> None:
+    for problem in sample(TASKS[name]):
+        assert problem.answer == expected(problem), problem
+
+
+def test_sequences_go_on_as_they_began() -> None:
+    for problem in sample(TASKS["sequence"]):
+        terms = [*numbers(problem.question), int(problem.answer)]
+        steps = [b - a for a, b in itertools.pairwise(terms)]
+        doubling = all(b == 2 * a for a, b in itertools.pairwise(terms))
+        assert doubling or steps[2:] == steps[: len(steps) - 2], problem
+
+
+@pytest.mark.parametrize("name", ["addition", "subtraction", "multiplication", "sequence"])
+def test_each_step_of_the_arithmetic_is_true(name: str) -> None:
+    for problem in sample(TASKS[name]):
+        for left, right in (line.split("=") for line in problem.thought.split("\n") if "=" in line):
+            assert eval(re.sub(r"\b0+(\d)", r"\1", left)) == int(right), problem
+
+
+def test_other_thoughts_compute() -> None:
+    for problem in sample(TASKS["counting"]):
+        letters, counts = problem.thought[::2], problem.thought[1::2]
+        assert letters == re.findall(r'"([a-z]+)"', problem.question)[-1] and counts[-1] == problem.answer
+    for problem in sample(TASKS["reversal"]):
+        forward, back = problem.thought.split("\n")
+        assert (
+            re.sub(r"\d", "", forward) == word_of(problem) and f'"{re.sub(chr(92) + "d", "", back)}"' == problem.answer
+        )
+    for problem in sample(TASKS["sorting"]):
+        assert ", ".join(line.split(":")[1] for line in problem.thought.split("\n")) == problem.answer
+    for problem in sample(TASKS["logic"]):
+        values = [line.split("=") for line in problem.thought.split("\n") if "=" in line]
+        assert all(str(eval(left)) == right for left, right in values) and values[-1][1] == problem.answer
+    for problem in sample(TASKS["comparison"]):
+        *same, last = problem.thought.split("\n")
+        assert all("=" in line for line in same) and re.fullmatch(r"\d+[<>]\d+", last)
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_splits_do_not_meet(name: str) -> None:
+    task = TASKS[name]
+    held_out = task.problems(50, seed=1)
+    train = {task.problem(random.Random(seed)).identity for seed in range(300)}
+    assert len(held_out) == 50 and not train & {p.identity for p in held_out}
+    assert all(split_of(p.identity) == "held-out" for p in held_out)
+    assert all(verify(p, p.reply) == (True, True) for p in held_out)
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_the_seed_decides(name: str) -> None:
+    task = TASKS[name]
+    assert task.problems(8, seed=3) == task.problems(8, seed=3) != task.problems(8, seed=4)
+
+
+def test_no_phrasing_or_order_smuggles_a_held_out_problem_into_training() -> None:
+    task = TASKS["addition"]
+    by_pair: dict[tuple[int, ...], set[str]] = {}
+    for split in ("train", "held-out"):
+        rng = random.Random(0)
+        for _ in range(400):
+            problem = task.problem(rng, 1, split)
+            by_pair.setdefault(tuple(sorted(numbers(problem.question))), set()).add(split)
+    assert all(len(splits) == 1 for splits in by_pair.values())
+
+
+def test_mixture_covers_all_tasks_at_all_levels() -> None:
+    problems = list(itertools.islice(mixture(list(TASKS.values()), seed=0), 2000))
+    assert {p.task for p in problems} == set(TASKS)
+    assert all(split_of(p.identity) == "train" for p in problems)
+    digits = [len(str(max(numbers(p.question)))) for p in problems if p.task == "addition"]
+    assert set(digits) == {1, 2, 3, 4} and sum(d == 4 for d in digits) > len(digits) / 3
+    easy = list(itertools.islice(mixture([TASKS["addition"]], seed=0, difficulty=0.5), 200))
+    assert max(len(str(max(numbers(p.question)))) for p in easy) == 2
+
+
+PROBLEM = Problem("addition", "What is 27 + 58?", "7+8+0=15\n2+5+1=08", "85", "")
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("<think>\n7+8=15\n</think>\n85", (True, True)),
+        ("<think>so</think> 85.", (True, True)),
+        ("<think>so</think> **85**", (True, True)),
+        (r"<think>so</think> $\boxed{85}$", (True, True)),
+        ("<think>so</think> 84", (True, False)),
+        ("<think>85</think>", (False, False)),  # no answer
+        ("<think>85", (False, False)),  # cut off
+        ("85", (False, True)),
+        ("<think></think>85", (False, True)),  # no thought
+        ("thought</think>85", (False, True)),  # a template may have opened the block
+        ("so <think>x</think>85", (False, True)),
+        ("<think>a</think><think>b</think>85", (False, True)),
+        ("<think>a</think>85 or 84", (True, False)),
+        ("", (False, False)),
+    ],
+)
+def test_verification(reply: str, verdict: tuple[bool, bool]) -> None:
+    assert verify(PROBLEM, reply) == verdict
+
+
+def test_an_own_task_in_thirty_lines(tmp_path: Path) -> None:
+    assert OWN_TASK.count("\n") <= 30
+    file = tmp_path / "digit_sum.py"
+    file.write_text(OWN_TASK)
+    (task,) = tasks.find([str(file)])
+    problem = task.problems(5, seed=0)[0]
+    assert verify(problem, problem.reply) == (True, True)
+    assert [t.name for t in tasks.find(["all", str(file)])] == [*TASKS, "digit-sum"]
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'addition'"):
+        tasks.find(["adition"])
+    with pytest.raises(UserError, match="no task is given"):
+        tasks.find([])
+    with pytest.raises(UserError, match="does not exist"):
+        tasks.find([str(tmp_path / "none.py")])
+    for name, text, message in (("empty", "", "no TASK"), ("broken", "1 / 0", "ZeroDivisionError")):
+        (tmp_path / f"{name}.py").write_text(text)
+        with pytest.raises(UserError, match=message):
+            tasks.find([str(tmp_path / f"{name}.py")])
+    with pytest.raises(UserError, match="difficulty must be 1"):
+        TASKS["addition"].problems(1, seed=0, difficulty=0)
+    nothing = Task("nothing", 1, lambda rng, d: {"x": 1}, ("{x}",), TASKS["addition"].solve)
+    empty_split = "train" if split_of("nothing [('x', 1)]") == "held-out" else "held-out"
+    with pytest.raises(UserError, match=f"no {empty_split} problem"):
+        nothing.problem(random.Random(0), 1, empty_split)
