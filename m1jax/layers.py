@@ -34,13 +34,12 @@ def project(x: jax.Array, stack: nnx.Param, index: jax.Array) -> jax.Array:
     return out.astype(x.dtype).reshape(B, T, -1)
 
 
-def rope_angles(config: M1Config, first: jax.Array, T: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 `[B, T, 1, R/2]`, for positions first[b] … first[b] + T - 1."""
+def rope_angles(config: M1Config, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 `[B, T, 1, R/2]`, of positions int32 `[B, T]`."""
     R = config.rotary_dim
     exponent = np.arange(0, R, 2, dtype=np.float32) / np.float32(R)
     frequency = np.float32(1) / np.power(np.float32(config.rope_theta), exponent)
-    position = (first[:, None] + jnp.arange(T)).astype(jnp.float32)
-    angle = position[..., None, None] * frequency
+    angle = position.astype(jnp.float32)[..., None, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -62,13 +61,19 @@ class Lightning(nnx.Module):
     out_proj: nnx.Param  # [P, M, H, D]
 
     def __call__(
-        self, x: jax.Array, n: jax.Array, log_decay: jax.Array, state: jax.Array | None, lengths: jax.Array
+        self,
+        x: jax.Array,
+        n: jax.Array,
+        log_decay: jax.Array,
+        state: jax.Array | None,
+        lengths: jax.Array,
+        segments: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """x `[B, T, M]`, state float32 `[B, H, D, D]` or None; returns y `[B, T, M]` and the new state."""
         B, T, _ = x.shape
         H, _, D = self.qkv_proj[...].shape[1:4]
         qkv = project(x, self.qkv_proj, n).reshape(B, T, H, 3, D)
-        out, state = lightning_attention(qkv, log_decay, state=state, lengths=lengths)
+        out, state = lightning_attention(qkv, log_decay, state=state, lengths=lengths, segments=segments)
         normed = rms_norm(out.reshape(B, T, H * D), self.norm[...][n].reshape(H * D), LIGHTNING_NORM_EPS)
         return project(jax.nn.sigmoid(project(x, self.output_gate, n)) * normed, self.out_proj, n), state
 
@@ -90,8 +95,12 @@ class Softmax(nnx.Module):
         cache_k: jax.Array | None,
         cache_v: jax.Array | None,
         first: jax.Array,
+        segments: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        """x `[B, T, M]`, caches `[S, B, K, N, D]` or None, first int32 `[B]`; returns y `[B, T, M]` and the caches."""
+        """x `[B, T, M]`, caches `[S, B, K, N, D]` or None, first int32 `[B]`; returns y `[B, T, M]` and the caches.
+
+        `segments` go without caches.
+        """
         B, T, _ = x.shape
         H, D = self.q_proj[...].shape[1:3]
         K = self.k_proj[...].shape[1]
@@ -99,7 +108,7 @@ class Softmax(nnx.Module):
         k = rotate(project(x, self.k_proj, n).reshape(B, T, K, D), rope).swapaxes(1, 2)
         v = project(x, self.v_proj, n).reshape(B, T, K, D).swapaxes(1, 2)
         if cache_k is None or cache_v is None:
-            out = softmax_attention(q, k, v)
+            out = softmax_attention(q, k, v, segments=segments)
         else:
             cache_k, cache_v = append(cache_k, k, n, first), append(cache_v, v, n, first)
             out = softmax_attention(q, cache_k[n], cache_v[n], offset=first)

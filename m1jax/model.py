@@ -103,9 +103,14 @@ class M1(nnx.Module):
         """The compute dtype."""
         return self.embed.dtype
 
-    def __call__(self, tokens: ArrayLike) -> jax.Array:
-        """Logits float32 `[B, T, V]` of int32 tokens `[B, T]`, each row from position 0."""
-        return _forward(self, _tokens(tokens))
+    def __call__(self, tokens: ArrayLike, segments: ArrayLike | None = None) -> jax.Array:
+        """Logits float32 `[B, T, V]` of int32 tokens `[B, T]`, each row from position 0.
+
+        `segments` int32 `[B, T]` are for rows packed with several sequences: the same id ≥ 1 for consecutive tokens of
+        one sequence, 0 for padding. Each sequence then gives what it gives in a row of its own.
+        """
+        tokens = _tokens(tokens)
+        return _forward(self, tokens, _segments(segments, tokens))
 
     def init_state(self, batch: int, max_length: int) -> M1State:
         """The state before the first token, for `batch` rows of at most `max_length` tokens."""
@@ -230,31 +235,42 @@ def runs(kinds: tuple[str, ...]) -> list[Run]:
     return out
 
 
-def body(model: M1, carry: Carry, tokens_seen: jax.Array, lengths: jax.Array, decays: jax.Array | None = None) -> Carry:
+def body(
+    model: M1,
+    carry: Carry,
+    tokens_seen: jax.Array,
+    lengths: jax.Array,
+    decays: jax.Array | None = None,
+    segments: jax.Array | None = None,
+) -> Carry:
     """All layers; `tokens_seen` int32 `[B]` is the position of the first token, `lengths` int32 `[B]` as in `step`.
 
     `decays` float32 `[L, H]` is log λ where the layers are a part of a larger model, whose numbering counts.
+    `segments` int32 `[B, T]` as in `M1.__call__`, where nothing was read before.
     """
     cfg = model.config
     p = period(cfg.layer_types)
     one_period = runs(cfg.layer_types[:p])
     per_period = {kind: cfg.layer_types[:p].count(kind) for kind in cfg.layer_types}
-    rope = layers.rope_angles(cfg, tokens_seen, carry.x.shape[1])
     L = cfg.num_hidden_layers
     if decays is None:
         decays = all_decays(cfg)
     valid = jnp.arange(carry.x.shape[1]) < lengths[:, None]  # [B, T]
+    position = tokens_seen[:, None] + jnp.arange(carry.x.shape[1])
+    if segments is not None:
+        valid, position = valid & (segments > 0), positions(segments)
+    rope = layers.rope_angles(cfg, position)
 
     def layer(kind: str, carry: Carry, i: jax.Array, n: jax.Array) -> Carry:
         h = layers.rms_norm(carry.x, model.block.attn_norm[...][i], cfg.rms_norm_eps)
         if kind == LIGHTNING:
             state = None if carry.s is None else carry.s[n]
-            y, state = model.lightning(h, n, decays[i], state, lengths)
+            y, state = model.lightning(h, n, decays[i], state, lengths, segments)
             if carry.s is not None:
                 carry = carry._replace(s=carry.s.at[n].set(state))
             alpha, beta = cfg.lightning_alpha, cfg.lightning_beta
         else:
-            y, k, v = model.softmax(h, n, rope, carry.k, carry.v, tokens_seen)
+            y, k, v = model.softmax(h, n, rope, carry.k, carry.v, tokens_seen, segments)
             carry = carry._replace(k=k, v=v)
             alpha, beta = cfg.softmax_alpha, cfg.softmax_beta
         x = _residual(h if cfg.postnorm else carry.x, y, alpha, beta)
@@ -283,6 +299,13 @@ def body(model: M1, carry: Carry, tokens_seen: jax.Array, lengths: jax.Array, de
     return carry
 
 
+def positions(segments: jax.Array) -> jax.Array:
+    """Positions int32 `[B, T]` that count from 0 in every segment."""
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
+    start = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return index - lax.cummax(jnp.where(start, index, 0), axis=1)
+
+
 def all_decays(config: M1Config) -> jax.Array:
     """log λ of every layer and head, float32 `[L, H]`; read for lightning layers only."""
     H, L = config.num_attention_heads, config.num_hidden_layers
@@ -307,6 +330,15 @@ def _tokens(tokens: ArrayLike) -> jax.Array:
     return tokens.astype(jnp.int32)
 
 
+def _segments(segments: ArrayLike | None, tokens: jax.Array) -> jax.Array | None:
+    if segments is None:
+        return None
+    segments = jnp.asarray(segments)
+    if segments.shape != tokens.shape or not jnp.issubdtype(segments.dtype, jnp.integer):
+        raise ValueError(f"segments: expected integers {tokens.shape}, got {segments.dtype} {segments.shape}")
+    return segments.astype(jnp.int32)
+
+
 def embed(model: M1, tokens: jax.Array) -> jax.Array:
     """Embeddings `[B, T, M]` of tokens `[B, T]`."""
     return model.embed[...][tokens]
@@ -317,14 +349,14 @@ def final_norm(model: M1, x: jax.Array) -> jax.Array:
     return layers.rms_norm(x, model.norm[...], model.config.rms_norm_eps)
 
 
-def _stateless(model: M1, tokens: jax.Array, carry: Carry) -> Carry:
+def _stateless(model: M1, tokens: jax.Array, carry: Carry, segments: jax.Array | None = None) -> Carry:
     B, T = tokens.shape
-    return body(model, carry, jnp.zeros((B,), jnp.int32), jnp.full((B,), T, jnp.int32))
+    return body(model, carry, jnp.zeros((B,), jnp.int32), jnp.full((B,), T, jnp.int32), segments=segments)
 
 
 @jax.jit
-def _forward(model: M1, tokens: jax.Array) -> jax.Array:
-    carry = _stateless(model, tokens, Carry(embed(model, tokens), None, None, None, None, None))
+def _forward(model: M1, tokens: jax.Array, segments: jax.Array | None) -> jax.Array:
+    carry = _stateless(model, tokens, Carry(embed(model, tokens), None, None, None, None, None), segments)
     return head(model, final_norm(model, carry.x))
 
 

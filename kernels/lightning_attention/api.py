@@ -37,6 +37,7 @@ def lightning_attention(
     *,
     state: jax.Array | None = None,
     lengths: jax.Array | None = None,
+    segments: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Decaying linear attention of `silu(qkv)`; no scaling, no positions.
@@ -46,6 +47,8 @@ def lightning_attention(
       log_decay: float32 `[H]`, log λ ≤ 0.
       state: float32 `[B, H, D, D]`; None is zero.
       lengths: int32 `[B]`, valid tokens of each row (the rest is padding on the right); None is T.
+      segments: int32 `[B, T]` of packed rows: the same id ≥ 1 for consecutive tokens that belong together, 0 for
+        padding. The state is zero again where a segment starts; a row's first token goes on with `state`.
       implementation: "reference" or "xla"; None chooses.
 
     Returns:
@@ -68,10 +71,12 @@ def lightning_attention(
         lengths = jnp.full((B,), T, jnp.int32)
     if lengths.shape != (B,):
         raise ValueError(f"lengths: expected {(B,)}, got {lengths.shape}")
+    if segments is not None and segments.shape != (B, T):
+        raise ValueError(f"segments: expected {(B, T)}, got {segments.shape}")
     if implementation == "reference":
-        return reference.lightning_attention(qkv, log_decay, state, lengths)
+        return reference.lightning_attention(qkv, log_decay, state, lengths, segments)
     if implementation in (None, "xla"):
-        if T == 1:
+        if T == 1 and segments is None:
             return xla.step(qkv, log_decay, state, lengths)
-        return xla.chunked(qkv, log_decay, state, lengths, CHUNK)
+        return xla.chunked(qkv, log_decay, state, lengths, CHUNK, segments)
     raise ValueError(f"implementation: unknown {implementation!r}: expected None, 'reference' or 'xla'")

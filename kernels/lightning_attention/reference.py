@@ -6,7 +6,7 @@ from jax import lax
 
 
 def lightning_attention(
-    qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.Array
+    qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.Array, segments: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """S_t = λ S_{t-1} + k_tᵀ v_t, o_t = q_t S_t, with q, k, v = silu(qkv); tokens past a row's length leave S alone.
 
@@ -15,19 +15,32 @@ def lightning_attention(
       log_decay: float32 `[H]`, log λ.
       state: float32 `[B, H, D, D]` (key channel, value channel).
       lengths: int32 `[B]`.
+      segments: int32 `[B, T]` or None: S is zero again where a segment starts; tokens of segment 0 leave S alone.
 
     Returns:
       o `[B, T, H, D]` in the dtype of `qkv`, and the state after the last valid token of each row.
     """
     activated = jax.nn.silu(qkv.astype(jnp.float32))
+    B, T = qkv.shape[:2]
+    valid = jnp.arange(T) < lengths[:, None]  # [B, T]
+    start = jnp.zeros((B, T), bool)
+    if segments is not None:
+        valid, start = valid & (segments > 0), starts(segments)
 
-    def token(s: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        t, (q, k, v) = inputs[0], jnp.moveaxis(inputs[1], 2, 0)  # each [B, H, D]
+    def token(s: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        reads, resets, activated = inputs
+        q, k, v = jnp.moveaxis(activated, 2, 0)  # each [B, H, D]
+        s = jnp.where(resets[:, None, None, None], 0.0, s)
         # λ S as S + (λ-1) S: in float32 λ itself, near 1, is rounded, and token by token that adds up.
         new = s + jnp.expm1(log_decay)[:, None, None] * s + jnp.einsum("bhd,bhe->bhde", k, v, precision="highest")
-        s = jnp.where((t < lengths)[:, None, None, None], new, s)
+        s = jnp.where(reads[:, None, None, None], new, s)
         return s, jnp.einsum("bhd,bhde->bhe", q, s, precision="highest")
 
-    steps = (jnp.arange(qkv.shape[1]), jnp.moveaxis(activated, 1, 0))
-    state, out = lax.scan(token, state, steps)
+    state, out = lax.scan(token, state, (valid.T, start.T, jnp.moveaxis(activated, 1, 0)))
     return jnp.moveaxis(out, 0, 1).astype(qkv.dtype), state
+
+
+def starts(segments: jax.Array) -> jax.Array:
+    """Where a segment begins, bool `[B, T]`; not at the first token, which goes on with the given state."""
+    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
+    return (segments != before) & (segments > 0) & (jnp.arange(segments.shape[1]) > 0)

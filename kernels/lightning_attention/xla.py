@@ -7,11 +7,14 @@ arXiv 2401.04658, algorithm 1):
     S   = λ^n S + Σ_{j<n} λ^(n-1-j) k_jᵀ v_j
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from m1jax.kernels.isolate import isolated
+from m1jax.kernels.lightning_attention.reference import starts
 
 
 def step(qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -29,33 +32,103 @@ def _step(qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.A
     return out[:, None].astype(qkv.dtype), state
 
 
+class Weights(NamedTuple):
+    """The powers of λ of one chunk, zero where nothing flows: into the segment of another, from or to padding."""
+
+    inside: jax.Array  # [H, C, C] or [B, H, C, C]: what o_i takes of k_j v_j
+    before: jax.Array  # [H, C, 1] or [B, H, C, 1]: what o_i takes of the state before the chunk
+    after: jax.Array  # [B, H, C, 1]: what the state after the chunk takes of k_j v_j
+    keep: jax.Array  # [B, H, 1, 1]: what it takes of the state before
+
+
+class Chunk(NamedTuple):
+    """What is known of the tokens of one chunk; the optional parts where rows are packed."""
+
+    count: jax.Array  # int32 [B], the first so many tokens are valid, or with segments: hold all that are
+    valid: jax.Array | None  # bool [B, C]
+    run: jax.Array | None  # int32 [B, C], how many segments have started in the chunk up to and with each token
+
+
 def chunked(
-    qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.Array, chunk: int
+    qkv: jax.Array,
+    log_decay: jax.Array,
+    state: jax.Array,
+    lengths: jax.Array,
+    chunk: int,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Lightning attention over any number of tokens; arguments as in `reference.lightning_attention`."""
-    B, T, H, _, D = qkv.shape
+    T = qkv.shape[1]
     C = min(chunk, T)
-    n = -(-T // C)
-    padded = jnp.pad(qkv, ((0, 0), (0, n * C - T), (0, 0), (0, 0), (0, 0)))
-    chunks = padded.reshape(B, n, C, H, 3, D).transpose(1, 4, 0, 3, 2, 5)  # [n, 3, B, H, C, D]
-    valid = jnp.clip(lengths[None] - C * jnp.arange(n)[:, None], 0, C)  # [n, B]
+    powers = powers_of(log_decay, C)
 
-    position = jnp.arange(C, dtype=jnp.float32)
-    age = position[:, None] - position[None]  # [C, C], i - j
-    inside = jnp.where(age >= 0, jnp.exp(log_decay[:, None, None] * jnp.maximum(age, 0)), 0.0)  # [H, C, C]
-    before = jnp.exp(log_decay[:, None] * (position + 1))[..., None]  # [H, C, 1]
-
-    def body(s: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        raw, count = inputs
+    def body(s: jax.Array, inputs: tuple[jax.Array, Chunk]) -> tuple[jax.Array, jax.Array]:
+        raw, tokens = inputs
         q, k, v = jax.nn.silu(raw.astype(jnp.float32))  # [B, H, C, D]
-        scores = jnp.einsum("bhid,bhjd->bhij", q, k, precision="highest") * inside
+        w = weights(log_decay, powers, tokens)
+        scores = jnp.einsum("bhid,bhjd->bhij", q, k, precision="highest") * w.inside
         out = jnp.einsum("bhij,bhje->bhie", scores, v, precision="highest")
-        out += jnp.einsum("bhid,bhde->bhie", q * before, s, precision="highest")
-        left = count.astype(jnp.float32)[:, None] - 1 - position  # [B, C], tokens of the chunk still to come
-        weight = jnp.where(left >= 0, 1.0, 0.0)[:, None] * jnp.exp(log_decay[:, None] * jnp.maximum(left, 0)[:, None])
-        s = jnp.exp(log_decay * count[:, None])[..., None, None] * s
-        s += jnp.einsum("bhjd,bhje->bhde", k * weight[..., None], v, precision="highest")
+        out += jnp.einsum("bhid,bhde->bhie", q * w.before, s, precision="highest")
+        s = w.keep * s + jnp.einsum("bhjd,bhje->bhde", k * w.after, v, precision="highest")
         return s, out.astype(qkv.dtype)
 
-    state, out = lax.scan(body, state, (chunks, valid))  # out [n, B, H, C, D]
-    return out.transpose(1, 0, 3, 2, 4).reshape(B, n * C, H, D)[:, :T], state
+    state, out = lax.scan(body, state, (split(qkv, C), chunks(lengths, segments, T, C)))  # out [n, B, H, C, D]
+    return join(out, T), state
+
+
+def split(x: jax.Array, C: int) -> jax.Array:
+    """`[B, T, H, ..., D]` to chunks `[n, ..., B, H, C, D]`, zeros at the end."""
+    B, T, H, *middle, D = x.shape
+    n = -(-T // C)
+    padded = jnp.pad(x, ((0, 0), (0, n * C - T), *((0, 0),) * (x.ndim - 2)))
+    split = padded.reshape(B, n, C, H, *middle, D)
+    inner = tuple(range(4, split.ndim - 1))
+    return split.transpose(1, *inner, 0, 3, 2, split.ndim - 1)
+
+
+def join(x: jax.Array, T: int) -> jax.Array:
+    """The inverse of `split` for T tokens."""
+    n, *middle, B, H, C, D = x.shape
+    inner = tuple(range(1, 1 + len(middle)))
+    b = 1 + len(middle)
+    return x.transpose(b, 0, b + 2, b + 1, *inner, b + 3).reshape(B, n * C, H, *middle, D)[:, :T]
+
+
+def chunks(lengths: jax.Array, segments: jax.Array | None, T: int, C: int) -> Chunk:
+    """What is known of every chunk; arrays `[n, ...]`."""
+    n = -(-T // C)
+    if segments is None:
+        return Chunk(jnp.clip(lengths[None] - C * jnp.arange(n)[:, None], 0, C), None, None)
+    valid = (segments > 0) & (jnp.arange(T) < lengths[:, None])
+
+    def by_chunk(x: jax.Array) -> jax.Array:  # [B, T] to [n, B, C]
+        return jnp.pad(x, ((0, 0), (0, n * C - T))).reshape(x.shape[0], n, C).swapaxes(0, 1)
+
+    valid, start = by_chunk(valid), by_chunk(starts(segments))
+    count = jnp.max(jnp.where(valid, 1 + jnp.arange(C), 0), axis=-1)
+    return Chunk(count, valid, jnp.cumsum(start, axis=-1, dtype=jnp.int32))
+
+
+def powers_of(log_decay: jax.Array, C: int) -> tuple[jax.Array, jax.Array]:
+    """λ^(i-j) for j ≤ i, else 0, `[H, C, C]`, and λ^(i+1), `[H, C, 1]`."""
+    position = jnp.arange(C, dtype=jnp.float32)
+    age = position[:, None] - position[None]  # [C, C], i - j
+    inside = jnp.where(age >= 0, jnp.exp(log_decay[:, None, None] * jnp.maximum(age, 0)), 0.0)
+    return inside, jnp.exp(log_decay[:, None] * (position + 1))[..., None]
+
+
+def weights(log_decay: jax.Array, powers: tuple[jax.Array, jax.Array], chunk: Chunk) -> Weights:
+    """The powers of λ for one chunk; `powers` are those that no chunk changes."""
+    inside, before = powers
+    count = chunk.count
+    left = count.astype(jnp.float32)[:, None] - 1 - jnp.arange(inside.shape[1])  # [B, C], tokens still to come
+    last, keep = left >= 0, jnp.exp(log_decay * count[:, None])
+    if chunk.valid is not None and chunk.run is not None:
+        run = chunk.run
+        inside = inside * (run[:, None, :, None] == run[:, None, None, :])
+        before = before * (run == 0)[:, None, :, None]
+        # Padding starts no segment: the last run holds the last valid token.
+        last &= chunk.valid & (run == run[:, -1:])
+        keep *= run[:, -1:] == 0
+    after = jnp.where(last, 1.0, 0.0)[:, None] * jnp.exp(log_decay[:, None] * jnp.maximum(left, 0)[:, None])
+    return Weights(inside, before, after[..., None], keep[..., None, None])

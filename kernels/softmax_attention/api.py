@@ -19,6 +19,7 @@ def softmax_attention(
     v: jax.Array,
     *,
     offset: jax.Array | None = None,
+    segments: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Causal attention softmax(q kᵀ/√D) v, softmax in float32; head h reads key head h // (H/K).
@@ -27,6 +28,8 @@ def softmax_attention(
       q: `[B, T, H, D]`, rotated.
       k, v: `[B, K, N, D]`, the cache with the new tokens in it. What lies past a query's position is not read.
       offset: int32 `[B]`, position of each row's first query; None is 0.
+      segments: int32 `[B, N]` of packed rows, by position: the same id ≥ 1 for consecutive tokens that belong
+        together, 0 for padding. A query sees only the segment at its own position.
       implementation: "reference" or "xla"; None chooses.
 
     Returns:
@@ -42,10 +45,12 @@ def softmax_attention(
         raise ValueError(f"k: {k.shape} does not fit q {q.shape}: want [{B}, K, N, {D}] with K dividing {H}")
     if offset is None:
         offset = jnp.zeros((B,), jnp.int32)
+    if segments is not None and segments.shape != (B, k.shape[2]):
+        raise ValueError(f"segments: expected {(B, k.shape[2])}, got {segments.shape}")
     if implementation == "reference":
-        return reference.softmax_attention(q, k, v, offset)
+        return reference.softmax_attention(q, k, v, offset, segments)
     if implementation in (None, "xla"):
         if T * (H // k.shape[1]) * k.shape[2] <= DIRECT:
-            return xla.direct(q, k, v, offset)
-        return xla.blocked(q, k, v, offset, Q_BLOCK, K_BLOCK)
+            return xla.direct(q, k, v, offset, segments)
+        return xla.blocked(q, k, v, offset, Q_BLOCK, K_BLOCK, segments)
     raise ValueError(f"implementation: unknown {implementation!r}: expected None, 'reference' or 'xla'")
