@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from m1jax import presets
 from m1jax.config import M1Config
 from m1jax.errors import UserError
-from tests.tools import DATA, SMALL, TINY, variant
+from m1jax.presets import find_config
+from tests.tools import SMALL, TINY, variant
 
-OFFICIAL = json.loads((DATA / "m1_config.json").read_text())
+OFFICIAL = json.loads((presets.FOLDER / "m1-80k.json").read_text())
 
 # What transformers 5 writes for its own class.
 TRANSFORMERS = {
@@ -55,7 +57,7 @@ TRANSFORMERS = {
 
 
 def test_official_m1() -> None:
-    config = M1Config.from_file(DATA / "m1_config.json")
+    config = find_config("m1-80k")
     assert config.num_hidden_layers == 80 and config.softmax_layers == tuple(range(7, 80, 8))
     assert len(config.lightning_layers) == 70
     assert config.rotary_dim == 64 and config.head_dim == 128

@@ -25,6 +25,7 @@ from m1jax.errors import UserError
 from m1jax.export import export as run_export
 from m1jax.loading import MARKER, PROGRESS, load
 from m1jax.params import flatten, param_table
+from m1jax.presets import find_config
 from m1jax.safetensors import read_folder
 from tests.checkpoints import DTYPES, TINY, golden, random_tensors, run, same_bits, write_checkpoint
 from tests.tools import variant
@@ -147,7 +148,7 @@ def abstract_tree(tree: Any) -> Any:
 
 
 def test_chunks_hold_one_layer_and_expert() -> None:
-    table = param_table(M1Config.from_file(TINY.parent / "m1_config.json"))
+    table = param_table(find_config("m1-80k"))
     for path, spec in table.items():
         chunk = checkpoint.chunk_shape(spec, 2)
         assert np.prod(chunk) * 2 <= 16 << 20, path

@@ -15,8 +15,9 @@ from m1jax import model as m1
 from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.params import count, flatten
+from m1jax.presets import find_config
 from tests import numpy_m1
-from tests.tools import DATA, SMALL, random_model, rms_error, variant
+from tests.tools import SMALL, random_model, rms_error, variant
 
 # What the golden checkpoint does not show: other head counts, irregular layers, every option of the Text-01 family.
 VARIANTS = {
@@ -177,7 +178,7 @@ def test_periods_and_runs() -> None:
 
 
 def test_the_full_model_traces_in_the_time_of_one_period() -> None:
-    config = M1Config.from_file(DATA / "m1_config.json")
+    config = find_config("m1-80k")
     assert count(config) == 456_089_655_296
     model = m1.abstract(config)
     assert sum(leaf.size for leaf in jax.tree.leaves(model)) == 456_089_655_296

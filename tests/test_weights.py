@@ -11,8 +11,9 @@ import pytest
 from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.params import count, param_table
+from m1jax.presets import find_config
 from m1jax.weights import IGNORED, RULES, Layout, Slot, expected, plan
-from tests.checkpoints import DATA, M1_NAMES
+from tests.checkpoints import M1_NAMES
 from tests.tools import variant
 
 PLAIN = variant(layer_types=("lightning", "lightning", "softmax"))
@@ -39,7 +40,7 @@ def refusal(config: M1Config, tensors: dict[str, Any]) -> str:
 
 
 def test_full_m1_maps_one_to_one() -> None:
-    config = M1Config.from_file(DATA / "m1_config.json")
+    config = find_config("m1-80k")
     slots = expected(config)
     assert len(M1_NAMES) == 8243
     assert sorted(slots) == sorted(M1_NAMES)
