@@ -18,7 +18,8 @@ from m1jax.config import M1Config
 class ParamSpec:
     """What is known of a parameter before it exists.
 
-    `axes` names each dimension for the sharding rules. `dtype` is None where the compute dtype applies. `init` is
+    `axes` names each dimension for the sharding rules; of the axes of size M, `channel` is that of parameters so small
+    that every device keeps them whole. `dtype` is None where the compute dtype applies. `init` is
     the standard deviation of a normal distribution, or None for ones.
     """
 
@@ -34,6 +35,15 @@ class ParamSpec:
         for n in self.shape:
             out *= n
         return out
+
+
+# Every array of `m1jax.model.M1State` by its path, with its logical axes.
+STATE_AXES = {
+    "lightning.s": ("layer", "batch", "heads", "head_dim", "value_dim"),
+    "cache.k": ("layer", "batch", "kv_heads", "cache", "head_dim"),
+    "cache.v": ("layer", "batch", "kv_heads", "cache", "head_dim"),
+    "length": ("batch",),
+}
 
 
 def param_table(config: M1Config) -> dict[str, ParamSpec]:
@@ -57,8 +67,8 @@ def param_table(config: M1Config) -> dict[str, ParamSpec]:
 
     table = {
         "embed": weight("vocab hidden", V, M),
-        "block.attn_norm": ones("layer hidden", L, M),
-        "block.mlp_norm": ones("layer hidden", L, M),
+        "block.attn_norm": ones("layer channel", L, M),
+        "block.mlp_norm": ones("layer channel", L, M),
         "lightning.qkv_proj": weight("layer heads qkv head_dim hidden", P, H, 3, D, M),
         "lightning.output_gate": weight("layer heads head_dim hidden", P, H, D, M),
         "lightning.norm": ones("layer heads head_dim", P, H, D),
@@ -67,15 +77,15 @@ def param_table(config: M1Config) -> dict[str, ParamSpec]:
         "softmax.k_proj": weight("layer kv_heads head_dim hidden", S, K, D, M),
         "softmax.v_proj": weight("layer kv_heads head_dim hidden", S, K, D, M),
         "softmax.o_proj": weight("layer hidden heads head_dim", S, M, H, D),
-        "moe.router": weight("layer router hidden", L, E, M, dtype="float32"),
-        "moe.gate_up": weight("layer experts gate_up expert_width hidden", L, E, 2, F, M),
-        "moe.down": weight("layer experts hidden expert_width", L, E, M, F),
-        "norm": ones("hidden", M),
+        "moe.router": weight("layer router channel", L, E, M, dtype="float32"),
+        "moe.gate_up": weight("layer experts gate_up expert_width expert_hidden", L, E, 2, F, M),
+        "moe.down": weight("layer experts expert_hidden expert_width", L, E, M, F),
+        "norm": ones("channel", M),
     }
     if width:
         table["shared.gate_up"] = weight("layer gate_up shared_width hidden", L, 2, width, M)
         table["shared.down"] = weight("layer hidden shared_width", L, M, width)
-        table["shared.coefficient"] = weight("layer hidden", L, M, dtype="float32")
+        table["shared.coefficient"] = weight("layer channel", L, M, dtype="float32")
     if not config.tie_word_embeddings:
         table["lm_head"] = weight("vocab hidden", V, M)
     return table
