@@ -5,7 +5,7 @@ from typing import Literal
 
 import jax
 
-from m1jax.kernels.experts import reference, xla
+from m1jax.kernels.experts import gradient, reference
 
 Implementation = Literal["reference", "xla"]
 
@@ -49,7 +49,7 @@ def experts(
     if implementation == "reference":
         return reference.experts(x, gate_up, down, layer, chosen, weights)
     if implementation in (None, "xla"):
-        return xla.blocked(x, gate_up, down, layer, chosen, weights, _rows(*chosen.shape, E))
+        return gradient.blocked(x, gate_up, down, layer, chosen, weights, _rows(*chosen.shape, E))
     raise ValueError(f"implementation: unknown {implementation!r}: expected None, 'reference' or 'xla'")
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m1jax.kernels.lightning_attention import reference, xla
+from m1jax.kernels.lightning_attention import gradient, reference, xla
 
 Implementation = Literal["reference", "xla"]
 
@@ -44,7 +44,7 @@ def lightning_attention(
 
     Args:
       qkv: `[B, T, H, 3, D]`, the projection as it comes: for each head q, then k, then v, before the activation.
-      log_decay: float32 `[H]`, log λ ≤ 0.
+      log_decay: float32 `[H]`, log λ ≤ 0; a constant, which no gradient reaches.
       state: float32 `[B, H, D, D]`; None is zero.
       lengths: int32 `[B]`, valid tokens of each row (the rest is padding on the right); None is T.
       segments: int32 `[B, T]` of packed rows: the same id ≥ 1 for consecutive tokens that belong together, 0 for
@@ -63,6 +63,7 @@ def lightning_attention(
     B, T, H, _, D = qkv.shape
     if log_decay.shape != (H,):
         raise ValueError(f"log_decay: expected {(H,)}, got {log_decay.shape}")
+    log_decay = jax.lax.stop_gradient(log_decay)
     if state is None:
         state = jnp.zeros((B, H, D, D), jnp.float32)
     if state.shape != (B, H, D, D) or state.dtype != jnp.float32:
@@ -78,5 +79,5 @@ def lightning_attention(
     if implementation in (None, "xla"):
         if T == 1 and segments is None:
             return xla.step(qkv, log_decay, state, lengths)
-        return xla.chunked(qkv, log_decay, state, lengths, CHUNK, segments)
+        return gradient.chunked(qkv, log_decay, state, lengths, CHUNK, segments)
     raise ValueError(f"implementation: unknown {implementation!r}: expected None, 'reference' or 'xla'")

@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from m1jax.kernels.linear import reference, xla
+from m1jax.kernels.linear import gradient, reference
 
 Implementation = Literal["reference", "xla"]
 
@@ -34,5 +34,5 @@ def linear(
     if implementation == "reference":
         return reference.linear(x, stack, layer)
     if implementation in (None, "xla"):
-        return xla.product(x, stack, (layer,))
+        return gradient.product(x, stack, layer)
     raise ValueError(f"implementation: unknown {implementation!r}: expected None, 'reference' or 'xla'")
