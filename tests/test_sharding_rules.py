@@ -11,14 +11,14 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from m1jax import model as m1
-from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.params import ParamSpec
+from m1jax.presets import find_config
 from m1jax.sharding.mesh import PRESETS, MeshShape, Use, abstract_mesh, choose, make_mesh
 from m1jax.sharding.rules import check, rules_of, shardings, spec
-from tests.tools import DATA, variant
+from tests.tools import variant
 
-FULL = M1Config.from_file(DATA / "m1_config.json")
+FULL = find_config("m1-80k")
 
 
 def bytes_per_device(mesh: AbstractMesh, *trees: Any) -> int:
