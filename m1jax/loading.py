@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
 from numpy.typing import NDArray
 
 from m1jax.config import M1Config
@@ -21,6 +22,10 @@ from m1jax.errors import UserError
 from m1jax.model import M1, build
 from m1jax.params import ParamSpec
 from m1jax.safetensors import Tensor, read_folder
+from m1jax.sharding.mesh import MeshShape, make_mesh
+from m1jax.sharding.placing import place
+from m1jax.sharding.rules import check, param_sharding
+from m1jax.sharding.sizes import require_room
 from m1jax.weights import Piece, plan
 
 MARKER = "m1jax.json"  # the last file that a conversion writes
@@ -33,26 +38,39 @@ Reader = Callable[[str, ParamSpec, tuple[slice, ...], np.dtype[Any]], NDArray[An
 _WINDOW = 32 << 20  # bytes of a source tensor mapped at once
 
 
-def load(path: str | Path, dtype: str = "float32") -> M1:
+def load(path: str | Path, dtype: str = "float32", mesh: Mesh | str | None = None) -> M1:
     """The model in `path` with parameters and computation in `dtype` ("float32" or "bfloat16").
 
     Router and shared-expert coefficient stay float32. The folder holds config.json and either safetensors in the
     official or in transformers' layout, or the result of ``python -m m1jax.convert``.
 
+    Every process reads what its own devices hold of a mesh, no more.
+
+    Args:
+      path: the folder.
+      dtype: "float32" or "bfloat16".
+      mesh: where the model lies: a mesh, its sizes ("data=1,expert=8,tensor=1"), or None, the first device.
+
     Raises:
-      UserError: the folder is missing, incomplete or corrupt, its config contradicts its weights, or no such `dtype`.
+      UserError: the folder is missing, incomplete or corrupt, its config contradicts its weights, no such `dtype`, the
+        mesh does not fit the model or the devices, or the devices have no room for the model.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is not supported: choose float32 or bfloat16")
     path = Path(path)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     config, read = open_parameters(path)
+    if isinstance(mesh, str):
+        mesh = make_mesh(MeshShape.parse(mesh))
+    if mesh is not None:
+        check(config, mesh)
+    require_room(str(path), config, mesh, dtype)
 
     def leaf(name: str, spec: ParamSpec) -> jax.Array:
         kind = np.dtype(jnp.dtype(spec.dtype or dtype))
+        where = SingleDeviceSharding(jax.devices()[0]) if mesh is None else param_sharding(mesh, name, spec)
         if 0 in spec.shape:
-            return jnp.zeros(spec.shape, kind)
-        return jax.make_array_from_callback(spec.shape, device, lambda block: read(name, spec, block or (), kind))
+            return jnp.zeros(spec.shape, kind, device=where)
+        return place(lambda block: read(name, spec, block, kind), spec.shape, kind, where)
 
     return build(config, leaf)
 

@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 from hypothesis import settings
 
+jax.config.update("jax_num_cpu_devices", 8)  # meshes
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 

@@ -1,0 +1,112 @@
+"""Bytes of a model on a mesh, exact and without its numbers; and whether the devices that are here have room."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from m1jax.config import M1Config
+from m1jax.errors import UserError
+from m1jax.model import abstract
+from m1jax.params import flatten
+from m1jax.sharding.mesh import MeshShape, abstract_mesh, choose
+from m1jax.sharding.rules import AnyMesh, shardings
+
+# From wide to narrow: compute dtype, and what the experts are stored in.
+STORAGES: tuple[tuple[str, str | None], ...] = (("float32", None), ("bfloat16", None))
+
+
+def tree_bytes(config: M1Config, mesh: AnyMesh, tree: Any) -> dict[str, int]:
+    """Bytes that each device holds of every array of a tree that `m1jax.sharding.rules.shardings` knows, by path."""
+    places = flatten(shardings(config, mesh, tree))
+    return {path: _shard_bytes(places[path], leaf) for path, leaf in flatten(tree).items()}
+
+
+def _shard_bytes(sharding: jax.sharding.NamedSharding, leaf: Any) -> int:
+    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def parameter_bytes(config: M1Config, mesh: AnyMesh, dtype: str) -> int:
+    """Bytes of parameters that each device holds."""
+    return sum(tree_bytes(config, mesh, abstract(config, dtype)).values())
+
+
+def require_room(name: str, config: M1Config, mesh: Mesh | None, dtype: str) -> None:
+    """Raises `UserError` if the parameters do not fit into the free memory of this process's devices.
+
+    Args:
+      name: of the model, for the message.
+      config: the model's.
+      mesh: where it is to lie; None is the first device.
+      dtype: of the parameters.
+    """
+    devices = jax.devices()[:1] if mesh is None else mesh.local_devices
+    shape = abstract_mesh(MeshShape()) if mesh is None else mesh
+    needed = parameter_bytes(config, shape, dtype)
+    on_host = devices[0].platform == "cpu"  # all devices share the host's memory, and what they hold alike
+    if on_host and mesh is not None:
+        needed = _distinct_bytes(config, mesh, dtype)
+    free = host_memory() if on_host else min(map(device_memory, devices))
+    if needed <= free:
+        return
+    where = "this machine" if on_host else f"each of {1 if mesh is None else mesh.size} devices"
+    raise UserError(
+        f"{name} needs {needed / 1e9:.1f} GB of memory on {where} in {dtype}, {free / 1e9:.1f} GB are free: "
+        + remedy(config, dtype, free, len(jax.devices()), on_host)
+    )
+
+
+def remedy(config: M1Config, dtype: str, free: float, present: int, on_host: bool = False) -> str:
+    """What would fit into `free` bytes per device: the widest dtype on as few devices, first of those present.
+
+    With `on_host` the devices are processes on machines of so much memory.
+    """
+    thing = "machine" if on_host else "device"
+    here = [1] if on_host else sorted({1, present})
+    for count in [*here, *(n for n in (2**i for i in range(1, 10)) if n > max(here))]:
+        for kind, quantize in STORAGES[[k for k, _ in STORAGES].index(dtype) :]:
+            try:
+                shape = choose(config, count, memory=free / 1e9)
+            except UserError:
+                continue
+            each = parameter_bytes(config, abstract_mesh(shape), kind)
+            if each <= free:
+                extra = f" --quantize {quantize}" if quantize else ""
+                return f"--dtype {kind}{extra} --mesh {shape} fits, {each / 1e9:.1f} GB on each of {count} {thing}s"
+    return f"no mesh of up to 512 {thing}s of this size holds it"
+
+
+def _distinct_bytes(config: M1Config, mesh: Mesh, dtype: str) -> int:
+    """Bytes of the different blocks that the devices of this process hold."""
+    model = abstract(config, dtype)
+    places = flatten(shardings(config, mesh, model))
+    total = 0
+    for path, leaf in flatten(model).items():
+        blocks = places[path].addressable_devices_indices_map(leaf.shape).values()
+        total += len(set(map(str, blocks))) * _shard_bytes(places[path], leaf)
+    return total
+
+
+def device_memory(device: jax.Device) -> int:
+    """Free bytes of an accelerator."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise UserError(f"{device} does not say how much memory it has")
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process can take, within the limits of its container."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        pages = int(lines["MemAvailable"].split()[0]) * 1024
+        group = Path("/sys/fs/cgroup")
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        used = int((group / "memory.current").read_text()) - int(cached)
+        return min(pages, int((group / "memory.max").read_text()) - used)  # ValueError: "max", no limit
+    except (OSError, KeyError, ValueError):
+        return pages
