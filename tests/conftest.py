@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["NNX_GRAPH_MODE"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import jax
 from hypothesis import settings

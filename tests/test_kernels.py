@@ -39,20 +39,22 @@ def gradients(fn: Any, *arrays: jax.Array) -> list[jax.Array]:
 # --- lightning attention
 
 
+@pytest.mark.parametrize("implementation", ["xla", "triton_interpreted"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("length", "lengths"), [(1, (1, 0)), (5, (5, 2)), (128, (128, 128)), (300, (300, 129))])
-def test_lightning_attention(length: int, lengths: tuple[int, int], dtype: str) -> None:
-    H, D = 6, 16
+def test_lightning_attention(length: int, lengths: tuple[int, int], dtype: str, implementation: Any) -> None:
+    H, D = 3, 32
     qkv, state = normal(0, 2, length, H, 3, D, dtype=dtype), normal(1, 2, H, D, D)
     decay = jnp.asarray(log_decay(H, 3, 9))
     args: dict[str, Any] = {"state": state, "lengths": jnp.asarray(lengths)}
     want, want_state = lightning_attention(qkv, decay, implementation="reference", **args)
-    got, got_state = lightning_attention(qkv, decay, implementation="xla", **args)
+    got, got_state = lightning_attention(qkv, decay, implementation=implementation, **args)
     assert got.dtype == qkv.dtype and got_state.dtype == jnp.float32
     assert bool(jnp.all(jnp.isfinite(got)))
     for b, n in enumerate(lengths):
         assert n == 0 or rms_error(got[b, :n], want[b, :n]) < TOLERANCE[dtype]
-    assert rms_error(got_state, want_state) < TOLERANCE["float32"]
+    exact = implementation == "xla"  # in bfloat16 the kernels round silu(k) and silu(v)
+    assert rms_error(got_state, want_state) < TOLERANCE["float32" if exact else dtype]
 
 
 @pytest.mark.parametrize("length", [1, 37, 200])

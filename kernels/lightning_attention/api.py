@@ -1,14 +1,15 @@
 """`lightning_attention`: the one function to call, on any device."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m1jax.kernels.lightning_attention import gradient, reference, xla
+from m1jax.kernels.gpu import refusal
+from m1jax.kernels.lightning_attention import gpu, gradient, reference, xla
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "triton", "triton_interpreted"]
 
 CHUNK = 128  # tokens; measured best of 64, 128, 256 on CPUs for head_dim 64 and 128
 
@@ -38,6 +39,7 @@ def lightning_attention(
     state: jax.Array | None = None,
     lengths: jax.Array | None = None,
     segments: jax.Array | None = None,
+    layer: jax.Array | int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Decaying linear attention of `silu(qkv)`; no scaling, no positions.
@@ -45,39 +47,78 @@ def lightning_attention(
     Args:
       qkv: `[B, T, H, 3, D]`, the projection as it comes: for each head q, then k, then v, before the activation.
       log_decay: float32 `[H]`, log λ ≤ 0; a constant, which no gradient reaches.
-      state: float32 `[B, H, D, D]`; None is zero.
+      state: float32 `[B, H, D, D]`; None is zero. With `layer` the states of all layers, `[P, B, H, D, D]`.
       lengths: int32 `[B]`, valid tokens of each row (the rest is padding on the right); None is T.
       segments: int32 `[B, T]` of packed rows: the same id ≥ 1 for consecutive tokens that belong together, 0 for
         padding. The state is zero again where a segment starts; a row's first token goes on with `state`.
-      implementation: "reference" or "xla"; None chooses.
+      layer: int32, which of the states to go on with and to replace; on a GPU in place, if the argument is donated.
+      implementation: "reference"; "xla"; "triton", on Hopper GPUs, head_dim 32, 64 or 128; "triton_interpreted", the
+        same kernels on the CPU, for tests. None is "triton" where it can run, else "xla".
 
     Returns:
       o `[B, T, H, D]` in the dtype of `qkv` (undefined, but finite, at padded tokens), and the float32 state
-      after each row's last valid token.
+      after each row's last valid token, with `layer` inside the states of all layers.
 
     Raises:
-      ValueError: a shape or dtype does not fit; named.
+      ValueError: a shape or dtype does not fit, or a named implementation cannot run; says which and why.
     """
-    if qkv.ndim != 5 or qkv.shape[3] != 3:
-        raise ValueError(f"qkv: expected [B, T, H, 3, D], got {qkv.shape}")
+    _check(qkv, log_decay, state, lengths, segments, layer)
     B, T, H, _, D = qkv.shape
-    if log_decay.shape != (H,):
-        raise ValueError(f"log_decay: expected {(H,)}, got {log_decay.shape}")
+    chosen = _choose(implementation, D, qkv.dtype)
     log_decay = jax.lax.stop_gradient(log_decay)
-    if state is None:
-        state = jnp.zeros((B, H, D, D), jnp.float32)
-    if state.shape != (B, H, D, D) or state.dtype != jnp.float32:
-        raise ValueError(f"state: expected float32 {(B, H, D, D)}, got {state.dtype} {state.shape}")
     if lengths is None:
         lengths = jnp.full((B,), T, jnp.int32)
-    if lengths.shape != (B,):
-        raise ValueError(f"lengths: expected {(B,)}, got {lengths.shape}")
-    if segments is not None and segments.shape != (B, T):
-        raise ValueError(f"segments: expected {(B, T)}, got {segments.shape}")
-    if implementation == "reference":
-        return reference.lightning_attention(qkv, log_decay, state, lengths, segments)
-    if implementation in (None, "xla"):
-        if T == 1 and segments is None:
-            return xla.step(qkv, log_decay, state, lengths)
-        return gradient.chunked(qkv, log_decay, state, lengths, CHUNK, segments)
-    raise ValueError(f"implementation: unknown {implementation!r}: expected None, 'reference' or 'xla'")
+    if chosen in ("triton", "triton_interpreted"):
+        form = gpu.default_form(D, qkv.dtype, chosen == "triton_interpreted")
+        states = state if state is None or layer is not None else state[None]
+        out, states = gpu.attend(form, qkv, log_decay, states, 0 if layer is None else layer, lengths, segments)
+        return out, states if layer is not None else states[0]
+    if state is None:
+        state = jnp.zeros((B, H, D, D), jnp.float32)
+    before = state if layer is None else state[layer]
+    if chosen == "reference":
+        out, after = reference.lightning_attention(qkv, log_decay, before, lengths, segments)
+    elif T == 1 and segments is None:
+        out, after = xla.step(qkv, log_decay, before, lengths)
+    else:
+        out, after = gradient.chunked(qkv, log_decay, before, lengths, CHUNK, segments)
+    return out, after if layer is None else state.at[layer].set(after)
+
+
+def _choose(implementation: str | None, D: int, dtype: jnp.dtype) -> str:
+    if implementation is None:
+        return "xla" if gpu.refusal(D, dtype) or refusal() else "triton"
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation: unknown {implementation!r}: expected None or one of {get_args(Implementation)}"
+        )
+    if implementation in ("triton", "triton_interpreted"):
+        reason = gpu.refusal(D, dtype) or (refusal() if implementation == "triton" else None)
+        if reason:
+            raise ValueError(f"implementation: {implementation!r} cannot run: {reason}")
+    return implementation
+
+
+def _check(
+    qkv: jax.Array,
+    log_decay: jax.Array,
+    state: jax.Array | None,
+    lengths: jax.Array | None,
+    segments: jax.Array | None,
+    layer: jax.Array | int | None,
+) -> None:
+    if qkv.ndim != 5 or qkv.shape[3] != 3 or qkv.shape[1] < 1 or qkv.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"qkv: expected float32 or bfloat16 [B, T ≥ 1, H, 3, D], got {qkv.dtype} {qkv.shape}")
+    B, T, H, _, D = qkv.shape
+    if log_decay.shape != (H,) or log_decay.dtype != jnp.float32:
+        raise ValueError(f"log_decay: expected float32 {(H,)}, got {log_decay.dtype} {log_decay.shape}")
+    if state is None and layer is not None:
+        raise ValueError("layer: says which of the states to use, but state is None")
+    if state is not None:
+        wanted = (B, H, D, D) if layer is None else (*state.shape[:1], B, H, D, D)
+        if state.shape != wanted or state.dtype != jnp.float32:
+            raise ValueError(f"state: expected float32 {wanted}, got {state.dtype} {state.shape}")
+    if lengths is not None and (lengths.shape != (B,) or not jnp.issubdtype(lengths.dtype, jnp.integer)):
+        raise ValueError(f"lengths: expected integers {(B,)}, got {lengths.dtype} {lengths.shape}")
+    if segments is not None and (segments.shape != (B, T) or not jnp.issubdtype(segments.dtype, jnp.integer)):
+        raise ValueError(f"segments: expected integers {(B, T)}, got {segments.dtype} {segments.shape}")

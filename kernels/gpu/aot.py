@@ -1,0 +1,110 @@
+"""Compiles Triton kernels for Hopper on a machine without a GPU, and reads what came out.
+
+Registers and local memory are from `cuobjdump -res-usage`, instructions from `nvdisasm`; both come with triton.
+"""
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jax.extend.core import jaxprs_in_params
+
+from m1jax.kernels.gpu.target import HOPPER
+
+SHARED_MEMORY = 232_448  # bytes a program may have on an H100 or H200
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel as JAX would call it."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]  # parameter, Triton type
+    constants: tuple[tuple[str, Any], ...]
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler made of a kernel."""
+
+    name: str
+    registers: int
+    spills: int  # loads from and stores to local memory in the code
+    shared: int  # bytes
+    hgmma: int  # warp-group matrix instructions in the code
+    sass: str
+
+    def faults(self, matmul: bool) -> list[str]:
+        """Why this kernel must not be used."""
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} spills")
+        if self.shared > SHARED_MEMORY:
+            found.append(f"{self.shared} bytes of shared memory, {SHARED_MEMORY} is the limit")
+        if matmul and not self.hgmma:
+            found.append("no HGMMA")
+        return found
+
+
+def launches(jaxpr: Any) -> Iterator[Launch]:
+    """Every Triton kernel called in a jaxpr, in inner jaxprs too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "triton_kernel_call":
+            yield _launch(eqn)
+        for inner in jaxprs_in_params(eqn.params):
+            yield from launches(inner)
+
+
+def _launch(eqn: Any) -> Launch:
+    from jax_triton.triton_lib import get_triton_type
+
+    kernel, scalars = eqn.params["fn"], eqn.params["scalar_args"]
+    types = [get_triton_type(v.aval) for v in eqn.invars]
+    for index, kind, _ in scalars:
+        types.insert(index, kind)
+    types += [get_triton_type(v.aval) for v in eqn.outvars]
+    names = kernel.arg_names
+    signature = dict(zip(names, types, strict=False))
+    constants = {name: eqn.params[name] for name in names if name in eqn.params}
+    constants.update({names[index]: 1 for index, _, value in scalars if value == 1})  # jax-triton does so, too
+    signature.update(dict.fromkeys(constants, "constexpr"))
+    ordered = tuple((name, signature[name]) for name in names)
+    return Launch(kernel, ordered, tuple(constants.items()), eqn.params["num_warps"], eqn.params["num_stages"])
+
+
+def compiled(launch: Launch) -> Report:
+    """Compiles for Hopper as jax-triton does: pointers aligned to 16 bytes, multiplications and additions fused."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (_, kind) in enumerate(launch.signature) if kind[0] == "*"}
+    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), aligned)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    binary = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options=options)
+    return _report(launch.kernel.fn.__name__, binary.asm["cubin"], binary.metadata.shared)
+
+
+def _report(name: str, cubin: bytes, shared: int) -> Report:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", str(file))
+        sass = _output(knobs.nvidia.nvdisasm.path, "-c", str(file))
+    found = re.search(r"REG:(\d+)", usage)
+    if not found:
+        raise RuntimeError(f"cuobjdump names no registers:\n{usage}")
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return Report(name, int(found[1]), spills, shared, len(re.findall(r"\bHGMMA\b", sass)), sass)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout

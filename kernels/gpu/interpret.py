@@ -1,0 +1,135 @@
+"""Runs Triton kernels on the CPU in Triton's interpreter, on NumPy arrays. Slow, but the kernel's own text: for tests.
+
+The interpreter must be chosen before triton is imported (TRITON_INTERPRET=1), and then nothing can be compiled.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+if "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import triton
+from triton.runtime import interpreter
+
+if not triton.knobs.runtime.interpret:
+    raise ImportError("triton was imported for compilation: set TRITON_INTERPRET=1 before it is")
+
+_NAMES = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float8_e4m3fn": "fp8e4nv",
+    "int32": "i32",
+    "int64": "i64",
+    "int8": "i8",
+    "uint8": "u8",
+    "uint32": "u32",
+    "bool": "i1",
+}
+
+
+class _Tensor:
+    """A NumPy array as the interpreter wants its arguments: what it asks of a torch tensor, without copies."""
+
+    def __init__(self, array: np.ndarray):
+        assert array.flags.c_contiguous
+        self.array = array
+        self.dtype = _NAMES[array.dtype.name]
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def size(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def stride(self) -> tuple[int, ...]:
+        return tuple(s // self.array.itemsize for s in self.array.strides)
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def untyped_storage(self) -> "_Tensor":
+        return self
+
+    def cpu(self) -> "_Tensor":
+        return self
+
+    def new_empty(self, *_: Any, **__: Any) -> "_Tensor":
+        return self
+
+    def set_(self, *_: Any) -> "_Tensor":
+        return self
+
+    def copy_(self, *_: Any) -> "_Tensor":
+        return self
+
+
+def _wide(handle: Any) -> np.ndarray:
+    """Values of an interpreter tensor; it keeps bfloat16 as bare 16-bit integers."""
+    if handle.dtype.scalar == triton.language.bfloat16:
+        return handle.data.view(np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
+    return handle.data
+
+
+_dot = interpreter.interpreter_builder.create_dot
+
+
+def _exact_dot(a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    """`tl.dot`: Triton's own multiplies the bit patterns of bfloat16 as integers."""
+    if triton.language.bfloat16 not in (a.dtype.scalar, b.dtype.scalar):
+        return _dot(a, b, d, input_precision, max_num_imprecise_acc)
+    product = np.matmul(_wide(a), _wide(b), dtype=d.data.dtype)
+    return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+
+_trunc = interpreter.interpreter_builder.create_fp_trunc
+
+
+def _rounded(source: Any, kind: Any) -> Any:
+    """float32 to bfloat16, to nearest as GPUs do: Triton's own cuts off."""
+    if source.dtype.scalar == triton.language.float32 and kind.scalar == triton.language.bfloat16:
+        return interpreter.TensorHandle(source.data.astype(ml_dtypes.bfloat16).view(np.uint16), kind.scalar)
+    return _trunc(source, kind)
+
+
+interpreter.interpreter_builder.create_dot = _exact_dot
+interpreter.interpreter_builder.create_fp_trunc = _rounded
+
+
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """`kernel[grid](*args, **constants)` on NumPy arrays, which it changes in place."""
+    wrapped = [_Tensor(a) if isinstance(a, np.ndarray) else a for a in args]
+    with np.errstate(over="ignore", under="ignore"):
+        kernel[grid](*wrapped, **constants)
+
+
+def call(
+    kernel: Any,
+    args: Sequence[Any],
+    out: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    aliases: dict[int, int],
+    constants: dict[str, Any],
+) -> list[jax.Array]:
+    """As `launch`, from inside a traced program."""
+    places = [i for i, a in enumerate(args) if not isinstance(a, bool | int | float)]
+
+    def on_host(*arrays: Any) -> list[np.ndarray]:
+        filled = list(args)
+        for i, a in zip(places, arrays, strict=True):
+            filled[i] = np.array(a, order="C")
+        # What a kernel forgets to write shows as NaN.
+        results = [np.full(o.shape, np.nan if jax.numpy.issubdtype(o.dtype, np.floating) else -1, o.dtype) for o in out]
+        for source, target in aliases.items():
+            results[target] = filled[source]
+        run(kernel, grid, *filled, *results, **constants)
+        return results
+
+    return list(jax.pure_callback(on_host, list(out), *(args[i] for i in places)))

@@ -1,0 +1,281 @@
+"""Lightning attention on Hopper: how the Triton kernels of `kernels.py` are put together, and the rule for gradients.
+
+One pass over q, k, v and o, 1,024 bytes a token and head at D = 128 in bfloat16, by one program for each row, head and
+block of value channels. Where these are too few for the device, a row is cut into parts: a first pass finds what each
+part adds to the state, the parts' initial states are summed from that, and a second pass computes all parts at once.
+
+In bfloat16 the state is kept and summed in float32 and rounded to bfloat16 where it is multiplied with q, the scores
+where they are multiplied with v: errors the size of those of rounding q, k, v themselves. In float32 all products are
+float32 on the ordinary cores: exact, not fast.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m1jax.kernels.gpu import launch
+from m1jax.kernels.lightning_attention.reference import starts
+
+HEAD_DIMS = (32, 64, 128)
+MULTIPROCESSORS = 132  # of an H100 or H200
+LEAST_PART = 1024  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """What a kernel is tuned by: tokens of a chunk, channels of a block of the state, warps, stages of pipelining."""
+
+    chunk: int
+    width: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How to run: tiles of the forward and backward sweeps and of the decode step, and whether in the interpreter."""
+
+    forward: Tiles
+    backward: Tiles
+    step: Tiles
+    interpreted: bool = False
+    parts: int | None = None  # of each row; None chooses
+
+
+def default_form(D: int, dtype: Any, interpreted: bool = False) -> Form:
+    """The tiles for a head_dim and dtype."""
+    step = Tiles(1, min(32, D), 4, 1)
+    if dtype == jnp.float32:
+        exact = Tiles(16, min(32, D), 4, 1)
+        return Form(exact, exact, step, interpreted)
+    return Form(Tiles(64, min(64, D), 8, 2), Tiles(64, min(64, D), 8, 2), step, interpreted)
+
+
+def refusal(D: int, dtype: Any) -> str | None:
+    """Why these kernels do not do this head_dim or dtype; None if they do."""
+    if D not in HEAD_DIMS:
+        return f"head_dim {D} is not one of {HEAD_DIMS}"
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"dtype {dtype} is not float32 or bfloat16"
+    return None
+
+
+def attend(
+    form: Form,
+    qkv: jax.Array,
+    log_decay: jax.Array,
+    states: jax.Array | None,
+    layer: jax.Array | int,
+    lengths: jax.Array,
+    segments: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Arguments as of the API, but states float32 `[P, B, H, D, D]` of which `layer` is meant, or None for zeros.
+
+    Returns:
+      o, and the states with that layer's replaced (`[1, B, H, D, D]` for None).
+    """
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    return _attend(form, qkv, log_decay, states, layer, lengths.astype(jnp.int32), _runs(segments, lengths))
+
+
+def _runs(segments: jax.Array | None, lengths: jax.Array) -> jax.Array | None:
+    """How many segments have started before or at each token, int32 `[B, T]`; n is stored as ~n at padding."""
+    if segments is None:
+        return None
+    valid = (segments > 0) & (jnp.arange(segments.shape[1]) < lengths[:, None])
+    count = jnp.cumsum(starts(jnp.where(valid, segments, 0)), axis=1, dtype=jnp.int32)
+    return jnp.where(valid, count, ~count)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    form: Form,
+    qkv: jax.Array,
+    log_decay: jax.Array,
+    states: jax.Array | None,
+    layer: jax.Array,
+    lengths: jax.Array,
+    runs: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    if qkv.shape[1] == 1 and runs is None and states is not None:
+        return _step(form, qkv, log_decay, states, layer, lengths)
+    sweep = _Sweep(form, form.forward, qkv, log_decay, lengths, runs)
+    if sweep.parts == 1:
+        return sweep.forward(states, layer)
+    inside, last = sweep.prefix(_pick(states, layer))
+    out, _ = sweep.forward(inside[None], jnp.zeros_like(layer))
+    return out, last[None] if states is None else states.at[layer[0]].set(last)
+
+
+def _forward_rule(form: Form, *args: Any) -> tuple[Any, Any]:
+    return _attend(form, *args), args
+
+
+def _backward_rule(form: Form, args: Any, gradients: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+    qkv, log_decay, states, layer, lengths, runs = args
+    d_out, d_states = gradients
+    sweep = _Sweep(form, form.backward, qkv, log_decay, lengths, runs)
+    before, after = _pick(states, layer), _pick(d_states, layer)
+    assert after is not None
+    if sweep.parts == 1:
+        first, last = None if before is None else before[:, None], after[:, None]
+        d_qkv, d_before = sweep.backward(d_out, first, last, want_final=states is not None)
+    else:
+        first, (last, d_before) = sweep.prefix(before)[0], sweep.suffix(d_out, after)
+        d_qkv, _ = sweep.backward(d_out, first, last, want_final=False)
+    d_states = None if states is None else d_states.at[layer[0]].set(d_before.reshape(after.shape))
+    return d_qkv, jnp.zeros_like(log_decay), d_states, None, None, None
+
+
+_attend.defvjp(_forward_rule, _backward_rule)
+
+
+def _pick(states: jax.Array | None, layer: jax.Array) -> jax.Array | None:
+    return None if states is None else states[layer[0]]
+
+
+def _step(
+    form: Form, qkv: jax.Array, log_decay: jax.Array, states: jax.Array, layer: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    from m1jax.kernels.lightning_attention import kernels
+
+    B, _, H, _, D = qkv.shape
+    tiles = form.step
+    out, states = launch(
+        kernels.step, qkv, jnp.expm1(log_decay), lengths, layer, states,
+        out=(jax.ShapeDtypeStruct((B, 1, H, D), qkv.dtype), _like(states)),
+        aliases={4: 1}, grid=(D // tiles.width, H, B), warps=tiles.warps, stages=tiles.stages,
+        interpreted=form.interpreted, ROWS=B, H=H, D=D, WIDTH=tiles.width,
+    )  # fmt: skip
+    return out, states
+
+
+class _Sweep:
+    """One call's arguments in the form the sweeping kernels want them."""
+
+    def __init__(
+        self,
+        form: Form,
+        tiles: Tiles,
+        qkv: jax.Array,
+        log_decay: jax.Array,
+        lengths: jax.Array,
+        runs: jax.Array | None,
+    ):
+        self.form, self.tiles, self.qkv, self.lengths, self.runs = form, tiles, qkv, lengths, runs
+        self.log_decay = log_decay
+        self.decays = jnp.stack([log_decay * np.float32(1 / math.log(2)), jnp.expm1(log_decay * tiles.chunk)])
+        B, T, H, _, D = qkv.shape
+        self.shape = B, T, H, D
+        programs = B * H * (D // tiles.width)
+        fit = max(1, min(MULTIPROCESSORS // programs, T // LEAST_PART))
+        wanted = fit if form.parts is None else form.parts
+        chunks = -(-T // tiles.chunk)
+        self.part = -(-chunks // wanted) * tiles.chunk  # tokens of a part
+        self.parts = -(-T // self.part)
+
+    def forward(self, states: jax.Array | None, layer: jax.Array, write: bool = True) -> tuple[jax.Array, jax.Array]:
+        """One pass: o (nothing of use without `write`) and final states.
+
+        With states `[P, B, H, D, D]` these are replaced in place, with `[1, B, parts, H, D, D]` or None they are new.
+        """
+        from m1jax.kernels.lightning_attention import kernels
+
+        B, T, H, D = self.shape
+        out = jax.ShapeDtypeStruct((B, T, H, D) if write else (1,), self.qkv.dtype)
+        fresh = (1, B, H, D, D) if self.parts == 1 else (1, B, self.parts, H, D, D)
+        final = jax.ShapeDtypeStruct(fresh, jnp.float32) if states is None else _like(states)
+        arrays = (self.qkv, self.decays, self.lengths, self._runs, layer, self.decays if states is None else states)
+        out, final = self._launch(
+            kernels.forward, *arrays, out=(out, final), aliases={} if states is None else {5: 1},
+            FRESH=states is None, WRITE=write,
+        )  # fmt: skip
+        return out, final
+
+    def backward(
+        self, d_out: jax.Array, before: jax.Array | None, after: jax.Array, want_final: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """All gradients, given the states before each part and those of the states after it, `[B, parts, H, D, D]`.
+
+        Returns that of qkv and, if wanted, of the states before each part.
+        """
+        d_qkv, _ = self._gradient(d_out, before, None, "q", False)
+        d_qkv, _ = self._gradient(d_out, after, d_qkv, "k", False)
+        return self._gradient(d_out, after, d_qkv, "v", want_final)
+
+    def _gradient(
+        self, d_out: jax.Array, states: jax.Array | None, d_qkv: jax.Array | None, role: str, want_final: bool,
+        write: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+        from m1jax.kernels.lightning_attention import kernels
+
+        B, _, H, D = self.shape
+        nothing = self.decays
+        final = jax.ShapeDtypeStruct((B, self.parts, H, D, D) if want_final else (1,), jnp.float32)
+        arrays = (
+            self.qkv, d_out, self.decays, self.lengths, self._runs,
+            nothing if states is None else states, nothing if d_qkv is None else d_qkv,
+        )  # fmt: skip
+        out = _like(self.qkv) if write else jax.ShapeDtypeStruct((1,), self.qkv.dtype)
+        d_qkv, final = self._launch(
+            kernels.backward, *arrays, out=(out, final), aliases={} if d_qkv is None else {6: 0},
+            FRESH=states is None, WRITE=write, FINAL=want_final, ROLE=role,
+        )  # fmt: skip
+        return d_qkv, final
+
+    def prefix(self, state: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """States before each part, `[B, parts, H, D, D]`, and after the last, from that before the row."""
+        B, _, H, D = self.shape
+        added = self.forward(None, jnp.zeros((1,), jnp.int32), write=False)[1][0]
+        keep = self._keep()
+        s = jnp.zeros((B, H, D, D), jnp.float32) if state is None else state
+        before = []
+        for p in range(self.parts):
+            before.append(s)
+            s = keep[:, p, :, None, None] * s + added[:, p]
+        return jnp.stack(before, axis=1), s
+
+    def suffix(self, d_out: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Gradients of the states after each part, and of that before the row, from that after the row."""
+        added = self._gradient(d_out, None, None, "v", True, write=False)[1]
+        keep = self._keep()
+        after = []
+        for p in reversed(range(self.parts)):
+            after.append(gradient)
+            gradient = keep[:, p, :, None, None] * gradient + added[:, p]
+        return jnp.stack(after[::-1], axis=1), gradient
+
+    def _keep(self) -> jax.Array:
+        """What is left after each part of the state before it, `[B, parts, H]`."""
+        T = self.shape[1]
+        first = self.part * jnp.arange(self.parts)
+        if self.runs is None:
+            count = jnp.clip(self.lengths[:, None] - first, 0, self.part)
+            return jnp.exp(count[..., None] * self.log_decay)
+        end = jnp.minimum(first + self.part, T)
+        upto = jnp.pad(jnp.cumsum(self.runs >= 0, axis=1), ((0, 0), (1, 0)))
+        run = jnp.pad(jnp.maximum(self.runs, ~self.runs), ((0, 0), (1, 0)))  # after each token; 0 before the first
+        keep = jnp.exp((upto[:, end] - upto[:, first])[..., None] * self.log_decay)
+        return jnp.where((run[:, end] == run[:, first])[..., None], keep, 0.0)
+
+    @property
+    def _runs(self) -> jax.Array:
+        return self.lengths if self.runs is None else self.runs
+
+    def _launch(self, kernel: Any, *arrays: jax.Array, **extra: Any) -> list[jax.Array]:
+        (B, T, H, D), tiles = self.shape, self.tiles
+        return launch(
+            kernel, *arrays, T, self.part, grid=(D // tiles.width, H, B * self.parts), warps=tiles.warps,
+            stages=tiles.stages, interpreted=self.form.interpreted, PARTS=self.parts, H=H, D=D, WIDTH=tiles.width,
+            CHUNK=tiles.chunk, PACKED=self.runs is not None,
+            PRECISION="ieee" if self.qkv.dtype == jnp.float32 else "tf32", **extra,
+        )  # fmt: skip
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -1,0 +1,102 @@
+"""Compiles every Triton kernel, and one period of the full-width model, for an H200, without a GPU.
+
+    python scripts/check_kernels.py [--no-model] [--only WORD]
+
+Prints for each kernel registers, spills, bytes of shared memory and tensor-core instructions (HGMMA); then the memory
+one period of M1 (7 lightning layers, 1 softmax) takes. Fails on a spill, on shared memory above 232,448 bytes, and on a
+matrix kernel without HGMMA.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from m1jax.errors import UserError, main_guard
+from m1jax.kernels.gpu import Case, aot, deviceless
+from m1jax.kernels.gpu.target import missing
+from m1jax.model import abstract, period
+from m1jax.presets import find_config
+
+OPS = ("lightning_attention",)
+
+
+def cases(word: str) -> Iterator[Case]:
+    """The cases of all ops whose name contains `word`."""
+    for op in OPS:
+        for case in importlib.import_module(f"m1jax.kernels.{op}.cases").CASES:
+            if word in case.name:
+                yield case
+
+
+def check(case: Case) -> int:
+    """Compiles the kernels of one case and prints a line for each; returns how many must not be used."""
+    jaxpr = jax.make_jaxpr(case.fn)(*case.args)
+    found = list(dict.fromkeys(aot.launches(jaxpr.jaxpr)))
+    if not found:
+        raise UserError(f"{case.name}: launches no Triton kernel")
+    bad = 0
+    for launch in found:
+        report = aot.compiled(launch)
+        faults = report.faults(case.matmul)
+        bad += bool(faults)
+        numbers = f"{report.registers:9} {report.spills:6} {report.shared:9,} {report.hgmma:6}"
+        print(f"{case.name:36} {report.name:12} {numbers}  {'; '.join(faults) or 'ok'}", flush=True)
+    return bad
+
+
+def check_model(mesh: jax.sharding.Mesh, B: int, T: int, N: int) -> None:
+    """Compiles one period of M1 in bfloat16 reading T tokens of B rows into a state of N, and prints its memory."""
+    full = find_config("m1-80k")
+    p = period(full.layer_types)
+    config = dataclasses.replace(full, num_hidden_layers=p, layer_types=full.layer_types[:p])
+    place = NamedSharding(mesh, PartitionSpec())
+
+    def on_mesh(tree: Any) -> Any:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+
+    model = on_mesh(abstract(config))
+    state = on_mesh(jax.eval_shape(lambda m: m.init_state(B, N), model))
+    tokens = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=place)
+    step = jax.jit(lambda model, tokens, state: model.step(tokens, state, logits="last"), donate_argnums=2)
+    lowered = step.lower(model, tokens, state)
+    kernels = lowered.as_text().count("triton_kernel_call")
+    memory = lowered.compile().memory_analysis()
+    parts = ("argument", "output", "alias", "temp")
+    sizes = ", ".join(f"{part} {getattr(memory, f'{part}_size_in_bytes') / 1e9:.2f}" for part in parts)
+    print(f"one period of M1, bfloat16, {B} x {T} tokens, {kernels} Triton calls; memory_analysis in GB: {sizes}")
+
+
+@main_guard
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="WORD", help="kernels of the cases whose name contains WORD")
+    parser.add_argument("--no-model", action="store_true", help="leave out the model")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    if reason := missing():
+        raise UserError(f"compiling Triton kernels {reason}")
+    try:
+        mesh = deviceless.mesh({"x": 1})
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    with jax.set_mesh(mesh):
+        print(f"{'case':36} {'kernel':12} {'registers':>9} {'spills':>6} {'shared':>9} {'hgmma':>6}")
+        bad = sum(check(case) for case in cases(args.only))
+        if not args.no_model:
+            check_model(mesh, B=1, T=8192, N=8192)
+            check_model(mesh, B=32, T=1, N=32768)
+    if bad:
+        print(f"{bad} kernels must not be used", file=sys.stderr)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    main()

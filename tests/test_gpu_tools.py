@@ -1,0 +1,85 @@
+"""What the GPU kernels' tests and checks stand on: the interpreter, the target of a trace, the reports."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from m1jax.kernels.gpu import aot, capability, interpret, launch, refusal
+from tests import triton_kernels
+from tests.tools import rms_error
+
+H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+
+
+def mesh(device: AbstractDevice, size: int = 1, kind: AxisType = AxisType.Auto) -> AbstractMesh:
+    return AbstractMesh((size,), ("x",), (kind,), abstract_device=device)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_interpreter_multiplies_and_rounds_as_a_gpu_does(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((16, 16)).astype(dtype) for _ in range(2))
+    product, rounded = np.zeros((16, 16), np.float32), np.zeros((16, 16), ml_dtypes.bfloat16)
+    interpret.run(triton_kernels.product, (1,), a, b, product, rounded, N=16)
+    want = a.astype(np.float64) @ b.astype(np.float64)
+    assert rms_error(product, want) < 1e-6
+    assert np.array_equal(rounded, product.astype(ml_dtypes.bfloat16))
+
+
+def test_launch_in_place_inside_jit() -> None:
+    x = jnp.arange(8, dtype=jnp.float32)
+
+    @jax.jit
+    def twice(x: jax.Array) -> jax.Array:
+        for _ in range(2):
+            (x,) = launch(
+                triton_kernels.add, x, 1.5, out=[jax.ShapeDtypeStruct(x.shape, x.dtype)], grid=(2,), warps=1, stages=1,
+                aliases={0: 0}, interpreted=True, N=4,
+            )  # fmt: skip
+        return x
+
+    assert np.array_equal(twice(x), np.arange(8) + 3.0)
+    assert np.array_equal(x, np.arange(8))
+
+
+def test_what_a_kernel_does_not_write_shows() -> None:
+    x = jnp.zeros(8)
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
+    (y,) = launch(triton_kernels.add, x, 1.0, out=out, grid=(1,), warps=1, stages=1, interpreted=True, N=4)
+    assert np.array_equal(np.isnan(y), np.arange(8) >= 4)
+
+
+def test_target_is_the_device_of_the_mesh() -> None:
+    assert capability() is None  # the tests run on the CPU
+    assert "CUDA" in str(refusal())
+    found = []
+
+    @jax.jit
+    def traced(x: jax.Array) -> jax.Array:
+        found.append((capability(), refusal()))
+        return x
+
+    traced.trace(jax.ShapeDtypeStruct((), jnp.float32))
+    with jax.sharding.use_abstract_mesh(mesh(H200)):
+        traced.trace(jax.ShapeDtypeStruct((), jnp.float32))
+    assert found == [(None, refusal()), (90, None)]  # the second is traced again
+    with jax.sharding.use_abstract_mesh(mesh(AbstractDevice(device_kind="NVIDIA A100", num_cores=108, platform="gpu"))):
+        assert capability() == 80 and "Hopper" in str(refusal())
+
+
+def test_a_partitioned_array_is_refused_outside_shard_map() -> None:
+    with jax.sharding.use_abstract_mesh(mesh(H200, 4)):
+        assert "shard_map" in str(refusal())
+    with jax.sharding.use_abstract_mesh(mesh(H200, 4, AxisType.Manual)):
+        assert refusal() is None
+
+
+def test_faults_of_a_kernel() -> None:
+    good = aot.Report("k", registers=255, spills=0, shared=aot.SHARED_MEMORY, hgmma=4, sass="")
+    assert good.faults(matmul=True) == []
+    bad = aot.Report("k", registers=255, spills=2, shared=aot.SHARED_MEMORY + 1, hgmma=0, sass="")
+    assert [f.split()[0] for f in bad.faults(matmul=True)] == ["2", str(aot.SHARED_MEMORY + 1), "no"]
+    assert len(bad.faults(matmul=False)) == 2
