@@ -1,7 +1,6 @@
 """The converted checkpoint: a folder with config and tokenizer files, `m1jax.json`, and an Orbax checkpoint `weights`.
 
-    from numpy.typing import NDArray
-from orbax.checkpoint import v1 as ocp
+    from orbax.checkpoint import v1 as ocp
     tree = ocp.load("CKPT/weights")                      # or with abstract arrays: other dtypes, shards of a mesh
 
 Orbax saves a tree whose arrays are in memory; these are not. So it is given the same tree with arrays of one element,
@@ -26,13 +25,14 @@ from numpy.typing import NDArray
 
 from m1jax.config import M1Config
 from m1jax.errors import UserError
-from m1jax.loading import MARKER, Reader, aligned_empty, windows
+from m1jax.kernels.experts.quantized import Quantization
+from m1jax.loading import MARKER, Source, aligned_empty, windows
 from m1jax.params import ParamSpec, nest, param_table
 from m1jax.safetensors import listing
 
 WEIGHTS = "weights"
 FORMAT = 1
-_KEYS = {"format", "dtype", "dtypes", "arrays"}
+_KEYS = {"format", "dtype", "quantize", "dtypes", "arrays"}
 
 _CHUNK = 16 << 20  # bytes; small enough that a shard of a mesh reads little more than its own
 # The axes along which tensors are usually sharded are cut before the others.
@@ -118,16 +118,16 @@ def open_checkpoint(folder: Path) -> tuple[M1Config, dict[str, Any], dict[str, t
     """Config, marker and stored arrays of a converted checkpoint. Raises `UserError`."""
     marker = read_marker(folder)
     config = M1Config.from_file(folder)
-    table = stored_table(config)
+    table = stored_table(config, marker["quantize"])
     if sorted(table) != marker["arrays"]:
         differing = sorted(table.keys() ^ set(marker["arrays"]))
         raise UserError(f"{folder}: config.json contradicts the weights in {listing(differing)}: convert again")
     return config, marker, open_arrays(folder, table)
 
 
-def stored_table(config: M1Config) -> dict[str, ParamSpec]:
+def stored_table(config: M1Config, quantize: Quantization | None = None) -> dict[str, ParamSpec]:
     """The parameters that are stored: not the empty ones of an absent kind of layer, which Orbax refuses."""
-    return {path: spec for path, spec in param_table(config).items() if 0 not in spec.shape}
+    return {path: spec for path, spec in param_table(config, quantize).items() if 0 not in spec.shape}
 
 
 def windows_of(store: ts.TensorStore, axis: int, rows: range | None = None) -> Iterator[tuple[int, int]]:
@@ -153,12 +153,12 @@ def _tensorstore_spec(folder: Path, path: str) -> dict[str, Any]:
     return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": path + "/"}}
 
 
-def open_parameters(folder: Path) -> tuple[M1Config, Reader]:
-    """Config of a converted checkpoint, and how to read any block of any parameter. Raises `UserError`.
+def open_parameters(folder: Path) -> Source:
+    """A converted checkpoint, to be read. Raises `UserError`.
 
     `ocp.load` reads the same arrays but holds a parameter twice while it loads it, and M1's largest is half of M1.
     """
-    config, _, stores = open_checkpoint(folder)
+    config, marker, stores = open_checkpoint(folder)
 
     def read(name: str, spec: ParamSpec, block: tuple[slice, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         try:
@@ -166,7 +166,7 @@ def open_parameters(folder: Path) -> tuple[M1Config, Reader]:
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{folder}: {name} is damaged ({short(error)}): convert the model again") from error
 
-    return config, read
+    return Source(config, read, marker["quantize"])
 
 
 def _read_block(store: ts.TensorStore, spec: ParamSpec, block: tuple[slice, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -1,6 +1,6 @@
 """Converts a safetensors folder to a checkpoint that loads fast and sharded, or compares the two.
 
-    python -m m1jax.convert SRC DST [--dtype keep|float32|bfloat16] [--overwrite]
+    python -m m1jax.convert SRC DST [--dtype keep|float32|bfloat16] [--quantize int8|int4] [--overwrite]
     python -m m1jax.convert --verify SRC DST
 
 Memory stays at a few tensors whatever the size of SRC. Killed at any moment, the same command continues.
@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from m1jax import checkpoint
 from m1jax.errors import UserError, main_guard
-from m1jax.loading import MARKER, open_source
+from m1jax.kernels.experts.quantized import Quantization, quantize_on_host
+from m1jax.loading import MARKER, check_quantization, open_source
 from m1jax.params import ParamSpec
 from m1jax.safetensors import Tensor
 from m1jax.weights import Piece, Slot, expected
@@ -35,20 +36,23 @@ _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloa
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """`parameter path[index] = tensor`, reshaped."""
+    """`parameter path[index] = tensor`, reshaped, and quantised if that is how the parameter is stored."""
 
     path: str
     index: tuple[int, ...]
     tensor: Tensor
 
 
-def convert(src: Path, dst: Path, dtype: str = "keep", overwrite: bool = False) -> None:
+def convert(
+    src: Path, dst: Path, dtype: str = "keep", overwrite: bool = False, quantize: Quantization | None = None
+) -> None:
     """Converts the safetensors folder `src` to the checkpoint `dst`.
 
     Args:
       dtype: "keep" stores every tensor's own dtype, "float32" or "bfloat16" casts all but the parameters that are
         always float32 (the router).
       overwrite: replaces a checkpoint at `dst`, at the very end.
+      quantize: "int8" or "int4" stores the experts' weights so; they cannot be exported again.
 
     Raises:
       UserError: `src` is not a whole checkpoint, `dst` is taken, or the disk is full. `dst` is then as it was.
@@ -57,32 +61,48 @@ def convert(src: Path, dst: Path, dtype: str = "keep", overwrite: bool = False) 
         raise UserError(f"dtype {dtype!r} is not supported: choose keep, float32 or bfloat16")
     if (src / MARKER).exists():
         raise UserError(f"{src} is a converted checkpoint already: python -m m1jax.export makes safetensors of it")
+    check_quantization(quantize)
     config, tensors, plan = open_source(src)
     check_paths(src, dst, overwrite)
-    table = checkpoint.stored_table(config)
-    kinds = {path: _stored_dtype(spec, plan[path], tensors, dtype) for path, spec in table.items()}
-    jobs = [Job(path, piece.index, tensors[piece.name]) for path in table for piece in plan[path]]
+    try:
+        table = checkpoint.stored_table(config, quantize)
+    except ValueError as error:
+        raise UserError(f"{src} cannot be quantised to {quantize}: {error}") from None
+    kinds = {path: _stored_dtype(path, spec, plan, tensors, dtype) for path, spec in table.items()}
+    jobs = [
+        Job(path, piece.index, tensors[piece.name]) for path in checkpoint.stored_table(config) for piece in plan[path]
+    ]
     jobs.sort(key=lambda job: (job.tensor.file, job.tensor.start))
     with disk_errors(dst):
         dst.parent.mkdir(parents=True, exist_ok=True)
-        with open_workplace(dst, _identity(src, tensors, dtype), overwrite) as place:
+        with open_workplace(dst, _identity(src, tensors, dtype, quantize), overwrite) as place:
             done = set[str]().union(*place.done)
             left = [job for job in jobs if job.tensor.name not in done]
-            check_space(place.path, _room(left, kinds))
+            check_space(place.path, _room(left, table, kinds))
             if not place.done:
                 checkpoint.create(place.path, {path: (spec, kinds[path]) for path, spec in table.items()})
                 place.record([])
             _write(place, jobs, left, checkpoint.open_arrays(place.path, table))
             carry(src, place.path)
-            dtypes = _exceptions(expected(config), jobs, kinds) if dtype == "keep" else {}
-            marker = {"format": checkpoint.FORMAT, "dtype": dtype, "dtypes": dtypes, "arrays": sorted(table)}
+            dtypes = _exceptions(expected(config), jobs, kinds) if dtype == "keep" and quantize is None else {}
+            marker = {
+                "format": checkpoint.FORMAT,
+                "dtype": dtype,
+                "quantize": quantize,
+                "dtypes": dtypes,
+                "arrays": sorted(table),
+            }
             (place.path / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
 
 
-def _stored_dtype(spec: ParamSpec, pieces: list[Piece], tensors: Mapping[str, Tensor], dtype: str) -> np.dtype[Any]:
+def _stored_dtype(
+    path: str, spec: ParamSpec, plan: Mapping[str, list[Piece]], tensors: Mapping[str, Tensor], dtype: str
+) -> np.dtype[Any]:
     """The dtype of a stored array: with "keep" the one of its tensors, or float32, which holds all, if they differ."""
+    if path not in plan:  # values or scales
+        return np.dtype(spec.dtype or dtype)
     if dtype == "keep":
-        kinds = {tensors[piece.name].dtype for piece in pieces}
+        kinds = {tensors[piece.name].dtype for piece in plan[path]}
         return kinds.pop() if len(kinds) == 1 else _DTYPES["float32"]
     return _DTYPES[spec.dtype or dtype]
 
@@ -99,20 +119,28 @@ def _exceptions(slots: Mapping[str, Slot], jobs: list[Job], kinds: Mapping[str, 
     return out
 
 
-def _identity(src: Path, tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Any]:
+def _identity(src: Path, tensors: Mapping[str, Tensor], dtype: str, quantize: Quantization | None) -> dict[str, Any]:
     """What an unfinished conversion must agree in to be continued: options, config and the source files as they are."""
     digest = hashlib.sha256((src / "config.json").read_bytes())
     for name in sorted(tensors):
         digest.update(repr((name, tensors[name].dtype.name, tensors[name].shape, tensors[name].start)).encode())
     for file in sorted({tensor.file for tensor in tensors.values()}):
         digest.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
-    return {"convert": checkpoint.FORMAT, "dtype": dtype, "source": digest.hexdigest()}
+    return {"convert": checkpoint.FORMAT, "dtype": dtype, "quantize": quantize, "source": digest.hexdigest()}
 
 
-def _room(jobs: list[Job], kinds: Mapping[str, np.dtype[Any]]) -> int:
+def _room(jobs: list[Job], table: Mapping[str, ParamSpec], kinds: Mapping[str, np.dtype[Any]]) -> int:
     """Bytes that the jobs will take on disk, with 2% for the database around them."""
-    size = sum(math.prod(job.tensor.shape) * kinds[job.path].itemsize for job in jobs)
+    size = 0
+    for job in jobs:
+        for path in _stored(job.path, table):
+            size += math.prod(table[path].shape[len(job.index) :]) * kinds[path].itemsize
     return size + size // 50 + (4 << 20)
+
+
+def _stored(path: str, table: Mapping[str, Any]) -> list[str]:
+    """The arrays that hold a parameter: itself, or values and scales."""
+    return [path] if path in table else [f"{path}.values", f"{path}.scales"]
 
 
 def _write(place: Workplace, jobs: list[Job], left: list[Job], stores: dict[str, ts.TensorStore]) -> None:
@@ -122,12 +150,13 @@ def _write(place: Workplace, jobs: list[Job], left: list[Job], stores: dict[str,
         for batch in _batches(left):
             transaction, pending = ts.Transaction(), 0
             for job in batch:
-                store = stores[job.path]
-                for first, last, values in _pieces(job, store):
+                targets = [stores[path] for path in _stored(job.path, stores)]
+                for first, last, arrays in _pieces(job, targets):
                     at = (*job.index, slice(first, last))
-                    store.with_transaction(transaction)[at].write(values).result()
-                    bar.update(values.size * job.tensor.dtype.itemsize)
-                    pending += values.nbytes
+                    for store, values in zip(targets, arrays, strict=True):
+                        store.with_transaction(transaction)[at].write(values).result()
+                        pending += values.nbytes
+                    bar.update(job.tensor.nbytes * (last - first) // targets[0].shape[len(job.index)])
                     if pending >= _BATCH:  # a tensor larger than a batch
                         _commit(place, transaction)
                         transaction, pending = ts.Transaction(), 0
@@ -159,12 +188,21 @@ def _batches(jobs: list[Job]) -> Iterator[list[Job]]:
         yield batch
 
 
-def _pieces(job: Job, store: ts.TensorStore) -> Iterator[tuple[int, int, NDArray[Any]]]:
-    """Rows first … last - 1 of the tensor in the shape and dtype of the store, whole chunks at a time."""
-    tensor = job.tensor._replace(shape=tuple(store.shape[len(job.index) :]))
-    for first, last in checkpoint.windows_of(store, len(job.index)):
+def _pieces(job: Job, stores: list[ts.TensorStore]) -> Iterator[tuple[int, int, Sequence[NDArray[Any]]]]:
+    """Rows first … last - 1 of the tensor as the stores have them, whole chunks of the first store at a time."""
+    kind: Quantization | None = None
+    if len(stores) == 2:
+        kind = "int8" if stores[0].dtype.numpy_dtype == np.int8 else "int4"
+    *rest, width = stores[0].shape[len(job.index) :]
+    tensor = job.tensor._replace(shape=(*rest, 2 * width if kind == "int4" else width))
+    for first, last in checkpoint.windows_of(stores[0], len(job.index)):
+        rows = tensor.rows(first, last)
         with np.errstate(all="ignore"):
-            yield first, last, tensor.rows(first, last).astype(store.dtype.numpy_dtype)
+            yield (
+                first,
+                last,
+                [rows.astype(stores[0].dtype.numpy_dtype)] if kind is None else quantize_on_host(rows, kind),
+            )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -183,6 +221,9 @@ def parser() -> argparse.ArgumentParser:
         default="keep",
         help="stored dtype; with keep (default) export gives back the same bits; otherwise the router is float32",
     )
+    out.add_argument(
+        "--quantize", choices=("int8", "int4"), help="store the experts' weights so; they cannot be exported again"
+    )
     out.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST when the new one is whole")
     out.add_argument(
         "--verify",
@@ -197,12 +238,12 @@ def main() -> int:
     """Command line; see the module's docstring."""
     args = parser().parse_args()
     if args.verify:
-        if args.overwrite or args.dtype != "keep":
-            raise UserError("--verify converts nothing: it goes without --dtype and --overwrite")
+        if args.overwrite or args.dtype != "keep" or args.quantize:
+            raise UserError("--verify converts nothing: it goes without --dtype, --quantize and --overwrite")
         from m1jax.verify import verify  # needs the model, a conversion does not
 
         return 0 if verify(args.src, args.dst) else 1
-    convert(args.src, args.dst, args.dtype, args.overwrite)
+    convert(args.src, args.dst, args.dtype, args.overwrite, args.quantize)
     print(f"{args.dst}: complete. Compare with: python -m m1jax.convert --verify {args.src} {args.dst}")
     return 0
 

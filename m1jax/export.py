@@ -34,10 +34,12 @@ def export(src: Path, dst: Path, max_shard: int = 5_000_000_000, overwrite: bool
     """Writes the converted checkpoint `src` as a folder of safetensors, shards of at most `max_shard` bytes and index.
 
     Raises:
-      UserError: `src` is not a converted checkpoint or damaged, `dst` is taken, or the disk is full. `dst` is
-        then as it was.
+      UserError: `src` is not a converted checkpoint, quantised or damaged, `dst` is taken, or the disk is full.
+        `dst` is then as it was.
     """
     config, marker, stores = checkpoint.open_checkpoint(src)
+    if marker["quantize"]:
+        raise UserError(f"{src} is quantised to {marker['quantize']}: the official layout has no such weights")
     check_paths(src, dst, overwrite)
     entries = [
         _entry(name, slot, stores[slot.target], marker["dtypes"].get(name)) for name, slot in expected(config).items()

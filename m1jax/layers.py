@@ -131,8 +131,8 @@ class MoE(nnx.Module):
     """Sparse mixture of SwiGLU experts: softmax over all experts, the best k, their weights renormalised to sum 1."""
 
     router: nnx.Param  # float32 [L, E, M]
-    gate_up: nnx.Param  # [L, E, 2, F, M]
-    down: nnx.Param  # [L, E, M, F]
+    gate_up: nnx.Param  # [L, E, 2, F, M], or `Quantized`
+    down: nnx.Param  # [L, E, M, F], or `Quantized`
 
     def __call__(self, x: jax.Array, i: jax.Array, valid: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         """x `[B, T, M]`, valid bool `[B, T]`; returns y `[B, T, M]` and router logits float32 `[B, T, E]`."""

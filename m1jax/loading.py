@@ -4,12 +4,13 @@ Every parameter is one buffer, filled straight from the mapped files and cast on
 over without a copy: memory holds the data once.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 
 from m1jax.config import M1Config
 from m1jax.errors import UserError
+from m1jax.kernels.experts.quantized import Quantization, quantize_on_host, stored_shapes
 from m1jax.model import M1, build
-from m1jax.params import ParamSpec
+from m1jax.params import QUANTIZED, ParamSpec, param_table
 from m1jax.safetensors import Tensor, read_folder
 from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.sharding.placing import place
@@ -38,7 +40,17 @@ Reader = Callable[[str, ParamSpec, tuple[slice, ...], np.dtype[Any]], NDArray[An
 _WINDOW = 32 << 20  # bytes of a source tensor mapped at once
 
 
-def load(path: str | Path, dtype: str = "float32", mesh: Mesh | str | None = None) -> M1:
+class Source(NamedTuple):
+    """An opened model folder: its config, how to read any block of any parameter, how the experts are quantised."""
+
+    config: M1Config
+    read: Reader
+    quantize: Quantization | None = None
+
+
+def load(
+    path: str | Path, dtype: str = "float32", quantize: Quantization | None = None, *, mesh: Mesh | str | None = None
+) -> M1:
     """The model in `path` with parameters and computation in `dtype` ("float32" or "bfloat16").
 
     Router and shared-expert coefficient stay float32. The folder holds config.json and either safetensors in the
@@ -49,21 +61,24 @@ def load(path: str | Path, dtype: str = "float32", mesh: Mesh | str | None = Non
     Args:
       path: the folder.
       dtype: "float32" or "bfloat16".
+      quantize: "int8" or "int4" holds the experts' weights as `m1jax.kernels.experts.Quantized`, rounded while they
+        are read; a checkpoint that was converted so is read as it is.
       mesh: where the model lies: a mesh, its sizes ("data=1,expert=8,tensor=1"), or None, the first device.
 
     Raises:
-      UserError: the folder is missing, incomplete or corrupt, its config contradicts its weights, no such `dtype`, the
-        mesh does not fit the model or the devices, or the devices have no room for the model.
+      UserError: the folder is missing, incomplete or corrupt, its config contradicts its weights, no such `dtype` or
+        `quantize`, the checkpoint is quantised otherwise, the mesh does not fit the model or the devices, or the
+        devices have no room for the model.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is not supported: choose float32 or bfloat16")
     path = Path(path)
-    config, read = open_parameters(path)
+    config, read, quantize = open_parameters(path, quantize)
     if isinstance(mesh, str):
         mesh = make_mesh(MeshShape.parse(mesh))
     if mesh is not None:
         check(config, mesh)
-    require_room(str(path), config, mesh, dtype)
+    require_room(str(path), config, mesh, dtype, quantize)
 
     def leaf(name: str, spec: ParamSpec) -> jax.Array:
         kind = np.dtype(jnp.dtype(spec.dtype or dtype))
@@ -72,11 +87,31 @@ def load(path: str | Path, dtype: str = "float32", mesh: Mesh | str | None = Non
             return jnp.zeros(spec.shape, kind, device=where)
         return place(lambda block: read(name, spec, block, kind), spec.shape, kind, where)
 
-    return build(config, leaf)
+    return build(config, leaf, quantize)
 
 
-def open_parameters(path: Path) -> tuple[M1Config, Reader]:
-    """Config of a folder that `load` takes, and how to read any block of any parameter. Raises `UserError`."""
+def open_parameters(path: Path, quantize: Quantization | None = None) -> Source:
+    """Opens a folder that `load` takes; `quantize` as there. Raises `UserError`."""
+    check_quantization(quantize)
+    source = _open(path)
+    if source.quantize is not None and quantize not in (None, source.quantize):
+        raise UserError(f"{path} is quantised to {source.quantize}: {quantize} needs the model it was converted from")
+    if quantize is None or source.quantize is not None:
+        return source
+    try:
+        param_table(source.config, quantize)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be quantised to {quantize}: {error}") from None
+    return Source(source.config, _quantizing(source, quantize), quantize)
+
+
+def check_quantization(quantize: str | None) -> None:
+    """Raises `UserError` unless `quantize` is None, "int8" or "int4"."""
+    if quantize not in (None, "int8", "int4"):
+        raise UserError(f"quantize {quantize!r} is not supported: choose int8 or int4")
+
+
+def _open(path: Path) -> Source:
     if (path / MARKER).exists():
         from m1jax import checkpoint  # it builds on this module
 
@@ -87,7 +122,45 @@ def open_parameters(path: Path) -> tuple[M1Config, Reader]:
         sources = [(piece.index, tensors[piece.name]) for piece in pieces[name]]
         return read_block(sources, spec.shape, block, dtype)
 
-    return config, read
+    return Source(config, read)
+
+
+def _quantizing(source: Source, kind: Quantization) -> Reader:
+    """Reads values and scales of experts that are stored as floats: matrix by matrix, in whole in-channels."""
+    table = param_table(source.config)
+
+    def read(name: str, spec: ParamSpec, block: tuple[slice, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        path, _, part = name.rpartition(".")
+        if part not in ("values", "scales") or path not in QUANTIZED:
+            return source.read(name, spec, block, dtype)
+        depth = len(table[path].shape) - 1  # axes before the in-channels
+        bounds = [range(*b.indices(size)) for b, size in zip(block, spec.shape, strict=True)]
+        values, scales = _quantize_block(source.read, path, table[path], bounds[:depth], kind)
+        return values[..., block[depth]] if part == "values" else scales[(..., *block[depth:])]
+
+    return read
+
+
+def _quantize_block(
+    read: Reader, path: str, spec: ParamSpec, bounds: Sequence[range], kind: Quantization
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Values and scales of the block with these bounds of all axes but the last."""
+    lead = tuple(len(b) for b in bounds)
+    values_shape, scales_shape = stored_shapes(kind, (*lead, spec.shape[-1]))
+    values = aligned_empty(values_shape, np.dtype(np.int8 if kind == "int8" else np.uint8))
+    scales = aligned_empty(scales_shape, np.dtype(np.float32))
+    *outer, rows = bounds
+
+    def one(index: tuple[int, ...]) -> None:
+        block = (*(slice(i, i + 1) for i in index), slice(rows.start, rows.stop), slice(0, spec.shape[-1]))
+        here = tuple(i - b.start for i, b in zip(index, outer, strict=True))
+        matrix = read(path, spec, block, np.dtype(np.float32)).reshape(len(rows), -1)
+        values[here], scales[here] = quantize_on_host(matrix, kind)
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(one, itertools.product(*outer)):
+            pass
+    return values, scales
 
 
 def open_source(path: Path) -> tuple[M1Config, dict[str, Tensor], dict[str, list[Piece]]]:

@@ -23,9 +23,10 @@ from jax.typing import ArrayLike
 from m1jax import layers
 from m1jax.config import LIGHTNING, M1Config
 from m1jax.errors import UserError
+from m1jax.kernels.experts import Quantization
 from m1jax.kernels.lightning_attention import log_decay
 from m1jax.kernels.linear import linear
-from m1jax.params import ParamSpec, nest, param_table
+from m1jax.params import ParamSpec, join_quantized, nest, param_table
 
 Logits = Literal["all", "last"]
 
@@ -159,9 +160,10 @@ class M1(nnx.Module):
         return next((p for p, x in zip(places, values, strict=True) if not bool(jnp.all(jnp.isfinite(x)))), None)
 
 
-def build(config: M1Config, leaf: Callable[[str, ParamSpec], Any]) -> M1:
-    """A model whose parameters are `leaf(path, spec)` for each entry of `param_table`."""
-    tree = nest({path: nnx.Param(leaf(path, spec)) for path, spec in param_table(config).items()})
+def build(config: M1Config, leaf: Callable[[str, ParamSpec], Any], quantize: Quantization | None = None) -> M1:
+    """A model whose parameters are `leaf(path, spec)` for each entry of `param_table(config, quantize)`."""
+    leaves = join_quantized({path: leaf(path, spec) for path, spec in param_table(config, quantize).items()})
+    tree = nest({path: nnx.Param(value) for path, value in leaves.items()})
     return M1(
         config=config,
         embed=tree["embed"],
@@ -175,9 +177,9 @@ def build(config: M1Config, leaf: Callable[[str, ParamSpec], Any]) -> M1:
     )
 
 
-def abstract(config: M1Config, dtype: str = "bfloat16") -> M1:
+def abstract(config: M1Config, dtype: str = "bfloat16", quantize: Quantization | None = None) -> M1:
     """The model without its numbers: `jax.ShapeDtypeStruct` leaves."""
-    return build(config, lambda _, spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype or dtype)))
+    return build(config, lambda _, spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype or dtype)), quantize)
 
 
 def init_params(config: M1Config, key: jax.Array, dtype: str = "float32") -> M1:

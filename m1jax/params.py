@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from m1jax.config import M1Config
+from m1jax.kernels.experts.quantized import Quantization, Quantized, stored_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +47,14 @@ STATE_AXES = {
 }
 
 
-def param_table(config: M1Config) -> dict[str, ParamSpec]:
-    """Every parameter of the model by its path in the module tree, e.g. ``"moe.gate_up"``."""
+QUANTIZED = ("moe.gate_up", "moe.down")  # the experts: 95% of M1's parameters
+
+
+def param_table(config: M1Config, quantize: Quantization | None = None) -> dict[str, ParamSpec]:
+    """Every parameter of the model by its path in the module tree, e.g. ``"moe.gate_up"``.
+
+    With experts quantised, those have two entries each, e.g. ``"moe.gate_up.values"`` and ``"moe.gate_up.scales"``.
+    """
     V, M, H, K, D = (
         config.vocab_size,
         config.hidden_size,
@@ -88,7 +95,31 @@ def param_table(config: M1Config) -> dict[str, ParamSpec]:
         table["shared.coefficient"] = weight("layer channel", L, M, dtype="float32")
     if not config.tie_word_embeddings:
         table["lm_head"] = weight("vocab hidden", V, M)
-    return table
+    return table if quantize is None else _quantized(table, quantize)
+
+
+def _quantized(table: dict[str, ParamSpec], kind: Quantization) -> dict[str, ParamSpec]:
+    out = {}
+    for path, spec in table.items():
+        if path not in QUANTIZED:
+            out[path] = spec
+            continue
+        values, scales = stored_shapes(kind, spec.shape)
+        dtype = "int8" if kind == "int8" else "uint8"
+        out[f"{path}.values"] = dataclasses.replace(spec, shape=values, dtype=dtype)
+        out[f"{path}.scales"] = dataclasses.replace(
+            spec, shape=scales, axes=spec.axes[: len(scales)], init=None, dtype="float32"
+        )
+    return out
+
+
+def join_quantized(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts values and scales of quantised parameters together, under the parameter's own path."""
+    out = dict(leaves)
+    for path in QUANTIZED:
+        if f"{path}.values" in out:
+            out[path] = Quantized(out.pop(f"{path}.values"), out.pop(f"{path}.scales"))
+    return out
 
 
 def count(config: M1Config) -> int:

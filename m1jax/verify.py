@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m1jax.checkpoint import read_marker
-from m1jax.config import M1Config
 from m1jax.errors import UserError
-from m1jax.loading import MARKER, Reader, open_parameters
+from m1jax.kernels.experts import Quantization
+from m1jax.loading import MARKER, Source, open_parameters
 from m1jax.model import M1, Carry, all_decays, body, build, embed, final_norm, head
 from m1jax.params import ParamSpec, param_table
 
@@ -35,9 +35,13 @@ class Parity(NamedTuple):
 
 
 def verify(src: Path, dst: Path) -> bool:
-    """Prints a table of the parity in float32 of two checkpoints; true if they agree. Raises `UserError`."""
-    rounded = (dst / MARKER).exists() and read_marker(dst)["dtype"] == "bfloat16"
-    wanted = _logits(src)
+    """Prints a table of the parity in float32 of two checkpoints; true if they agree. Raises `UserError`.
+
+    If `dst` is quantised, it is compared with `src` quantised while it is read.
+    """
+    marker = read_marker(dst) if (dst / MARKER).exists() else {"dtype": "keep", "quantize": None}
+    rounded, quantize = marker["dtype"] == "bfloat16", marker["quantize"]
+    wanted = _logits(src, quantize)
     found = _logits(dst)
     if {name: logits.shape for name, logits in wanted.items()} != {
         name: logits.shape for name, logits in found.items()
@@ -50,6 +54,7 @@ def verify(src: Path, dst: Path) -> bool:
         print(f"{row.prompt:<44} {row.max_abs:>9.2e} {row.relative_rms:>9.2e} {row.argmax:>7.1%}")
     good = all(row.within(tolerance) for row in rows)
     why = "weights rounded to bfloat16" if rounded else "the same weights"
+    why += f", experts {quantize}" if quantize else ""
     print(f"{'same' if good else 'DIFFERENT'}: relative RMS at most {tolerance:.0e} allowed ({why})")
     return good
 
@@ -62,51 +67,53 @@ def compare(prompt: str, wanted: NDArray[np.float32], found: NDArray[np.float32]
     return Parity(prompt, float(np.abs(difference).max()), float(np.sqrt(np.mean(difference**2)) / scale), float(same))
 
 
-def _logits(path: Path) -> dict[str, NDArray[np.float32]]:
+def _logits(path: Path, quantize: Quantization | None = None) -> dict[str, NDArray[np.float32]]:
     """Logits `[T, V]` by prompt, in float32."""
-    config, read = open_parameters(path)
-    prompts = _prompts(path, config.vocab_size)
+    source = open_parameters(path, quantize)
+    prompts = _prompts(path, source.config.vocab_size)
     lengths = np.asarray([len(tokens) for tokens in prompts.values()], np.int32)
     batch = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, tokens in zip(batch, prompts.values(), strict=True):
         row[: len(tokens)] = tokens
-    logits = np.asarray(layer_by_layer(config, read, batch, lengths))
+    logits = np.asarray(layer_by_layer(source, batch, lengths))
     return {name: logits[b, : lengths[b]] for b, name in enumerate(prompts)}
 
 
-def layer_by_layer(config: M1Config, read: Reader, tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> jax.Array:
+def layer_by_layer(source: Source, tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> jax.Array:
     """`model(tokens)` in float32 for right-padded rows `[B, T]`, with one layer's parameters in memory at a time."""
-    x = embed(_part(config, read, {"embed"}, None), jnp.asarray(tokens))
+    config = source.config
+    x = embed(_part(source, {"embed"}, None), jnp.asarray(tokens))
     decays = all_decays(config)
     run = jax.jit(body)
     for layer in range(config.num_hidden_layers):
-        part = _part(config, read, set(), layer)
+        part = _part(source, set(), layer)
         carry = Carry(x, None, None, None, None, None)
         first = jnp.zeros(len(tokens), jnp.int32)
         x = run(part, carry, first, jnp.asarray(lengths), decays[layer : layer + 1]).x
-    last = _part(config, read, {"norm", "embed" if config.tie_word_embeddings else "lm_head"}, None)
+    last = _part(source, {"norm", "embed" if config.tie_word_embeddings else "lm_head"}, None)
     return head(last, final_norm(last, x))
 
 
-def _part(config: M1Config, read: Reader, names: set[str], layer: int | None) -> M1:
+def _part(source: Source, names: set[str], layer: int | None) -> M1:
     """A model with the parameters `names`, or those of one layer; all others are empty."""
+    config = source.config
     kind = config.layer_types[layer or 0]
     one = dataclasses.replace(config, num_hidden_layers=1, layer_types=(kind,))
-    whole = param_table(config)
+    whole = param_table(config, source.quantize)
     before = config.layer_types[: layer or 0].count(kind)
 
     def leaf(name: str, spec: ParamSpec) -> jax.Array:
-        dtype = np.dtype("float32")
+        dtype = np.dtype(spec.dtype or "float32")
         stacked = spec.axes[0] == "layer"
         if 0 in spec.shape or (layer is None if stacked else name not in names):
-            return jnp.zeros((0,) * len(spec.shape))
+            return jnp.zeros((0,) * len(spec.shape), dtype)
         block = [slice(0, size) for size in whole[name].shape]
         if stacked and layer is not None:
             at = before if name.startswith(kind) else layer
             block[0] = slice(at, at + 1)
-        return jnp.asarray(read(name, whole[name], tuple(block), dtype))
+        return jnp.asarray(source.read(name, whole[name], tuple(block), dtype))
 
-    return build(one, leaf)
+    return build(one, leaf, source.quantize)
 
 
 def _prompts(path: Path, vocab_size: int) -> dict[str, NDArray[np.int32]]:

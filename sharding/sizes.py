@@ -10,13 +10,19 @@ from jax.sharding import Mesh
 
 from m1jax.config import M1Config
 from m1jax.errors import UserError
+from m1jax.kernels.experts import Quantization
 from m1jax.model import abstract
 from m1jax.params import flatten
 from m1jax.sharding.mesh import MeshShape, abstract_mesh, choose
 from m1jax.sharding.rules import AnyMesh, shardings
 
 # From wide to narrow: compute dtype, and what the experts are stored in.
-STORAGES: tuple[tuple[str, str | None], ...] = (("float32", None), ("bfloat16", None))
+STORAGES: tuple[tuple[str, Quantization | None], ...] = (
+    ("float32", None),
+    ("bfloat16", None),
+    ("bfloat16", "int8"),
+    ("bfloat16", "int4"),
+)
 
 
 def tree_bytes(config: M1Config, mesh: AnyMesh, tree: Any) -> dict[str, int]:
@@ -29,12 +35,14 @@ def _shard_bytes(sharding: jax.sharding.NamedSharding, leaf: Any) -> int:
     return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def parameter_bytes(config: M1Config, mesh: AnyMesh, dtype: str) -> int:
+def parameter_bytes(config: M1Config, mesh: AnyMesh, dtype: str, quantize: Quantization | None = None) -> int:
     """Bytes of parameters that each device holds."""
-    return sum(tree_bytes(config, mesh, abstract(config, dtype)).values())
+    return sum(tree_bytes(config, mesh, abstract(config, dtype, quantize)).values())
 
 
-def require_room(name: str, config: M1Config, mesh: Mesh | None, dtype: str) -> None:
+def require_room(
+    name: str, config: M1Config, mesh: Mesh | None, dtype: str, quantize: Quantization | None = None
+) -> None:
     """Raises `UserError` if the parameters do not fit into the free memory of this process's devices.
 
     Args:
@@ -42,46 +50,56 @@ def require_room(name: str, config: M1Config, mesh: Mesh | None, dtype: str) -> 
       config: the model's.
       mesh: where it is to lie; None is the first device.
       dtype: of the parameters.
+      quantize: what the experts are held in, if not in that.
     """
     devices = jax.devices()[:1] if mesh is None else mesh.local_devices
     shape = abstract_mesh(MeshShape()) if mesh is None else mesh
-    needed = parameter_bytes(config, shape, dtype)
+    needed = parameter_bytes(config, shape, dtype, quantize)
     on_host = devices[0].platform == "cpu"  # all devices share the host's memory, and what they hold alike
     if on_host and mesh is not None:
-        needed = _distinct_bytes(config, mesh, dtype)
+        needed = _distinct_bytes(config, mesh, dtype, quantize)
     free = host_memory() if on_host else min(map(device_memory, devices))
     if needed <= free:
         return
     where = "this machine" if on_host else f"each of {1 if mesh is None else mesh.size} devices"
+    stored = f"{dtype} and {quantize}" if quantize else dtype
     raise UserError(
-        f"{name} needs {needed / 1e9:.1f} GB of memory on {where} in {dtype}, {free / 1e9:.1f} GB are free: "
-        + remedy(config, dtype, free, len(jax.devices()), on_host)
+        f"{name} needs {needed / 1e9:.1f} GB of memory on {where} in {stored}, {free / 1e9:.1f} GB are free: "
+        + remedy(config, dtype, free, len(jax.devices()), on_host, quantize)
     )
 
 
-def remedy(config: M1Config, dtype: str, free: float, present: int, on_host: bool = False) -> str:
+def remedy(
+    config: M1Config,
+    dtype: str,
+    free: float,
+    present: int,
+    on_host: bool = False,
+    quantize: Quantization | None = None,
+) -> str:
     """What would fit into `free` bytes per device: the widest dtype on as few devices, first of those present.
 
     With `on_host` the devices are processes on machines of so much memory.
     """
     thing = "machine" if on_host else "device"
+    asked = (dtype, quantize)
     here = [1] if on_host else sorted({1, present})
     for count in [*here, *(n for n in (2**i for i in range(1, 10)) if n > max(here))]:
-        for kind, quantize in STORAGES[[k for k, _ in STORAGES].index(dtype) :]:
+        for kind, experts in STORAGES[STORAGES.index(asked) if asked in STORAGES else -1 :]:
             try:
                 shape = choose(config, count, memory=free / 1e9)
             except UserError:
                 continue
-            each = parameter_bytes(config, abstract_mesh(shape), kind)
+            each = parameter_bytes(config, abstract_mesh(shape), kind, experts)
             if each <= free:
-                extra = f" --quantize {quantize}" if quantize else ""
+                extra = f" --quantize {experts}" if experts else ""
                 return f"--dtype {kind}{extra} --mesh {shape} fits, {each / 1e9:.1f} GB on each of {count} {thing}s"
     return f"no mesh of up to 512 {thing}s of this size holds it"
 
 
-def _distinct_bytes(config: M1Config, mesh: Mesh, dtype: str) -> int:
+def _distinct_bytes(config: M1Config, mesh: Mesh, dtype: str, quantize: Quantization | None) -> int:
     """Bytes of the different blocks that the devices of this process hold."""
-    model = abstract(config, dtype)
+    model = abstract(config, dtype, quantize)
     places = flatten(shardings(config, mesh, model))
     total = 0
     for path, leaf in flatten(model).items():

@@ -60,9 +60,9 @@ def test_nan_is_never_parity() -> None:
 
 
 def test_layer_by_layer_is_the_model() -> None:
-    config, read = open_parameters(TINY)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 9), dtype=np.int32)
-    got = layer_by_layer(config, read, tokens, np.asarray([9, 4], np.int32))
+    source = open_parameters(TINY)
+    tokens = np.random.default_rng(0).integers(0, source.config.vocab_size, (2, 9), dtype=np.int32)
+    got = layer_by_layer(source, tokens, np.asarray([9, 4], np.int32))
     want = load(TINY)(tokens)
     assert rms_error(got[0], want[0]) < 1e-6
     assert rms_error(got[1, :4], want[1, :4]) < 1e-6

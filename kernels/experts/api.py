@@ -4,16 +4,19 @@ import math
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
-from m1jax.kernels.experts import gradient, reference
+from m1jax.kernels.experts import gradient, reference, xla
+from m1jax.kernels.experts.quantized import Quantized, Weights
 
 Implementation = Literal["reference", "xla"]
 
 
 def experts(
     x: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Weights,
+    down: Weights,
     chosen: jax.Array,
     weights: jax.Array,
     *,
@@ -24,8 +27,8 @@ def experts(
 
     Args:
       x: `[N, M]`, float32 or bfloat16.
-      gate_up: `[L, E, 2, F, M]` in the dtype of x: w1 and w3 of every expert of every layer.
-      down: `[L, E, M, F]`, w2.
+      gate_up: `[L, E, 2, F, M]` in the dtype of x, or `Quantized`: w1 and w3 of every expert of every layer.
+      down: `[L, E, M, F]`, w2, likewise. Quantised weights are constants: they have no gradient.
       chosen: int32 `[N, k]`, the experts of each token; E means none (padding), and costs nothing.
       weights: float32 `[N, k]`.
       layer: which layer of the stacks.
@@ -37,6 +40,7 @@ def experts(
     Raises:
       ValueError: a shape or dtype does not fit; named.
     """
+    gate_up, down = _checked("gate_up", gate_up, x.dtype), _checked("down", down, x.dtype)
     L, E, _, F, M = gate_up.shape
     if x.ndim != 2 or x.shape[1] != M:
         raise ValueError(f"x: expected [N, {M}], got {x.shape}")
@@ -44,13 +48,30 @@ def experts(
         raise ValueError(f"expected gate_up [L, E, 2, F, M] and down [L, E, M, F], got {gate_up.shape}, {down.shape}")
     if chosen.shape != weights.shape or chosen.ndim != 2 or chosen.shape[0] != x.shape[0]:
         raise ValueError(f"chosen, weights: expected [{x.shape[0]}, k], got {chosen.shape} and {weights.shape}")
-    if gate_up.dtype != x.dtype or down.dtype != x.dtype:
-        raise ValueError(f"gate_up, down: dtype {gate_up.dtype}, {down.dtype} differs from that of x, {x.dtype}")
     if implementation == "reference":
         return reference.experts(x, gate_up, down, layer, chosen, weights)
     if implementation in (None, "xla"):
-        return gradient.blocked(x, gate_up, down, layer, chosen, weights, _rows(*chosen.shape, E))
+        rows = _rows(*chosen.shape, E)
+        if isinstance(gate_up, Quantized) or isinstance(down, Quantized):
+            return xla.blocked(x, gate_up, down, layer, chosen, weights, rows)
+        return gradient.blocked(x, gate_up, down, layer, chosen, weights, rows)
     raise ValueError(f"implementation: unknown {implementation!r}: expected None, 'reference' or 'xla'")
+
+
+def _checked(name: str, weights: Weights, dtype: jnp.dtype) -> Weights:
+    """The weights, constant if they are quantised; raises `ValueError` if their dtypes do not fit."""
+    if not isinstance(weights, Quantized):
+        if weights.dtype != dtype:
+            raise ValueError(f"{name}: dtype {weights.dtype} differs from that of x, {dtype}")
+        return weights
+    values, scales = weights.values, weights.scales
+    if values.dtype not in (jnp.int8, jnp.uint8) or scales.dtype != jnp.float32:
+        raise ValueError(f"{name}: expected int8 or uint8 values, float32 scales, got {values.dtype}, {scales.dtype}")
+    lead = values.shape[:-1] if weights.kind == "int8" else scales.shape[:-1]
+    fits = scales.shape == lead if weights.kind == "int8" else values.shape[:-1] == lead
+    if not fits or (weights.kind == "int4" and weights.shape[-1] % scales.shape[-1]):
+        raise ValueError(f"{name}: scales {scales.shape} do not fit the values {values.shape} of {weights.kind}")
+    return lax.stop_gradient(weights)
 
 
 def _rows(N: int, k: int, E: int) -> int:

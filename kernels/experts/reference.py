@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from m1jax.kernels.experts.quantized import Weights, dequantize, layer_of
+
 
 def experts(
-    x: jax.Array, gate_up: jax.Array, down: jax.Array, layer: jax.Array | int, chosen: jax.Array, weights: jax.Array
+    x: jax.Array, gate_up: Weights, down: Weights, layer: jax.Array | int, chosen: jax.Array, weights: jax.Array
 ) -> jax.Array:
     """y_n = Σ_j weights[n, j] · w2_e(silu(w1_e x_n) ⊙ w3_e x_n) with e = chosen[n, j]; e = E chooses nobody.
 
@@ -13,7 +15,7 @@ def experts(
     returns float32 `[N, M]`.
     """
     f32 = jnp.float32
-    w13, w2 = gate_up[layer].astype(f32), down[layer].astype(f32)
+    w13, w2 = dequantize(layer_of(gate_up, layer)), dequantize(layer_of(down, layer))
     gate, up = jnp.einsum("nm,ecfm->cenf", x.astype(f32), w13, precision="highest")
     y = jnp.einsum("enf,emf->enm", (jax.nn.silu(gate) * up).astype(x.dtype).astype(f32), w2, precision="highest")
     share = jnp.sum(jax.nn.one_hot(chosen, w2.shape[0], dtype=f32) * weights[..., None], axis=1)  # [N, E]

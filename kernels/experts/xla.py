@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from m1jax.kernels.linear.xla import product
+from m1jax.kernels.experts.quantized import Weights, join_rows, product
 
 
 def blocked(
     x: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Weights,
+    down: Weights,
     layer: jax.Array | int,
     chosen: jax.Array,
     weights: jax.Array,
@@ -24,7 +24,7 @@ def blocked(
 ) -> jax.Array:
     """Arguments as in `reference.experts`; `rows` is R."""
     N, k = chosen.shape
-    E, F, M = gate_up.shape[1], gate_up.shape[3], x.shape[1]
+    E, M = gate_up.shape[1], x.shape[1]
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)  # [N·k]
     blocks = _blocks(flat, E, rows)
@@ -32,7 +32,7 @@ def blocked(
     tokens = jnp.pad(order // k, (0, rows))
     share = jnp.where(flat < E, weights.reshape(-1), 0.0)[order]  # the last block may reach into the padding
     share = jnp.pad(share, (0, rows))
-    w13 = gate_up.reshape(*gate_up.shape[:2], 2 * F, M)
+    w13 = join_rows(gate_up)
 
     def compute(size: int, e: jax.Array, first: jax.Array) -> jax.Array:
         block = x[lax.dynamic_slice_in_dim(tokens, first, size)]
