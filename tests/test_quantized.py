@@ -1,5 +1,6 @@
 """Quantised experts: rounding, the op on them, and the way from files to a model and back."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from m1jax.loading import load, open_parameters
 from m1jax.model import M1, abstract, build
 from m1jax.params import flatten, param_table
 from m1jax.presets import find_config
+from m1jax.sharding.mesh import MeshShape, abstract_mesh
+from m1jax.sharding.rules import shardings
 from m1jax.verify import verify
 from tests.checkpoints import random_tensors, run, write_checkpoint
 from tests.tools import TINY, random_model, rms_error, variant
@@ -164,15 +167,13 @@ def test_logits(kind: Any, bound: float) -> None:
 
 
 def test_bytes_of_the_whole_m1() -> None:
-    """Eight devices, experts and heads split, router and norms on each: 59.76 GB with int8 experts."""
+    """With int8 experts on eight devices, 59.76 GB each."""
     config = find_config("m1-80k")
-    split = {"experts", "heads", "kv_heads", "vocab"}
-    total = 0
-    for spec in param_table(config, "int8").values():
-        itemsize = jnp.dtype(spec.dtype or "bfloat16").itemsize
-        total += spec.size * itemsize // (8 if split & set(spec.axes) else 1)
-    assert total == pytest.approx(59.76e9, abs=0.005e9)
-    leaves = flatten(abstract(config, quantize="int8"))
+    model, mesh = abstract(config, quantize="int8"), abstract_mesh(MeshShape.parse("expert=8"))
+    pairs = zip(jax.tree.leaves(model), jax.tree.leaves(shardings(config, mesh, model)), strict=True)
+    total = sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in pairs)
+    assert total == pytest.approx(59.76e9, abs=5e6)
+    leaves = flatten(model)
     assert {path: leaf.shape for path, leaf in leaves.items()} == {
         path: spec.shape for path, spec in param_table(config, "int8").items()
     }

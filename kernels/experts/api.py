@@ -51,7 +51,7 @@ def experts(
     if implementation == "reference":
         return reference.experts(x, gate_up, down, layer, chosen, weights)
     if implementation in (None, "xla"):
-        rows = _rows(*chosen.shape, E)
+        rows = _rows(chosen.shape[0], chosen.shape[1], E)
         if isinstance(gate_up, Quantized) or isinstance(down, Quantized):
             return xla.blocked(x, gate_up, down, layer, chosen, weights, rows)
         return gradient.blocked(x, gate_up, down, layer, chosen, weights, rows)
