@@ -66,15 +66,15 @@ def test_only_the_shards_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch)
     """What each parameter is read for adds up to the parameter: no block twice, none for devices that are not here."""
     read: dict[str, int] = {}
 
-    def counting(path: Path) -> Any:
-        config, inner = open_parameters(path)
+    def counting(path: Path, quantize: Any) -> Any:
+        config, inner, quantize = open_parameters(path, quantize)
 
         def reader(name: str, spec: Any, block: Block, dtype: Any) -> Any:
             out = inner(name, spec, block, dtype)
             read[name] = read.get(name, 0) + out.size
             return out
 
-        return config, reader
+        return config, reader, quantize
 
     open_parameters = loading.open_parameters
     monkeypatch.setattr(loading, "open_parameters", counting)
@@ -160,7 +160,7 @@ def test_a_model_larger_than_memory_is_refused_with_what_would_fit(
         m1jax.load(path, "bfloat16", mesh="expert=8")
     found = re.fullmatch(
         r".* needs 912\.\d GB of memory on this machine in bfloat16, 141\.0 GB are free: "
-        r"--dtype bfloat16 --mesh data=1,expert=8,tensor=1 fits, 114\.1 GB on each of 8 machines",
+        r"--dtype bfloat16 --quantize int4 --mesh data=1,expert=2,tensor=1 fits, 136\.8 GB on each of 2 machines",
         str(caught.value),
     )
     assert found, str(caught.value)
@@ -169,7 +169,8 @@ def test_a_model_larger_than_memory_is_refused_with_what_would_fit(
 def test_what_would_fit_on_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
     config = find_config("m1-80k")
     assert "--mesh data=1,expert=8,tensor=1 fits, 114.1 GB on each of 8" in sizes.remedy(config, "bfloat16", 141e9, 8)
-    assert "59.7 GB on each of 16 devices" in sizes.remedy(config, "bfloat16", 80e9, 1)
+    assert "59.8 GB on each of 8 devices" in sizes.remedy(config, "bfloat16", 64e9, 8)
+    assert "--quantize int4 --mesh data=1,expert=4,tensor=1 fits, 68.4" in sizes.remedy(config, "bfloat16", 80e9, 1)
     assert "no mesh" in sizes.remedy(config, "bfloat16", 1e9, 8)
     monkeypatch.setattr(sizes, "host_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"m needs .* on this machine in float32"):
