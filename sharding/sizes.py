@@ -88,9 +88,9 @@ def remedy(
         for kind, experts in STORAGES[STORAGES.index(asked) if asked in STORAGES else -1 :]:
             try:
                 shape = choose(config, count, memory=free / 1e9)
-            except UserError:
+                each = parameter_bytes(config, abstract_mesh(shape), kind, experts)
+            except UserError:  # this many do not divide the model
                 continue
-            each = parameter_bytes(config, abstract_mesh(shape), kind, experts)
             if each <= free:
                 extra = f" --quantize {experts}" if experts else ""
                 return f"--dtype {kind}{extra} --mesh {shape} fits, {each / 1e9:.1f} GB on each of {count} {thing}s"
