@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from m1jax.config import M1Config
 from m1jax.kernels.experts import experts
@@ -31,7 +32,7 @@ def project(x: jax.Array, stack: nnx.Param, index: jax.Array) -> jax.Array:
     flat = x.reshape(B * T, -1)
     w = stack[...]
     out = linear(flat, w.reshape(w.shape[0], -1, flat.shape[1]), index)
-    return out.astype(x.dtype).reshape(B, T, -1)
+    return checkpoint_name(out.astype(x.dtype).reshape(B, T, -1), "projection")
 
 
 def rope_angles(config: M1Config, position: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,139 @@
+"""The forward pass in the form that gradients want: every layer's weights come to the loop as its input.
+
+So the gradient of a stack of weights is written layer by layer, where indexing in the loop, which inference does, would
+add up one zero-padded stack per layer. Letters as in `m1jax.model`.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from m1jax.config import LIGHTNING, M1Config
+from m1jax.model import M1, Carry, Run, all_decays, body, embed, final_norm, period, runs
+
+Remat = Literal["none", "projections", "layer"]
+
+
+class Routing(NamedTuple):
+    """What the routers did, summed over the valid tokens; float32, one row for each layer."""
+
+    chosen: jax.Array  # [L, k, E], how often expert e was a token's choice number j
+    probability: jax.Array  # [L, E]
+    entropy: jax.Array  # [L], in nats
+    tokens: jax.Array  # [L]
+
+
+def hidden_states(
+    model: M1, tokens: ArrayLike, segments: ArrayLike | None = None, remat: Remat = "layer"
+) -> tuple[jax.Array, Routing]:
+    """Hidden states `[B, T, M]` after the last norm, ready for the head, and what the routers did.
+
+    Args:
+      model: parameters in the dtype to compute in.
+      tokens: int32 `[B, T]`, each row from position 0.
+      segments: int32 `[B, T]` for packed rows, as in `M1.__call__`; None: every token is valid.
+      remat: what the gradient keeps of each layer: "none" everything (nothing is computed twice), "projections" the
+        outputs of the matrices of attention, "layer" only the layer's input.
+    """
+    tokens = jnp.asarray(tokens, jnp.int32)
+    segments = None if segments is None else jnp.asarray(segments, jnp.int32)
+    x, routing = _layers(model, embed(model, tokens), segments, remat)
+    return final_norm(model, x), routing
+
+
+def _layers(model: M1, x: jax.Array, segments: jax.Array | None, remat: Remat) -> tuple[jax.Array, Routing]:
+    cfg = model.config
+    p = period(cfg.layer_types)
+    one_period = runs(cfg.layer_types[:p])
+    # What each kind of layer reads, [L/p, layers of it in a period, ...].
+    common = _by_period((model.block, model.moe, model.shared, all_decays(cfg)), cfg, p)
+    mixers = {
+        kind: _by_period(model.lightning if kind == LIGHTNING else model.softmax, cfg, p)
+        for kind in dict.fromkeys(cfg.layer_types)
+    }
+    step = functools.partial(_layer, model, segments)
+
+    def one(x: jax.Array, stacks: Any) -> tuple[jax.Array, Routing]:
+        common, mixers = stacks
+        parts = []
+        for run in one_period:
+            inputs = (_cut(common, run.layer, run.layers), _cut(mixers[run.kind], run.among_kind, run.layers))
+            x, routing = _run(step, run, x, inputs, remat)
+            parts.append(routing)
+        return x, jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+
+    x, routing = lax.scan(one, x, (common, mixers))
+    return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), routing)
+
+
+def _run(step: Any, run: Run, x: jax.Array, inputs: Any, remat: Remat) -> tuple[jax.Array, Routing]:
+    """Consecutive layers of one kind."""
+    layer = _checkpointed(functools.partial(step, run.kind), remat)
+    return lax.scan(layer, x, inputs)
+
+
+def _checkpointed(layer: Any, remat: Remat) -> Any:
+    if remat == "none":
+        return layer
+    if remat == "layer":
+        return jax.checkpoint(layer, prevent_cse=False)  # in a scan nothing could be merged
+    if remat == "projections":
+        return jax.checkpoint(
+            layer, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names("projection")
+        )
+    raise ValueError(f"remat: unknown {remat!r}: expected 'none', 'projections' or 'layer'")
+
+
+def _layer(model: M1, segments: jax.Array | None, kind: str, x: jax.Array, inputs: Any) -> tuple[jax.Array, Routing]:
+    """One layer: the body of a model that has no other."""
+    (block, moe, shared, decay), mixer = jax.tree.map(lambda a: a[None], inputs)
+    cfg = dataclasses.replace(model.config, num_hidden_layers=1, layer_types=(kind,))
+    parts = {"lightning" if kind == LIGHTNING else "softmax": mixer}
+    one = M1(
+        config=cfg,
+        embed=model.embed,
+        block=block,
+        lightning=parts.get("lightning", model.lightning),
+        softmax=parts.get("softmax", model.softmax),
+        moe=moe,
+        norm=model.norm,
+        shared=shared,
+    )
+    B, T = x.shape[:2]
+    logits = jnp.zeros((1, B, T, cfg.num_local_experts), jnp.float32)
+    carry = Carry(x, None, None, None, None, logits)
+    lengths = jnp.full((B,), T, jnp.int32)
+    carry = body(one, carry, jnp.zeros((B,), jnp.int32), lengths, decay, segments)
+    assert carry.router_logits is not None
+    valid = jnp.ones((B, T), bool) if segments is None else segments > 0
+    return carry.x, _routing(carry.router_logits[0], valid, cfg)
+
+
+def _routing(logits: jax.Array, valid: jax.Array, config: M1Config) -> Routing:
+    """Sums over the valid tokens of router logits `[B, T, E]`."""
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    p = jnp.exp(log_p)
+    _, chosen = lax.top_k(p, config.num_experts_per_tok)
+    weight = valid.astype(jnp.float32)
+    choices = jax.nn.one_hot(chosen, config.num_local_experts, dtype=jnp.float32)
+    return Routing(
+        jnp.einsum("btke,bt->ke", choices, weight),
+        jnp.einsum("bte,bt->e", p, weight, precision="highest"),
+        -jnp.einsum("bte,bte,bt->", p, log_p, weight, precision="highest"),
+        jnp.sum(weight),
+    )
+
+
+def _by_period(tree: Any, config: M1Config, p: int) -> Any:
+    """Stacks `[n, ...]` as `[L/p, n·p/L, ...]`."""
+    periods = config.num_hidden_layers // p
+    return jax.tree.map(lambda a: a.reshape(periods, -1, *a.shape[1:]), tree)
+
+
+def _cut(tree: Any, first: int, count: int) -> Any:
+    return jax.tree.map(lambda a: a[first : first + count], tree)

@@ -1,0 +1,61 @@
+"""Cross-entropy without the logits of all tokens at once, and the balancing loss of the routers."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from m1jax.model import M1
+from m1jax.train.forward import Routing
+
+CHUNK = 1 << 24  # logits that exist at a time
+
+
+def token_log_probs(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target, and the entropy of its distribution, a few tokens at a time.
+
+    The head is float32 whatever the dtype of the hidden states, as in inference. The gradient makes the logits again,
+    so that `[B, T, V]` never exists.
+
+    Args:
+      hidden: `[B, T, M]` after the last norm.
+      head: float32 `[V, M]`.
+      targets: int32 `[B, T]`.
+      temperature: divides the logits.
+
+    Returns:
+      float32 `[B, T]` each, in nats; no gradient reaches the entropy.
+    """
+    B, T, M = hidden.shape
+    N = B * T
+    C = min(max(CHUNK // head.shape[0] // 8 * 8, 8), N)
+    n = -(-N // C)
+    flat = jnp.pad(hidden.reshape(N, M), ((0, n * C - N), (0, 0)))
+    wanted = jnp.pad(targets.reshape(N), (0, n * C - N))
+
+    @jax.checkpoint
+    def some(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        h, wanted = inputs
+        logits = jnp.einsum("nm,vm->nv", h.astype(jnp.float32), head, precision="highest") / temperature
+        log_p = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        still = lax.stop_gradient(log_p)
+        return jnp.take_along_axis(log_p, wanted[:, None], axis=1)[:, 0], -jnp.sum(jnp.exp(still) * still, axis=-1)
+
+    log_p, entropy = lax.map(some, (flat.reshape(n, C, M), wanted.reshape(n, C)))
+    return log_p.reshape(-1)[:N].reshape(B, T), entropy.reshape(-1)[:N].reshape(B, T)
+
+
+def head_weight(model: M1) -> jax.Array:
+    """The head's matrix `[V, M]`."""
+    return (model.embed if model.lm_head is None else model.lm_head)[...]
+
+
+def balancing_loss(routing: Routing) -> jax.Array:
+    """E · Σ_{j, e} f_je · p̄_e, f and p̄ means over all layers' valid tokens (official `load_balancing_loss_func`).
+
+    k where all experts are used alike; f counts and has no gradient.
+    """
+    E, total = routing.probability.shape[1], jnp.sum(routing.tokens)
+    share = jnp.sum(routing.chosen, axis=(0, 1)) / total
+    return E * jnp.sum(share * jnp.sum(routing.probability, axis=0) / total)
