@@ -148,13 +148,14 @@ class M1(nnx.Module):
             lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
         return _step(self, tokens, state, jnp.asarray(lengths, jnp.int32), logits)
 
-    def trace(self, tokens: ArrayLike) -> Trace:
-        """Inner values of `model(tokens)`."""
-        return _trace(self, _tokens(tokens))
+    def trace(self, tokens: ArrayLike, segments: ArrayLike | None = None) -> Trace:
+        """Inner values of `model(tokens, segments)`."""
+        tokens = _tokens(tokens)
+        return _trace(self, tokens, _segments(segments, tokens))
 
-    def first_bad_layer(self, tokens: ArrayLike) -> str | None:
-        """Where NaN or infinity first appears in `model(tokens)`; None if nowhere."""
-        trace = self.trace(tokens)
+    def first_bad_layer(self, tokens: ArrayLike, segments: ArrayLike | None = None) -> str | None:
+        """Where NaN or infinity first appears in `model(tokens, segments)`; None if nowhere."""
+        trace = self.trace(tokens, segments)
         places = ["embedding", *(f"layer {i} ({kind})" for i, kind in enumerate(self.config.layer_types)), "lm_head"]
         values = [trace.embedding, *trace.hidden, head(self, trace.final)]
         return next((p for p, x in zip(places, values, strict=True) if not bool(jnp.all(jnp.isfinite(x)))), None)
@@ -363,12 +364,12 @@ def _forward(model: M1, tokens: jax.Array, segments: jax.Array | None) -> jax.Ar
 
 
 @jax.jit
-def _trace(model: M1, tokens: jax.Array) -> Trace:
+def _trace(model: M1, tokens: jax.Array, segments: jax.Array | None) -> Trace:
     cfg, (B, T) = model.config, tokens.shape
     x = embed(model, tokens)
     hidden = jnp.zeros((cfg.num_hidden_layers, *x.shape), x.dtype)
     logits = jnp.zeros((cfg.num_hidden_layers, B, T, cfg.num_local_experts), jnp.float32)
-    carry = _stateless(model, tokens, Carry(x, None, None, None, hidden, logits))
+    carry = _stateless(model, tokens, Carry(x, None, None, None, hidden, logits), segments)
     assert carry.hidden is not None and carry.router_logits is not None
     return Trace(x, carry.hidden, final_norm(model, carry.x), carry.router_logits)
 

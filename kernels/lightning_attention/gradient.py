@@ -75,7 +75,7 @@ def _bwd(
         s = w.keep * s + jnp.einsum("bhjd,bhje->bhde", k * w.after, v, precision="highest")
         return s, d_q.astype(jnp.float32)
 
-    def rest(g: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def rest(g: jax.Array, inputs: tuple[jax.Array, jax.Array, jax.Array, xla.Chunk]) -> tuple[jax.Array, jax.Array]:
         raw, d_o, d_q, tokens = inputs
         (q, k, v), undo = jax.vjp(jax.nn.silu, raw.astype(jnp.float32))
         d_o = d_o.astype(jnp.float32)

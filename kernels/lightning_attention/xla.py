@@ -44,7 +44,7 @@ class Weights(NamedTuple):
 class Chunk(NamedTuple):
     """What is known of the tokens of one chunk; the optional parts where rows are packed."""
 
-    count: jax.Array  # int32 [B], the first so many tokens are valid, or with segments: hold all that are
+    read: jax.Array  # int32 [B], the first so many tokens are valid, or with segments: hold all that are
     valid: jax.Array | None  # bool [B, C]
     run: jax.Array | None  # int32 [B, C], how many segments have started in the chunk up to and with each token
 
@@ -120,7 +120,7 @@ def powers_of(log_decay: jax.Array, C: int) -> tuple[jax.Array, jax.Array]:
 def weights(log_decay: jax.Array, powers: tuple[jax.Array, jax.Array], chunk: Chunk) -> Weights:
     """The powers of λ for one chunk; `powers` are those that no chunk changes."""
     inside, before = powers
-    count = chunk.count
+    count = chunk.read
     left = count.astype(jnp.float32)[:, None] - 1 - jnp.arange(inside.shape[1])  # [B, C], tokens still to come
     last, keep = left >= 0, jnp.exp(log_decay * count[:, None])
     if chunk.valid is not None and chunk.run is not None:

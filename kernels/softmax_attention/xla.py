@@ -131,8 +131,8 @@ def _blocked_bwd(
             more_q, more_k, more_v = lax.cond(_needed(position, segments, j, n), block, nothing, j)
             return (d_q + more_q, _add_at(d_k, more_k, j * n.tk), _add_at(d_v, more_v, j * n.tk)), None
 
-        (d_q, *d_kv), _ = lax.scan(body, (jnp.zeros_like(query), *d_kv), jnp.arange(n.nk))
-        return tuple(d_kv), d_q
+        (d_q, d_k, d_v), _ = lax.scan(body, (jnp.zeros_like(query), *d_kv), jnp.arange(n.nk))
+        return (d_k, d_v), d_q
 
     zeros = jnp.zeros(keys.shape, jnp.float32)
     inputs = (jnp.arange(n.nq), queries, d_out_blocks, log_sum, delta)

@@ -1,0 +1,294 @@
+"""Documents to batches of packed rows, through grain: lazy, shuffled, endless, and with a position that can be saved.
+
+A document is a text file, a line of a JSONL file, or an array of tokens. A sample is what of it fits in one row, each
+token with the one after it as its target and a weight. Samples share rows; each is a segment there.
+"""
+
+import dataclasses
+import functools
+import glob
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import grain
+import numpy as np
+from numpy.typing import NDArray
+
+from m1jax.chat_template import ChatTemplate
+from m1jax.errors import UserError
+from m1jax.tokenizer import Tokenizer
+from m1jax.train.settings import DataSettings
+
+Kind = Literal["text", "jsonl", "tokens"]
+Sample = dict[str, NDArray[Any]]
+
+_SUFFIXES: dict[str, Kind] = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".npy": "tokens"}
+_PART = 1 << 20  # bytes of a text file that make a document, up to the end of a line
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a document is: bytes of a text or JSONL file, or items of an array."""
+
+    file: Path
+    kind: Kind
+    first: int
+    last: int
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}" if self.kind == "jsonl" else str(self.file)
+
+
+class Documents:
+    """The documents of some files, by number; the files are read when they are asked for.
+
+    Raises:
+      UserError: no file matches, or one is empty, unreadable, of another kind or not UTF-8.
+    """
+
+    def __init__(self, patterns: Sequence[str], length: int) -> None:
+        files = sorted({Path(found) for pattern in patterns for found in glob.glob(pattern, recursive=True)})
+        for pattern in patterns:
+            if not glob.glob(pattern, recursive=True):
+                raise UserError(f"data.files: {pattern} matches no file")
+        if not files:
+            raise UserError("data.files is empty: name the files to train on")
+        self.places = [place for file in files for place in _places(file, length)]
+        self.fingerprint = hashlib.sha256(
+            repr([(file.name, file.stat().st_size) for file in files]).encode()
+        ).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> tuple[Place, Any]:
+        """A document: text, the object of a JSONL line, or int32 tokens."""
+        place = self.places[int(index)]
+        if place.kind == "tokens":
+            return place, np.asarray(np.load(place.file, mmap_mode="r")[place.first : place.last], np.int32)
+        with place.file.open("rb") as stream:
+            stream.seek(place.first)
+            text = stream.read(place.last - place.first).decode("utf-8")
+        return place, _json(text, place) if place.kind == "jsonl" else text
+
+
+def _json(text: str, place: Place) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{place}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: expected an object such as {{'text': …}}, found {type(value).__name__}")
+    return value
+
+
+def _places(file: Path, length: int) -> list[Place]:
+    kind = _SUFFIXES.get(file.suffix)
+    if kind is None:
+        raise UserError(f"{file}: unknown kind {file.suffix!r}: known are {', '.join(_SUFFIXES)}")
+    try:
+        places = _token_places(file, length) if kind == "tokens" else list(_text_places(file, kind))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    if not places:
+        raise UserError(f"{file} is empty: remove it from data.files")
+    return places
+
+
+def _token_places(file: Path, length: int) -> list[Place]:
+    """Stretches of `length` + 1 tokens, each beginning with the last token of the one before."""
+    try:
+        tokens = np.load(file, mmap_mode="r")
+    except ValueError as error:
+        raise UserError(f"{file} is not a NumPy file ({error})") from None
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"{file} holds {tokens.dtype} {tokens.shape}: expected integers of one dimension")
+    return [Place(file, "tokens", at, min(at + length + 1, len(tokens)), 0) for at in range(0, len(tokens) - 1, length)]
+
+
+def _text_places(file: Path, kind: Kind) -> Iterator[Place]:
+    """Lines of a JSONL file, or parts of a text file; all of it is checked to be UTF-8."""
+    at = first = 0
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{file} is not UTF-8 (line {number}, byte {at + error.start}): save it so") from None
+            at += len(line)
+            if kind == "jsonl":
+                if line.strip():
+                    yield Place(file, kind, first, at, number)
+                first = at
+            elif at - first >= _PART:
+                yield Place(file, kind, first, at, number)
+                first = at
+    if at > first:
+        yield Place(file, kind, first, at, 0)
+
+
+class Encoder:
+    """Documents to samples.
+
+    Args:
+      tokenizer: of the model; None if all files hold tokens.
+      length: tokens of a row.
+      vocab_size: V, which no token may reach.
+      end: token after each text document, if any.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, length: int, vocab_size: int, end: int | None) -> None:
+        self._tokenizer, self._length, self._vocab_size, self._end = tokenizer, length, vocab_size, end
+
+    def __call__(self, document: tuple[Place, Any]) -> list[Sample]:
+        """Samples of a document; empty for one of fewer than two tokens. Raises `UserError` naming its place."""
+        place, value = document
+        try:
+            return self._samples(value, place)
+        except UserError as error:
+            raise UserError(f"{place}: {error}" if str(place) not in str(error) else str(error)) from None
+
+    def _samples(self, value: Any, place: Place) -> list[Sample]:
+        if isinstance(value, np.ndarray):
+            return self._cut(value, np.ones(len(value), np.float32))
+        if isinstance(value, str):
+            return self._text(value)
+        if "text" in value:
+            if not isinstance(value["text"], str):
+                raise UserError("text is not a string")
+            return self._text(value["text"])
+        tokens, weights = chat_tokens(self._need_tokenizer(), _messages(value))
+        if len(tokens) - 1 > self._length:
+            raise UserError(f"the conversation has {len(tokens)} tokens: raise data.length or remove it")
+        return self._cut(tokens, weights)
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise UserError("text needs a tokenizer: set model.tokenizer")
+        return self._tokenizer
+
+    def _text(self, text: str) -> list[Sample]:
+        ids = self._need_tokenizer().encode(text)
+        tokens = np.asarray([*ids, *([] if self._end is None else [self._end])], np.int32)
+        return self._cut(tokens, np.ones(len(tokens), np.float32))
+
+    def _cut(self, tokens: NDArray[np.int32], weights: NDArray[np.float32]) -> list[Sample]:
+        if len(tokens) and (tokens.min() < 0 or tokens.max() >= self._vocab_size):
+            raise UserError(f"token {tokens.max()} is outside the model's vocabulary of {self._vocab_size}")
+        stretches = [slice(at, at + self._length + 1) for at in range(0, len(tokens) - 1, self._length)]
+        return [
+            {"tokens": tokens[part][:-1], "targets": tokens[part][1:], "weights": weights[part][1:]}
+            for part in stretches
+        ]
+
+
+def _messages(value: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    if "messages" in value:
+        if not isinstance(value["messages"], list) or not all(isinstance(m, dict) for m in value["messages"]):
+            raise UserError("messages is not a list of objects")
+        return value["messages"]
+    if "prompt" in value and "response" in value:
+        turns = (("user", value["prompt"]), ("assistant", value["response"]))
+        return [{"role": role, "content": text} for role, text in turns]
+    raise UserError(f"has neither text, messages, nor prompt and response, but {', '.join(value) or 'nothing'}")
+
+
+def chat_tokens(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Tokens `[n]` of a conversation and weights: 1 for what the assistant says, to the end of its turn, else 0.
+
+    Each turn is encoded by itself, as generation sees it: the prompt is tokens before the answer begins.
+
+    Raises:
+      UserError: there is no chat template or no assistant, or the template changes earlier turns.
+    """
+    if tokenizer.template is None:
+        raise UserError(f"{tokenizer.folder} has no chat template: conversations need one")
+    template = _template(tokenizer)
+    ids: list[int] = []
+    weights: list[float] = []
+    done = ""
+    for i, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        before = template.render(messages[:i], add_generation_prompt=True) if i else ""
+        after = template.render(messages[: i + 1], add_generation_prompt=False)
+        if not before.startswith(done) or not after.startswith(before):
+            raise UserError("the chat template writes earlier turns differently later on: give single turns")
+        prompt, answer = tokenizer.encode(before[len(done) :]), tokenizer.encode(after[len(before) :])
+        last = next((n + 1 for n, token in enumerate(answer) if token in tokenizer.eos_ids), len(answer))
+        ids += prompt + answer
+        weights += [0.0] * len(prompt) + [1.0] * last + [0.0] * (len(answer) - last)
+        done = after
+    if not done:
+        raise UserError("the conversation has no assistant's message to learn")
+    return np.asarray(ids, np.int32), np.asarray(weights, np.float32)
+
+
+@functools.lru_cache(maxsize=4)
+def _template(tokenizer: Tokenizer) -> ChatTemplate:
+    assert tokenizer.template is not None
+    return ChatTemplate(tokenizer.template, tokenizer.special)
+
+
+class _Split(grain.experimental.FlatMapTransform):
+    """Grain's wrapping of an encoder."""
+
+    max_fan_out = 1 << 30
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+
+    def flat_map(self, element: tuple[Place, Any]) -> list[Sample]:
+        return self._encoder(element)
+
+
+def batches(
+    documents: Documents, encoder: Encoder, settings: DataSettings, seed: int, process: int = 0, processes: int = 1
+) -> grain.DatasetIterator:
+    """Endless batches of this process: `tokens`, `targets`, `weights`, `segments`, each `[A, rows, length]`.
+
+    Every epoch has an order of its own, which `seed` fixes. `get_state()` and `set_state()` give and take the
+    position, as JSON.
+
+    Raises:
+      UserError: the rows do not divide among the processes, or a process would have no document.
+    """
+    if settings.rows % processes:
+        raise UserError(f"data.rows = {settings.rows} does not divide among {processes} processes")
+    if len(documents) < processes:
+        raise UserError(f"data.files has {len(documents)} documents for {processes} processes: cut it finer")
+    _check_any(documents, encoder)
+    shuffled = grain.MapDataset.source(documents)[process::processes].seed(seed).shuffle().repeat()  # pyright: ignore
+    # Packing needs a single thread's order; reading ahead happens at the end, for whole batches.
+    split = grain.experimental.FlatMapIterDataset(
+        shuffled.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)), _Split(encoder)
+    )
+    lengths = dict.fromkeys(("tokens", "targets", "weights"), settings.length)
+    packed = grain.experimental.FirstFitPackIterDataset(
+        split, length_struct=lengths, num_packing_bins=settings.bins, shuffle_bins=False
+    )
+    rows = settings.rows // processes
+    shaped = packed.batch(settings.accumulate * rows, drop_remainder=True).map(
+        functools.partial(_shape, accumulate=settings.accumulate)
+    )
+    return iter(grain.experimental.ThreadPrefetchIterDataset(shaped, prefetch_buffer_size=2))  # pyright: ignore
+
+
+def _check_any(documents: Documents, encoder: Encoder) -> None:
+    """Without a single sample grain would look for one forever."""
+    for index in range(len(documents)):
+        if encoder(documents[index]):
+            return
+    raise UserError("data.files: no document has two tokens or more")
+
+
+def _shape(packed: Mapping[str, Any], accumulate: int) -> dict[str, NDArray[Any]]:
+    names = {"tokens": "tokens", "targets": "targets", "weights": "weights", "tokens_segment_ids": "segments"}
+    out = {ours: np.asarray(packed[theirs]) for theirs, ours in names.items()}
+    return {name: x.reshape(accumulate, -1, x.shape[-1]) for name, x in out.items()}

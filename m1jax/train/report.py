@@ -1,0 +1,171 @@
+"""What a run says of itself: a progress bar, JSONL, TensorBoard, and a picture of the curves at the end."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from m1jax.config import M1Config
+from m1jax.errors import UserError
+from m1jax.params import param_table
+from m1jax.train.settings import Settings
+
+METRICS = "metrics.jsonl"
+CURVES = "curves.png"
+
+# TFLOP/s of one device in dense bfloat16, from the makers' data sheets.
+_PEAK = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "v5p": 459.0, "v5 lite": 197.0, "v6 lite": 918.0}
+
+
+def flops_per_token(config: M1Config, context: float) -> float:
+    """FLOPs of a training step per token: three forward passes of what a token uses, nothing computed twice.
+
+    `context` is the mean number of tokens that a query of softmax attention sees.
+    """
+    H, D, k = config.num_attention_heads, config.head_dim, config.num_experts_per_tok
+    used = 0
+    for path, spec in param_table(config).items():
+        share = k / config.num_local_experts if "experts" in spec.axes else 1.0
+        used += spec.size * share * (path != "embed" or config.tie_word_embeddings)
+    attention = len(config.lightning_layers) * 4 * H * D * D + len(config.softmax_layers) * 4 * H * D * context
+    return 3 * (2 * used + attention)
+
+
+class Report:
+    """The figures of a run, step by step.
+
+    Args:
+      settings: of the run.
+      config: of the model.
+      first: the step that comes next; what was written from there on, by a run that was killed, is dropped.
+    """
+
+    def __init__(self, settings: Settings, config: M1Config, first: int) -> None:
+        self._settings, self._config, self._out = settings, config, Path(settings.out)
+        self._file = self._out / METRICS
+        _drop(self._file, first)
+        self._stream = self._file.open("a", encoding="utf-8")
+        self._board = _board(self._out / "tensorboard", first) if settings.log.tensorboard else None
+        self._peak = settings.log.peak_tflops or _peak()
+        self._bar = tqdm(total=settings.steps, initial=first, desc=settings.stage, unit="step", disable=None)
+        self._clock = time.perf_counter()
+        self._plain = not sys.stderr.isatty()
+
+    def step(self, step: int, values: Mapping[str, Any], tokens: int, context: float) -> None:
+        """Takes the figures of step number `step`, 0 for the first: numbers, or arrays for TensorBoard's histograms.
+
+        `tokens` is how many it read, `context` as in `flops_per_token`.
+        """
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        figures = {name: float(value) for name, value in values.items() if np.ndim(value) == 0}
+        figures |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        tflops = flops_per_token(self._config, context) * tokens / seconds / 1e12 / jax.device_count()
+        figures["tflops_per_device"] = tflops
+        if self._peak:
+            figures["utilisation"] = tflops / self._peak
+        self._bar.update(1)
+        self._bar.set_postfix_str(self._text(figures), refresh=False)
+        if (step + 1) % self._settings.log.every and step + 1 != self._settings.steps:
+            return
+        row = {"step": step + 1, **{name: _finite(value) for name, value in figures.items()}}
+        row |= {
+            name: np.asarray(value, np.float64).round(6).tolist() for name, value in values.items() if np.ndim(value)
+        }
+        self._stream.write(json.dumps(row) + "\n")
+        self._stream.flush()
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step + 1)
+        if self._plain and self._bar.disable:
+            left = seconds * (self._settings.steps - step - 1)
+            print(f"step {step + 1}/{self._settings.steps} {self._text(figures)} left {left:.0f} s", file=sys.stderr)
+
+    def _text(self, figures: Mapping[str, float]) -> str:
+        parts = [f"loss {figures['loss']:.4f}", f"{figures['tokens_per_second']:.0f} tokens/s"]
+        if "utilisation" in figures:
+            parts.append(f"MFU {figures['utilisation']:.1%}")
+        return ", ".join(parts)
+
+    def say(self, text: str) -> None:
+        """A line on stderr, above the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self, draw: bool) -> None:
+        """Ends the bar and closes the files; draws the curves if asked to."""
+        self._bar.close()
+        self._stream.close()
+        if self._board is not None:
+            self._board.close()
+        if draw:
+            curves(self._file, self._out / CURVES)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _drop(file: Path, first: int) -> None:
+    """Keeps the lines of steps before number `first`; a torn last line goes too."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] <= first:
+            kept.append(line + "\n")
+    part = file.with_name(file.name + ".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(file)
+
+
+def _board(folder: Path, first: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "log.tensorboard needs tensorboardX: pip install 'm1jax[train]', or set log.tensorboard = false"
+        ) from None
+    return SummaryWriter(str(folder), purge_step=first + 1 if first else None)
+
+
+def _peak() -> float:
+    kind = jax.devices()[0].device_kind
+    return next((peak for name, peak in _PEAK.items() if name in kind), 0.0)
+
+
+def curves(metrics: Path, picture: Path) -> None:
+    """Draws the curves in a metrics file. Raises `UserError` without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the picture of the curves needs matplotlib: pip install 'm1jax[train]'") from None
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    names = [
+        name
+        for name, value in (rows[-1] if rows else {}).items()
+        if isinstance(value, float) and name not in ("seconds", "good", "limit")
+    ]
+    figure = Figure(figsize=(12, 2.6 * -(-len(names) // 3)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(-(-len(names) // 3), 3, i + 1)
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        axes.plot(*zip(*points, strict=True), linewidth=1)
+        axes.set_title(name.replace("_", " "), fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=110)

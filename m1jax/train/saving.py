@@ -1,0 +1,186 @@
+"""What a run leaves on disk: checkpoints to go on from, and the trained model in the form that `m1jax.load` reads."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from m1jax import checkpoint
+from m1jax.config import M1Config
+from m1jax.errors import UserError
+from m1jax.loading import MARKER
+from m1jax.model import M1
+from m1jax.params import flatten
+from m1jax.workplace import carry, check_space, disk_errors, open_workplace
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of a run: written in the background, the newest `keep` stay, one that is not whole never counts.
+
+    Args:
+      out: the run's folder.
+      keep: how many stay.
+      identity: what a checkpoint must agree in to be gone on from, JSON; its values are named where they differ.
+    """
+
+    def __init__(self, out: Path, keep: int, identity: Mapping[str, Any]) -> None:
+        self._folder, self._keep, self._identity = out / FOLDER, keep, dict(identity)
+        self._pending: Any = None
+        self._step = -1
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._open()
+
+    def _open(self) -> None:
+        policies: Any = ocp.training  # their types are not those that the constructor names
+        self._checkpointer = ocp.training.Checkpointer(
+            str(self._folder.resolve()),
+            save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.preservation_policies.LatestN(self._keep),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest whole checkpoint."""
+        found = self._checkpointer.latest
+        return None if found is None else found.step
+
+    def save(self, step: int, state: Any, position: Any) -> str | None:
+        """Starts writing a checkpoint; waits for the one before.
+
+        Returns:
+          Why the one before, or the start of this one, failed; None if all is well. The newest whole checkpoint stays.
+        """
+        problem = self.wait()
+        self._step = step
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        note = {"identity": self._identity, "position": position}
+        with _quiet():
+            try:
+                check_space(self._folder, size)
+                self._pending = self._checkpointer.save_async(step, state, custom_metadata=note)
+            except Exception as error:
+                problem = self._failed(error)
+        return problem
+
+    def wait(self) -> str | None:
+        """Waits for the checkpoint that is being written; why it failed, or None."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        with _quiet():
+            try:
+                pending.result()
+            except Exception as error:
+                return self._failed(error)
+        return None
+
+    def _failed(self, error: Exception) -> str:
+        """Opens the folder anew, which clears away what is not whole."""
+        with _quiet():
+            try:
+                self._checkpointer.close()
+            except Exception:
+                logging.getLogger(__name__).debug("closing after a failed save", exc_info=True)
+            self._open()
+        latest = self.latest
+        last = "there is none yet" if latest is None else f"the last good one is that of step {latest}"
+        return f"the checkpoint of step {self._step} was not written ({checkpoint.short(error)}): {last}"
+
+    def load(self, state: Any) -> tuple[Any, Any]:
+        """State and position of the newest checkpoint; `state` gives shapes, dtypes and places.
+
+        Raises:
+          UserError: the checkpoint belongs to another model or to other data, or it is damaged.
+        """
+        note: Any = self._checkpointer.metadata(self.latest).custom_metadata
+        found = note.get("identity", {}) if isinstance(note, dict) else {}
+        differing = [
+            f"{name} {found.get(name)!r}, not {value!r}"
+            for name, value in self._identity.items()
+            if found.get(name) != value
+        ]
+        if differing:
+            raise UserError(
+                f"{self._folder} was written with {', '.join(differing)}: choose another out, or go back to that"
+            )
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+        with _quiet():
+            try:
+                return self._checkpointer.load(self.latest, abstract), note["position"]
+            except Exception as error:
+                raise UserError(
+                    f"{self._folder}/{self.latest} cannot be read ({checkpoint.short(error)}): delete it to go on "
+                    "from the one before"
+                ) from error
+
+    def close(self) -> str | None:
+        """Waits, then lets go of the folder; why the last checkpoint failed, or None."""
+        problem = self.wait()
+        self._checkpointer.close()
+        return problem
+
+
+def identity(config: M1Config, fingerprint: str, length: int, rows: int, accumulate: int) -> dict[str, Any]:
+    """What a run cannot change when it goes on: the model and the data."""
+    out = {name: value for name, value in dataclasses.asdict(config).items() if not name.endswith("token_id")}
+    out |= {"data": fingerprint, "data.length": length, "data.rows": rows, "data.accumulate": accumulate}
+    return json.loads(json.dumps(out))
+
+
+def write_model(model: M1, folder: Path, tokenizer: Path | None, dtype: str) -> None:
+    """Writes the model as a converted checkpoint, with config and tokenizer: there as a whole or not at all.
+
+    Args:
+      model: float32.
+      folder: replaced if it is there.
+      tokenizer: folder whose tokenizer files go along.
+      dtype: "float32" or "bfloat16" to store in; what is always float32 stays so.
+
+    Raises:
+      UserError: the disk is full, or something else is in the way.
+    """
+    table = checkpoint.stored_table(model.config)
+    arrays = {
+        path: np.asarray(leaf.astype(jnp.dtype(table[path].dtype or dtype)))
+        for path, leaf in flatten(model).items()
+        if path in table
+    }
+    size = sum(x.nbytes for x in arrays.values())
+    with disk_errors(folder), open_workplace(folder, {"trained": checkpoint.FORMAT}, overwrite=True) as place:
+        check_space(place.path, size + size // 50)
+        checkpoint.create(place.path, {path: (table[path], x.dtype) for path, x in arrays.items()})
+        for path, store in checkpoint.open_arrays(place.path, table).items():
+            try:
+                store.write(arrays[path]).result()
+            except (ValueError, RuntimeError) as error:
+                raise UserError(f"{folder} cannot be written ({checkpoint.short(error)}): make room") from error
+        if tokenizer is not None:
+            carry(tokenizer, place.path)
+        (place.path / "config.json").write_text(json.dumps(model.config.to_official(), indent=1) + "\n")
+        marker = {"format": checkpoint.FORMAT, "dtype": dtype, "dtypes": {}, "arrays": sorted(table)}
+        (place.path / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
+
+
+class _quiet:
+    """Keeps Orbax from logging a traceback from each of its threads before it raises."""
+
+    def __enter__(self) -> None:
+        self._loggers = {name: logging.getLogger(name) for name in ("absl", "asyncio")}
+        self._levels = {name: logger.level for name, logger in self._loggers.items()}
+        for logger in self._loggers.values():
+            logger.setLevel(logging.CRITICAL + 1)
+
+    def __exit__(self, *_: object) -> None:
+        for name, logger in self._loggers.items():
+            logger.setLevel(self._levels[name])

@@ -1,0 +1,189 @@
+"""The settings of a training run: a TOML file as dataclasses. An unknown key is refused, with the nearest known one."""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from m1jax.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """`[model]`: what is trained. Either `path` or `config`."""
+
+    path: str = ""  # a model to go on from: weights, config and tokenizer
+    config: str = ""  # a config.json, for random weights
+    tokenizer: str = ""  # a tokenizer folder; that of `path` by default
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; weights, head and optimiser are float32
+    remat: Literal["none", "projections", "layer"] = "layer"  # what the gradient keeps of each layer
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """`[data]`: documents, and how they fill rows."""
+
+    files: tuple[str, ...] = ()  # files or patterns such as "corpus/*.jsonl": .txt, .jsonl, .npy (tokens)
+    length: int = 2048  # tokens of a row
+    rows: int = 8  # rows of a batch, on all devices together
+    accumulate: int = 1  # batches whose gradients make one step
+    end_token: str = ""  # name of the token after each document; the tokenizer's eos by default
+    bins: int = 32  # rows that are being filled at a time; more leave less padding
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """`[optimizer]`: AdamW as in the papers, and its schedule: warm up, stay, decay."""
+
+    learning_rate: float = 2e-4
+    warmup: int = 500  # steps from 0
+    decay: int = 0  # steps at the end, down to `final`
+    final: float = 0.1  # of the learning rate
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # not of norms
+    clip: float = 1.0  # global norm of the gradient; 0: no clipping
+    balance: float = -1.0  # weight of the routers' balancing loss; negative: that of the model's config
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings:
+    """`[checkpoint]`: written beside the training, the newest `keep` stay."""
+
+    every: int = 500  # steps
+    keep: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardSettings:
+    """`[guard]`: what happens at a loss or gradient that is not finite, and at a spike of the loss."""
+
+    action: Literal["stop", "skip"] = "stop"
+    spike: float = 10.0  # standard deviations above the running mean; 0: no limit
+    skips: int = 10  # in a row, then the run stops
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSettings:
+    """`[log]`: what is written down."""
+
+    every: int = 1  # steps
+    tensorboard: bool = True
+    peak_tflops: float = 0.0  # of one device, for the utilisation; 0: that of the device if it is known
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A whole run."""
+
+    stage: Literal["pretrain", "sft", "rl"]
+    out: str  # folder for checkpoints, metrics and the trained model
+    steps: int
+    seed: int = 0
+    mesh: str = ""  # such as "data=2,expert=4"; one device by default
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    guard: GuardSettings = GuardSettings()
+    log: LogSettings = LogSettings()
+    rl: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # read by the stage itself
+
+    def __post_init__(self) -> None:
+        o, positive = self.optimizer, ("data.length", "data.rows", "data.accumulate", "data.bins")
+        for name in ("steps", *positive, "checkpoint.every", "checkpoint.keep", "guard.skips", "log.every"):
+            value: Any = self
+            for part in name.split("."):
+                value = getattr(value, part)
+            if value < 1:
+                raise UserError(f"{name} = {value} must be 1 or more")
+        ranges = {
+            "optimizer.learning_rate": (o.learning_rate, o.learning_rate > 0, "more than 0"),
+            "optimizer.b1": (o.b1, 0 <= o.b1 < 1, "at least 0 and less than 1"),
+            "optimizer.b2": (o.b2, 0 <= o.b2 < 1, "at least 0 and less than 1"),
+            "optimizer.eps": (o.eps, o.eps > 0, "more than 0"),
+            "optimizer.clip": (o.clip, o.clip >= 0, "0 or more"),
+            "optimizer.final": (o.final, 0 <= o.final <= 1, "between 0 and 1"),
+            "optimizer.warmup": (o.warmup, o.warmup >= 0, "0 or more"),
+            "optimizer.decay": (o.decay, 0 <= o.decay <= self.steps, "at most the number of steps"),
+        }
+        for name, (value, good, wanted) in ranges.items():
+            if not good:
+                raise UserError(f"{name} = {value} must be {wanted}")
+        if bool(self.model.path) == bool(self.model.config):
+            raise UserError("[model] needs either path (a model to go on from) or config (for random weights)")
+
+
+def read(file: Path) -> Settings:
+    """The settings in a TOML file. Raises `UserError`."""
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{file} is not a TOML file: {error}") from None
+    try:
+        return parse(Settings, table)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def parse(kind: type[T], table: Mapping[str, Any], where: str = "") -> T:
+    """A dataclass from a TOML table.
+
+    Args:
+      kind: the dataclass; tables in it are dataclasses themselves.
+      table: keys and values.
+      where: name of the table, for messages.
+
+    Raises:
+      UserError: a key is unknown or missing, or a value is of the wrong type.
+    """
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    for key in table:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1, 0.5)
+            hint = f"did you mean {where}{near[0]}?" if near else f"known are {', '.join(fields)}"
+            raise UserError(f"unknown key {where}{key}: {hint}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in table and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{where}{missing[0]} is missing: add it")
+    return kind(**{key: _value(hints[key], value, where + key) for key, value in table.items()})
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    """A TOML value as the field's type wants it."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{name} = {value!r} must be a table: write [{name}]")
+        return parse(hint, value, f"{name}.")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{name} = {value!r} must be one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list):
+            raise UserError(f"{name} = {value!r} must be a list")
+        return tuple(_value(args[0], item, name) for item in values)
+    if origin in (typing.Union, types.UnionType):
+        return _value(args[0], value, name)
+    kind: Any = dict if origin is not None else hint
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{name} = {value!r} must be a {kind.__name__}")
+    return value

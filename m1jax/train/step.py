@@ -1,0 +1,159 @@
+"""One step: gradients of several batches added up, clipped, AdamW on float32 weights, and a guard in front of it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from m1jax.config import M1Config
+from m1jax.model import M1, build
+from m1jax.params import ParamSpec, flatten
+from m1jax.train.forward import Remat, hidden_states
+from m1jax.train.loss import balancing_loss, head_weight, token_log_probs
+from m1jax.train.settings import GuardSettings, OptimizerSettings
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+# (float32 model, batch [B, T], total of each weight) -> loss, and metrics that add up over batches
+Loss = Callable[[M1, Batch, Metrics], tuple[jax.Array, Metrics]]
+
+CALM = 50  # steps before a spike is called one
+MEMORY = 0.98  # of the running mean and variance of the loss
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step reads and writes, float32: what a checkpoint holds."""
+
+    model: M1
+    optimizer: Any
+    step: jax.Array  # int32 [], steps tried
+    accepted: jax.Array  # int32 [], steps taken
+    mean: jax.Array  # float32 [], running mean of the loss
+    variance: jax.Array  # float32 []
+
+
+def init_state(model: M1, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step of a float32 model."""
+    zero, none = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+    return TrainState(model, optimizer.init(model), zero, zero, none, none)  # pyright: ignore[reportArgumentType]
+
+
+def schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear up, constant, linear down to a fraction (MiniCPM, arXiv 2404.06395)."""
+    peak, stay = settings.learning_rate, max(steps - settings.warmup - settings.decay, 0)
+    parts = [
+        optax.linear_schedule(0.0, peak, settings.warmup) if settings.warmup else optax.constant_schedule(peak),
+        optax.constant_schedule(peak),
+        optax.linear_schedule(peak, peak * settings.final, max(settings.decay, 1)),
+    ]
+    joined = optax.join_schedules(parts, [settings.warmup, settings.warmup + stay])
+    return lambda count: joined(count + 1 if settings.warmup else count)  # the first step counts
+
+
+def adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
+    """Clipping, AdamW without decay of norms, schedule."""
+    decayed = build(config, lambda _, spec: spec.init is not None)
+    clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(settings.b1, settings.b2, settings.eps),
+        optax.add_decayed_weights(settings.weight_decay, decayed),
+        optax.scale_by_learning_rate(schedule(settings, steps)),
+    )
+
+
+def computing(model: M1, dtype: str) -> M1:
+    """The float32 model as it computes: in `dtype`, but for what is always float32, and the head."""
+
+    def leaf(path: str, spec: ParamSpec) -> jax.Array:
+        return arrays[path] if path == "lm_head" else arrays[path].astype(spec.dtype or dtype)
+
+    arrays = flatten(model)
+    return build(model.config, leaf)
+
+
+def cross_entropy(dtype: str, remat: Remat, balance: float) -> Loss:
+    """The loss of pretraining and SFT: mean over weighted tokens, and the balancing loss.
+
+    A batch has int32 `tokens`, `targets`, `segments` and float32 `weights`, all `[B, T]`. Added up over batches that
+    make one step, the cross-entropy is that of all their tokens; the balancing loss is each batch's own, weighted by
+    its share of the tokens.
+    """
+
+    def loss(model: M1, batch: Batch, total: Metrics) -> tuple[jax.Array, Metrics]:
+        hidden, routing = hidden_states(computing(model, dtype), batch["tokens"], batch["segments"], remat)
+        log_p, entropy = token_log_probs(hidden, head_weight(model), batch["targets"])
+        weights = batch["weights"]
+        nll = -jnp.sum(log_p * weights) / total["weights"]
+        share = jnp.sum(batch["segments"] > 0) / total["tokens"]
+        balancing = balancing_loss(routing) * share
+        metrics = {
+            "cross_entropy": nll,
+            "balance": balancing,
+            "entropy": jnp.sum(entropy * weights) / total["weights"],
+            "load": jnp.sum(routing.chosen, axis=1),  # [L, E]
+            "router_entropy": routing.entropy / total["tokens"],  # [L]
+        }
+        return nll + balance * balancing, metrics
+
+    return loss
+
+
+def totals(batch: Batch) -> Metrics:
+    """What the batches of one step are weighted by."""
+    weights, tokens = jnp.sum(batch["weights"]), jnp.sum(batch["segments"] > 0)
+    return {"weights": jnp.maximum(weights, 1e-9), "tokens": jnp.maximum(tokens, 1).astype(jnp.float32)}
+
+
+def make_step(
+    loss: Loss, optimizer: optax.GradientTransformation, guard: GuardSettings
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The compiled step; the old state's memory is given to the new one.
+
+    It takes a batch with a leading axis of batches to accumulate, `[A, B, T]`. A step whose loss or gradient is not
+    finite, or whose loss is a spike, changes no weight: metric `good` is then false.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradient, metrics = accumulated(loss, state.model, batch)
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
+        limit = state.mean + guard.spike * jnp.sqrt(state.variance)
+        calm = (state.accepted < CALM) | (metrics["loss"] <= limit) | (guard.spike == 0)
+        metrics["good"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"]) & calm
+        metrics["limit"] = limit
+
+        update, moved = optimizer.update(gradient, state.optimizer, state.model)  # pyright: ignore[reportArgumentType]
+        new = _accept(state, jax.tree.map(jnp.add, state.model, update), moved, metrics["loss"])
+        state = dataclasses.replace(state, step=state.step + 1)
+        return jax.tree.map(lambda a, b: jnp.where(metrics["good"], a, b), new, state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _accept(state: TrainState, model: M1, optimizer: Any, loss: jax.Array) -> TrainState:
+    keep = jnp.where(state.accepted == 0, 0.0, MEMORY)
+    away = loss - state.mean
+    mean = state.mean + (1 - keep) * away
+    variance = jnp.where(state.accepted == 0, 0.0, keep * (state.variance + (1 - keep) * away * away))
+    return TrainState(model, optimizer, state.step + 1, state.accepted + 1, mean, variance)
+
+
+def accumulated(loss: Loss, model: M1, batch: Batch) -> tuple[M1, Metrics]:
+    """Gradient and metrics, `loss` among them, of batches `[A, B, T]` as of one."""
+    total = totals(batch)
+
+    def one(some: Batch) -> tuple[M1, Metrics]:
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(model, some, total)
+        return gradient, {"loss": value, **metrics}
+
+    first = jax.tree.map(lambda a: a[0], batch)
+    if next(iter(batch.values())).shape[0] == 1:
+        return one(first)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, first))
+    return lax.scan(lambda sums, some: (jax.tree.map(jnp.add, sums, one(some)), None), zeros, batch)[0]
