@@ -29,7 +29,7 @@ def weights_of(dtype: str) -> Any:
     return w13.astype(dtype), w2.astype(dtype)
 
 
-def routing(N: int, k: int, skew: bool, experts: int = E) -> tuple[jax.Array, jax.Array]:
+def routing(N: int, k: int, skew: bool, experts: int = E) -> Any:
     """Experts of each token, every third without any; with skew one expert has most tokens and some have none."""
     rng = np.random.default_rng(N)
     scores = rng.standard_normal((N, experts))
@@ -43,7 +43,8 @@ def routing(N: int, k: int, skew: bool, experts: int = E) -> tuple[jax.Array, ja
 
 def exact(x: jax.Array, weights: Any, *args: Any) -> jax.Array:
     """The reference on the numbers that the weights stand for, in float32 throughout."""
-    return experts(x.astype(jnp.float32), *map(dequantize, weights), *args, layer=1, implementation="reference")
+    w13, w2 = map(dequantize, weights)
+    return experts(x.astype(jnp.float32), w13, w2, *args, layer=1, implementation="reference")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -71,7 +72,7 @@ def test_gradients(stored: str, implementation: Any) -> None:
     def loss(x: jax.Array, share: jax.Array, weights: Any, how: str) -> jax.Array:
         if how == "reference":
             return jnp.vdot(into, exact(x, weights, chosen, share))
-        return jnp.vdot(into, experts(x, *weights, chosen, share, layer=1, implementation=how))  # pyright: ignore
+        return jnp.vdot(into, experts(x, weights[0], weights[1], chosen, share, layer=1, implementation=how))  # pyright: ignore
 
     def gradients(how: str) -> list[jax.Array]:
         weights = weights_of(stored)

@@ -16,8 +16,11 @@ def _stack(shape: tuple[int, ...], dtype: str, kind: Quantization | None) -> Any
     if kind is None:
         return jax.ShapeDtypeStruct(shape, dtype)
     values, scales = stored_shapes(kind, shape)
-    stored = jnp.int8 if kind == "int8" else jnp.uint8
-    return Quantized(jax.ShapeDtypeStruct(values, stored), jax.ShapeDtypeStruct(scales, jnp.float32))
+    parts: Any = (
+        jax.ShapeDtypeStruct(values, "int8" if kind == "int8" else "uint8"),
+        jax.ShapeDtypeStruct(scales, "float32"),
+    )
+    return Quantized(*parts)
 
 
 def _case(name: str, N: int, dtype: str = "bfloat16", kind: Quantization | None = None, grad: bool = False) -> Case:

@@ -101,8 +101,8 @@ def experts(
     if form is None:
         form = default_form(N * k, E, x.dtype, bits_of(gate_up), interpreted)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    h = _product(form, True, k, x, gate_up, layer, chosen)
-    y = _product(form, False, k, h, down, layer, chosen)  # [split, N·k, M]
+    h: Any = _product(form, True, k, x, gate_up, layer, chosen)
+    y: Any = _product(form, False, k, h, down, layer, chosen)  # [split, N·k, M]
     y = jnp.where(chosen[..., None] < E, jnp.sum(y, axis=0).reshape(N, k, -1), 0.0)  # no kernel writes padding
     return jnp.sum(y * weights[..., None], axis=1)
 
