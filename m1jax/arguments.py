@@ -25,7 +25,10 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="model folder, downloaded or converted"
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="model folder, downloaded or converted (default: the small model that comes with the package)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute in (float32)")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="hold the experts' weights in int8 or int4")

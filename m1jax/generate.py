@@ -1,5 +1,6 @@
 """Generates text with a MiniMax-M1 model.
 
+    python -m m1jax.generate --prompt "What is 27 + 58?"
     python -m m1jax.generate --model DIR --prompt "…"
     python -m m1jax.generate --model DIR --interactive
     python -m m1jax.generate --model DIR --input in.jsonl --output out.jsonl
@@ -36,10 +37,12 @@ def _run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
     # Importing jax takes seconds; --help comes before, and Ctrl-C is handled meanwhile.
     from m1jax import modes
     from m1jax.config import M1Config
+    from m1jax.nano import default_model
     from m1jax.prompt import Options, Prompter
     from m1jax.tokenizer import Tokenizer
 
     options = Options.of(args)
+    args.model = args.model or default_model()
     if not args.model.is_dir():
         raise UserError(f"{args.model} is not a folder: give one with a model's config.json")
     with memory_errors():

@@ -68,7 +68,9 @@ def mesh_of(text: str, config: M1Config) -> Mesh:
 def _fresh(settings: Settings, config: M1Config, mesh: Mesh, optimizer: Any) -> TrainState:
     """The state before the first step, each array made where it lies."""
     if settings.model.path:
-        _, read = open_parameters(Path(settings.model.path))
+        source = open_parameters(Path(settings.model.path))
+        if source.quantize is not None:
+            raise UserError(f"{settings.model.path} is quantised to {source.quantize}: train the model it came from")
         abstract = build(config, lambda _, spec: jax.ShapeDtypeStruct(spec.shape, np.float32))
         places = flatten(shardings(config, mesh, abstract))
 
@@ -77,7 +79,7 @@ def _fresh(settings: Settings, config: M1Config, mesh: Mesh, optimizer: Any) -> 
                 return jnp.zeros(spec.shape, jnp.float32)
             kind = np.dtype(np.float32)
             return jax.make_array_from_callback(
-                spec.shape, places[path], lambda block: read(path, spec, block or (), kind)
+                spec.shape, places[path], lambda block: source.read(path, spec, block or (), kind)
             )
 
         model = build(config, leaf)

@@ -168,7 +168,7 @@ def write_model(model: M1, folder: Path, tokenizer: Path | None, dtype: str) -> 
         if tokenizer is not None:
             carry(tokenizer, place.path)
         (place.path / "config.json").write_text(json.dumps(model.config.to_official(), indent=1) + "\n")
-        marker = {"format": checkpoint.FORMAT, "dtype": dtype, "dtypes": {}, "arrays": sorted(table)}
+        marker = {"format": checkpoint.FORMAT, "dtype": dtype, "dtypes": {}, "arrays": sorted(table), "quantize": None}
         (place.path / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
 
 

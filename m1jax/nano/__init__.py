@@ -1,0 +1,22 @@
+"""M1-nano, the small model that ships with the package: where its files are, and the recipe that makes it."""
+
+from pathlib import Path
+
+from m1jax.errors import UserError
+
+FOLDER = Path(__file__).parent / "model"  # config.json, model.safetensors, tokenizer; written by scripts/train_nano.py
+
+
+def default_model() -> Path:
+    """The folder of the model that commands use where none is given.
+
+    Raises:
+      UserError: this copy of the package has no weights.
+    """
+    missing = [name for name in ("config.json", "model.safetensors", "tokenizer.json") if not (FOLDER / name).is_file()]
+    if missing:
+        raise UserError(
+            f"this copy of m1jax comes without its nano model ({FOLDER} lacks {', '.join(missing)}): "
+            "give --model DIR, or make it with scripts/train_nano.py"
+        )
+    return FOLDER

@@ -1,0 +1,109 @@
+"""Replies of an OpenAI-compatible server, over HTTP, with the standard library."""
+
+import dataclasses
+import http.client
+import json
+import socket
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from m1jax.errors import UserError
+from m1jax.tasks import Problem
+
+TIMEOUT = 600.0  # seconds that a server may take for one reply
+_SHOWN = 200  # characters of a server's complaint that are shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Remote:
+    """A server's chat completions, greedy.
+
+    Attributes:
+      url: base address, with `/v1` if the server has it, e.g. ``http://localhost:8000/v1``.
+      name: the model to ask for.
+      key: sent as bearer token; empty is none.
+      instruction: put after each question, on a line of its own.
+      max_tokens: the most tokens of a reply.
+      connections: questions asked at once.
+    """
+
+    url: str
+    name: str
+    key: str
+    instruction: str
+    max_tokens: int
+    connections: int
+
+    @classmethod
+    def open(
+        cls, url: str, name: str | None, key_file: Path | None, instruction: str, max_tokens: int, connections: int
+    ) -> "Remote":
+        """Connects; without a name, the first model that the server lists.
+
+        Raises:
+          UserError: no such server, or it lists no model.
+        """
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"{url} is not an address: give one like http://localhost:8000/v1")
+        try:
+            key = "" if key_file is None else key_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{key_file} cannot be read: {error}") from None
+        remote = cls(url.rstrip("/"), name or "", key, instruction, max_tokens, connections)
+        if name is None:
+            listed = remote._ask("GET", "/models", None).get("data")
+            if not isinstance(listed, list) or not listed or not isinstance(listed[0].get("id"), str):
+                raise UserError(f"{url}/models lists no model: name one with --name")
+            remote = dataclasses.replace(remote, name=listed[0]["id"])
+        return remote
+
+    def __call__(self, problems: Sequence[Problem]) -> list[tuple[str, bool]]:
+        """Reply and whether it ended, of each problem."""
+        with ThreadPoolExecutor(self.connections) as pool:
+            return list(pool.map(self._reply, problems))
+
+    def _reply(self, problem: Problem) -> tuple[str, bool]:
+        question = f"{problem.question}\n{self.instruction}" if self.instruction else problem.question
+        body = {
+            "model": self.name,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
+        answer = self._ask("POST", "/chat/completions", body)
+        try:
+            choice = answer["choices"][0]
+            message, finish = choice["message"], choice["finish_reason"]
+            text = message.get("content") or ""
+            thought = message.get("reasoning_content") or message.get("reasoning")
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise UserError(f"{self.url} gave no chat completion, but {json.dumps(answer)[:_SHOWN]}") from None
+        # Some servers hand over the thinking apart from the answer.
+        return (f"<think>{thought}</think>{text}" if thought else text), finish == "stop"
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        parts = urlsplit(self.url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        connection = kind(parts.hostname or "", parts.port, timeout=TIMEOUT)
+        try:
+            connection.request(method, parts.path + path, None if body is None else json.dumps(body), headers)
+            response = connection.getresponse()
+            text = response.read().decode("utf-8", errors="replace")
+        except (OSError, http.client.HTTPException, socket.gaierror) as error:
+            raise UserError(f"{self.url} cannot be reached ({error}): start the server, or correct the URL") from None
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise UserError(f"{self.url}{path} answers {response.status} {response.reason}: {text[:_SHOWN]}")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise UserError(f"{self.url}{path} answers no JSON object: is this an OpenAI-compatible server?")
+        return value

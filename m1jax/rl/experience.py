@@ -1,0 +1,97 @@
+"""From replies to what an update reads: rewards by rule, and rows packed with prompts and replies.
+
+Letters: B rows, T tokens of a row.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from m1jax.errors import UserError
+from m1jax.tasks import Problem, verify
+
+
+class Reply(NamedTuple):
+    """A reply with its prompt."""
+
+    prompt: Sequence[int]
+    tokens: np.ndarray  # int32 [n]
+    logp: np.ndarray  # float32 [n], under the policy that wrote it
+    advantage: float
+
+
+class Experience(NamedTuple):
+    """Packed rows, arrays `[B, T]`; entry t is about predicting token t + 1 of the row."""
+
+    tokens: np.ndarray  # int32
+    segments: np.ndarray  # int32, 0 is padding
+    targets: np.ndarray  # int32
+    old_logp: np.ndarray  # float32
+    advantage: np.ndarray  # float32
+    weights: np.ndarray  # float32, 1 where the target was generated
+
+
+def reward(problem: Problem, reply: str, ended: bool, format_reward: float) -> tuple[float, bool]:
+    """1 for the right answer and `format_reward` for M1's format; and whether the answer is right.
+
+    A reply that the model did not end itself earns nothing: its answer may be the beginning of another one.
+    """
+    verdict = verify(problem, reply)
+    correct = verdict.correct and ended
+    return float(correct) + format_reward * float(verdict.well_formed and ended), correct
+
+
+def pack(replies: Sequence[Reply], row_tokens: int) -> Experience:
+    """Packs replies, the longest first, each into the first row with room.
+
+    Raises:
+      UserError: a reply with its prompt is longer than `row_tokens`.
+    """
+    sizes = [len(reply.prompt) + len(reply.tokens) for reply in replies]
+    if max(sizes) > row_tokens:
+        raise UserError(
+            f"rl.row_tokens = {row_tokens} does not hold a prompt and reply of {max(sizes)} tokens: raise it"
+        )
+    contents: list[list[Reply]] = []
+    used: list[int] = []
+    for index in sorted(range(len(replies)), key=lambda n: -sizes[n]):
+        row = next((n for n, size in enumerate(used) if size + sizes[index] <= row_tokens), len(used))
+        if row == len(used):
+            contents.append([])
+            used.append(0)
+        contents[row].append(replies[index])
+        used[row] += sizes[index]
+    kinds = (np.int32, np.int32, np.int32, np.float32, np.float32, np.float32)
+    out = Experience(*(np.zeros((len(used), row_tokens), kind) for kind in kinds))
+    for row, content in enumerate(contents):
+        end = 0
+        for segment, reply in enumerate(content, 1):
+            _write(out, row, segment, end, reply)
+            end += len(reply.prompt) + len(reply.tokens)
+    return out
+
+
+def _write(out: Experience, row: int, segment: int, start: int, reply: Reply) -> None:
+    first, end = start + len(reply.prompt), start + len(reply.prompt) + len(reply.tokens)
+    out.tokens[row, start:first], out.tokens[row, first:end] = reply.prompt, reply.tokens
+    out.segments[row, start:end] = segment
+    predicts = slice(first - 1, end - 1)
+    out.targets[row, predicts], out.old_logp[row, predicts] = reply.tokens, reply.logp
+    out.advantage[row, predicts], out.weights[row, predicts] = reply.advantage, 1.0
+
+
+def stacked(parts: Sequence[Experience], accumulate: int) -> list[dict[str, np.ndarray]]:
+    """Batches of one shape `[A, B, T]`, by name, for `m1jax.train.step`; rows of padding are added.
+
+    The number of rows is rounded up, with one in 16 to spare, so that few shapes are ever compiled.
+    """
+    need = -(-max(len(part.tokens) for part in parts) * 17 // 16)
+    step = max(1, 2 ** (need.bit_length() - 3))
+    rows = -(-need // step) * step
+    rows = -(-rows // accumulate) * accumulate
+
+    def batch(x: np.ndarray) -> np.ndarray:
+        return np.pad(x, ((0, rows - len(x)), (0, 0))).reshape(accumulate, -1, x.shape[1])
+
+    return [{name: batch(x) for name, x in part._asdict().items()} for part in parts]

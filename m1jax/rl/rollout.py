@@ -1,0 +1,119 @@
+"""Rollouts: many replies generated on the device in one loop, with the log-probability of every token as it was drawn.
+
+Letters: Q questions, G replies of each, B = Q · G rows, T tokens of the longest prompt, W window (the most tokens of a
+reply), V vocabulary.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from m1jax.model import M1, M1State
+from m1jax.sampling import Sampling, SamplingRows, sample
+
+SURE = 0.99  # the probability from which on a token counts as certain, in the search for repetition loops
+
+
+class Rollout(NamedTuple):
+    """Replies; row q · G + g is reply g to question q."""
+
+    tokens: jax.Array  # int32 [B, W], the end-of-sentence token included, then 0
+    logp: jax.Array  # float32 [B, W], under the policy that drew them, then 0
+    lengths: jax.Array  # int32 [B]
+    ended: jax.Array  # bool [B], whether the model ended the reply itself
+    looped: jax.Array  # bool [B], whether it was stopped as a repetition loop
+
+
+class _Carry(NamedTuple):
+    logits: jax.Array  # float32 [B, V], for the next token
+    state: M1State
+    active: jax.Array  # bool [B]
+    sure: jax.Array  # int32 [B], how many tokens in a row were certain
+    out: Rollout
+    step: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("replies", "window"))
+def rollout(
+    model: M1,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    rows: SamplingRows,
+    eos: jax.Array,
+    loop_tokens: jax.Array | int,
+    *,
+    replies: int,
+    window: int,
+) -> Rollout:
+    """Generates replies until each has ended, fills the window or goes round in circles.
+
+    Args:
+      model: the policy.
+      prompts: int32 `[Q, T]`, padded on the right.
+      lengths: int32 `[Q]`, tokens of each prompt.
+      rows: how each of the B rows is sampled; without filters, or `logp` is not what was drawn from.
+      eos: int32 `[n]`, tokens that end a reply.
+      loop_tokens: a reply is stopped after so many consecutive tokens of probability above 0.99 (M1: 3000).
+      replies: G.
+      window: W.
+
+    Returns:
+      The replies. Given the same seeds they are those of `m1jax.engine`.
+    """
+    Q, T = prompts.shape
+    B = Q * replies
+    logits, state = model.step(prompts, model.init_state(Q, T + window), lengths=lengths, logits="last")
+    source = jnp.repeat(jnp.arange(Q), replies)
+    seen = jnp.zeros((B, logits.shape[-1]), bool)  # only a repetition penalty would read it
+    out = Rollout(
+        jnp.zeros((B, window), jnp.int32),
+        jnp.zeros((B, window), jnp.float32),
+        jnp.zeros((B,), jnp.int32),
+        jnp.zeros((B,), bool),
+        jnp.zeros((B,), bool),
+    )
+    temperature = jnp.asarray(rows.temperature)
+    scale = jnp.where(temperature > 0, temperature, 1.0)[:, None]
+
+    def one(carry: _Carry) -> _Carry:
+        token = sample(carry.logits, rows, carry.state.length, seen)
+        logp = jnp.take_along_axis(jax.nn.log_softmax(carry.logits / scale), token[:, None], axis=1)[:, 0]
+        active, out = carry.active, carry.out
+        sure = jnp.where(logp > jnp.log(SURE), carry.sure + 1, 0)
+        ended = active & jnp.isin(token, eos)
+        looped = active & ~ended & (sure >= loop_tokens)
+        out = Rollout(
+            out.tokens.at[:, carry.step].set(jnp.where(active, token, 0)),
+            out.logp.at[:, carry.step].set(jnp.where(active, logp, 0.0)),
+            out.lengths + active,
+            out.ended | ended,
+            out.looped | looped,
+        )
+        logits, state = model.step(token[:, None], carry.state, lengths=active.astype(jnp.int32), logits="last")
+        return _Carry(logits, state, active & ~ended & ~looped, sure, out, carry.step + 1)
+
+    def going(carry: _Carry) -> jax.Array:
+        return jnp.any(carry.active) & (carry.step < window)
+
+    start = _Carry(logits[source], state.take(source), jnp.ones((B,), bool), out.lengths, out, jnp.int32(0))
+    return lax.while_loop(going, one, start).out
+
+
+def sampling_rows(seeds: Sequence[int], replies: int, temperature: float) -> SamplingRows:
+    """Rows for one seed per question: plain sampling at this temperature (0 is greedy), nothing filtered."""
+    setting = Sampling(temperature=temperature, top_p=1.0)
+    return SamplingRows.of([(setting, seed, g) for seed in seeds for g in range(replies)])
+
+
+def padded_prompts(prompts: Sequence[Sequence[int]], multiple: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as int32 `[Q, T]`, T a multiple so that few shapes are compiled, and their lengths int32 `[Q]`."""
+    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    out = np.zeros((len(prompts), -(-max(lengths) // multiple) * multiple), np.int32)
+    for row, prompt in zip(out, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return out, lengths

@@ -1,0 +1,202 @@
+"""`python -m m1jax.evaluate`: intervals, a model of our own, a server of somebody else's, bad input."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m1jax import UserError
+from m1jax.evaluate import Score, main, open_local, score, table, wilson
+from m1jax.remote import Remote
+from m1jax.tasks import TASKS, Problem
+from tests.tools import DATA
+
+HELLO = DATA / "m1_hello"
+TASK = TASKS["addition"]
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [
+        # By hand from the formula: (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n) with z² = 3.8414588
+        (0, 10, 0.0, 0.2775328),
+        (10, 10, 0.7224672, 1.0),
+        (5, 10, 0.2365931, 0.7634069),
+        (95, 100, 0.8882495, 0.9784563),
+    ],
+)
+def test_wilson_intervals(successes: int, trials: int, low: float, high: float) -> None:
+    found = wilson(successes, trials)
+    assert found == pytest.approx((low, high), abs=2e-6)
+    for p in found:  # where the observed share is just z standard errors away
+        assert (successes / trials - p) ** 2 == pytest.approx(1.959963985**2 * p * (1 - p) / trials, abs=1e-9)
+
+
+def test_wilson_wants_trials() -> None:
+    with pytest.raises(ValueError, match="successes"):
+        wilson(3, 2)
+
+
+def test_scores_count_what_is_right_and_complete() -> None:
+    problems = TASK.problems(4, seed=0)
+    right = problems[0].reply
+
+    def answers(asked: Any) -> list[tuple[str, bool]]:
+        assert asked == problems
+        cut_off = (problems[1].reply, False)
+        bare = (problems[2].answer, True)
+        return [(right, True), cut_off, bare, ("<think>x</think>?", True)]
+
+    found = score(TASK, problems, 4, answers)
+    assert (found.correct, found.well_formed, found.problems) == (2, 2, 4)
+    assert found.accuracy == 0.5 and found.interval == wilson(2, 4)
+    assert "50.0%" in table([found]) and "15.0% to 85.0%" in table([found])
+
+
+def test_a_model_here() -> None:
+    """The test model knows one sum by heart and always answers in the format."""
+    local = open_local(HELLO, "float32", window=64, rows=4)
+    known = Problem("addition", "What is 27 + 58?", "", "85", "")
+    others = [Problem("addition", question, "", "?", "") for question in ("Who are you?", "Hello!", "Tell me a joke.")]
+    replies = local([*others, known, others[0]])
+    assert replies[3] == ("<think>\n27 + 58: 7 + 8 = 15, write 5, carry 1. 2 + 5 + 1 = 8.\n</think>\n85", True)
+    assert replies[4] == replies[0] and "m1-hello" in replies[0][0]
+    assert score(TASK, [known] * 4, 2, local).correct == 4
+
+
+# --- a server ------------------------------------------------------------------------------------------------------
+
+
+class Fake(ThreadingHTTPServer):
+    """Answers sums, as an OpenAI-compatible server would; `mode` makes it misbehave."""
+
+    daemon_threads = True
+    mode = "right"
+    seen: list[dict[str, Any]]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Fake  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def _send(self, status: int, value: Any) -> None:
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        assert self.path == "/v1/models"
+        self._send(200, {"data": [] if self.server.mode == "empty" else [{"id": "adder"}]})
+
+    def do_POST(self) -> None:
+        assert self.path == "/v1/chat/completions"
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append(body | {"authorization": self.headers["Authorization"]})
+        if self.server.mode == "broken":
+            self._send(500, {"error": "out of memory"})
+            return
+        if self.server.mode == "html":
+            self._send(200, b"<html>hello</html>")
+            return
+        if self.server.mode == "odd":
+            self._send(200, {"choices": []})
+            return
+        words = body["messages"][0]["content"].split("\n")[0].replace("?", " ").replace(".", " ").split()
+        total = sum(int(word) for word in words if word.isdigit())
+        message: dict[str, Any] = {"role": "assistant", "content": f"**{total}**"}
+        if self.server.mode == "reasoning":
+            message["reasoning_content"] = "I add."
+        finish = "length" if self.server.mode == "cut" else "stop"
+        self._send(200, {"choices": [{"message": message, "finish_reason": finish}]})
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[Fake]:
+    fake = Fake(("127.0.0.1", 0), Handler)
+    fake.seen = []
+    thread = threading.Thread(target=fake.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield fake
+    fake.shutdown()
+    thread.join()
+    fake.server_close()
+
+
+def url(server: Fake) -> str:
+    return f"http://127.0.0.1:{server.server_address[1]}/v1"
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    return int(end.value.code or 0)
+
+
+def test_a_server_of_somebody_elses(server: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "key").write_text("secret\n")
+    flags = ["--against", url(server), "--task", "addition", "--problems", "30", "--json", "--batch-size", "4"]
+    assert run(*flags, "--instruction", "Only the number.", "--api-key-file", str(tmp_path / "key")) == 0
+    (found,) = json.loads(capsys.readouterr().out)["scores"]
+    assert (found["task"], found["problems"], found["correct"], found["well_formed"]) == ("addition", 30, 30, 0)
+    assert len(server.seen) == 30
+    asked = server.seen[0]
+    assert (asked["model"], asked["temperature"], asked["authorization"]) == ("adder", 0, "Bearer secret")
+    assert asked["messages"][0]["content"].endswith("\nOnly the number.")
+    server.mode = "reasoning"
+    assert run(*flags, "--name", "other") == 0
+    (found,) = json.loads(capsys.readouterr().out)["scores"]
+    assert found["well_formed"] == found["correct"] == 30 and server.seen[-1]["model"] == "other"
+    server.mode = "cut"
+    assert run(*flags) == 0
+    assert json.loads(capsys.readouterr().out)["scores"][0]["correct"] == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("broken", 'answers 500 Internal Server Error: {"error": "out of memory"}'),
+        ("html", "answers no JSON object"),
+        ("odd", "gave no chat completion"),
+        ("empty", "lists no model"),
+    ],
+)
+def test_servers_that_misbehave(server: Fake, mode: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    server.mode = mode
+    assert run("--against", url(server), "--task", "addition", "--problems", "3") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cases = [
+        (["--against", "localhost:8000"], "is not an address"),
+        (["--against", "http://127.0.0.1:9/v1"], "cannot be reached"),
+        (["--against", "http://localhost", "--model", str(HELLO)], "contradict"),
+        (["--name", "x"], "--name goes with --against"),
+        (["--task", "adition"], "did you mean 'addition'"),
+        (["--problems", "0"], "problems must be 1"),
+        (["--difficulty", "0"], "difficulty must be 1"),
+        (["--model", str(tmp_path / "none")], "is not a folder"),
+        (["--model", str(tmp_path)], "has no tokenizer.json"),
+    ]
+    for arguments, message in cases:
+        assert run(*arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_remote_names_the_key_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        Remote.open("http://localhost/v1", "x", tmp_path / "none", "", 8, 1)
+
+
+def test_the_table() -> None:
+    lines = table([Score("addition", 4, 200, 190, 200, 1.0)]).split("\n")
+    assert lines[1].split() == ["addition", "4", "200", "95.0%", "91.0%", "to", "97.3%", "100.0%"]

@@ -1,0 +1,230 @@
+"""The rl stage: experience, the update, the agreement of log-probabilities, and whole runs of a small model."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m1jax import UserError, load
+from m1jax.model import M1, init_params
+from m1jax.prompt import Prompter
+from m1jax.rl import stage
+from m1jax.rl.experience import Reply, pack, reward, stacked
+from m1jax.rl.learner import Learner
+from m1jax.rl.policy import correlation, policy_gradient
+from m1jax.rl.settings import RLSettings
+from m1jax.tasks import TASKS, Problem
+from m1jax.tokenizer import Tokenizer
+from m1jax.train.settings import GuardSettings, OptimizerSettings, Settings, parse
+from m1jax.train.step import TrainState, adamw, init_state, make_step
+from tests.tools import DATA, variant
+
+HELLO = DATA / "m1_hello"
+SMALL_RUN = {
+    "tasks": ["addition"],
+    "difficulty": 0.25,
+    "questions": 8,
+    "replies": 4,
+    "updates": 4,
+    "windows": [24],
+    "row_tokens": 128,
+    "attempts": 2,
+}
+
+
+def reply(prompt: int, length: int, advantage: float = 1.0, first: int = 1) -> Reply:
+    tokens = np.arange(first, first + length, dtype=np.int32)
+    return Reply(list(range(40, 40 + prompt)), tokens, -0.1 * np.arange(1, length + 1, dtype=np.float32), advantage)
+
+
+def test_packing_keeps_every_reply_with_its_targets() -> None:
+    replies = [reply(3, 4, 1.0), reply(2, 6, -0.5, 10), reply(1, 9, 2.0, 20), reply(3, 5, 0.25, 30)]
+    data = pack(replies, 17)
+    assert data.tokens.shape == (2, 17)
+    assert int(data.weights.sum()) == 4 + 6 + 9 + 5
+    for row in range(2):
+        for segment in range(1, data.segments[row].max() + 1):
+            places = np.flatnonzero(data.segments[row] == segment)
+            assert (np.diff(places) == 1).all()
+            tokens, learnt = data.tokens[row, places], data.weights[row, places] > 0
+            (own,) = [r for r in replies if r.advantage == data.advantage[row, places][learnt][0]]
+            assert tokens.tolist() == [*own.prompt, *own.tokens]
+            assert np.flatnonzero(learnt).tolist() == list(range(len(own.prompt) - 1, len(tokens) - 1))
+            assert (data.targets[row, places][learnt] == own.tokens).all()
+            assert (data.old_logp[row, places][learnt] == own.logp).all()
+    with pytest.raises(UserError, match=r"row_tokens = 6 does not hold a prompt and reply of 10"):
+        pack(replies, 6)
+
+
+def test_batches_of_one_shape() -> None:
+    batches = stacked([pack([reply(3, 4)] * n, 8) for n in (3, 5)], accumulate=2)
+    shapes = {x.shape for batch in batches for x in batch.values()}
+    assert shapes == {(2, 3, 8)}
+    assert [int(batch["weights"].sum()) for batch in batches] == [12, 20]
+
+
+def test_rewards_by_rule() -> None:
+    problem = Problem("addition", "What is 27 + 58?", "…", "85", "")
+    good = "<think>\n7+8=15\n</think>\n85"
+    assert reward(problem, good, True, 0.1) == (1.1, True)
+    assert reward(problem, good, False, 0.1) == (0.0, False)  # cut off: 85 may be the beginning of 851
+    assert reward(problem, good.replace("\n85", "\n84"), True, 0.1) == (0.1, False)
+    assert reward(problem, "85", True, 0.1) == (1.0, True)
+
+
+def test_correlation_is_pearsons() -> None:
+    rng = np.random.default_rng(0)
+    b = rng.normal(size=500)
+    for noise in (1.0, 0.1, 1e-3):
+        a = b + noise * rng.normal(size=500) + 0.3
+        d = a - b
+        sums = np.asarray([500, b.sum(), (b * b).sum(), d.sum(), (d * d).sum(), (d * b).sum()], np.float32)
+        assert abs(correlation(sums) - np.corrcoef(a, b)[0, 1]) < 1e-6
+    assert np.isnan(correlation(np.zeros(6)))
+
+
+def test_updates_follow_the_advantages() -> None:
+    """After updates, what had a positive advantage is likelier, the rest less likely; the ratio starts at 1."""
+    model = init_params(variant(initializer_range=0.2), jax.random.key(0))
+    replies = [reply(3, 5, 1.0, 1), reply(3, 5, -1.0, 11)]
+    rl = RLSettings(updates=1, row_tokens=16)
+    optimizer = adamw(model.config, OptimizerSettings(learning_rate=3e-3, warmup=0, eps=1e-15, weight_decay=0.0), 9)
+    step = make_step(policy_gradient(rl, "float32", "none", 0.0), optimizer, GuardSettings())
+
+    def update(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        state, metrics = step(state, jax.device_put(dict(batch)))
+        return state, jax.device_get(metrics)
+
+    learner = Learner(rl, None, [0], "float32", 0, 9, update)  # pyright: ignore[reportArgumentType]
+
+    def logp(model: M1) -> list[np.ndarray]:
+        out = []
+        for r in replies:
+            logits = model(jnp.asarray([[*r.prompt, *r.tokens]]))[0, 2:-1]
+            out.append(np.asarray(jax.nn.log_softmax(logits)[np.arange(5), r.tokens]))
+        return out
+
+    before = logp(model)
+    replies = [r._replace(logp=old) for r, old in zip(replies, before, strict=True)]
+    state = jax.jit(functools.partial(init_state, optimizer=optimizer))(model)
+    told = []
+    for number in range(6):
+        state, metrics = learner.learn(state, replies, number)
+        told.append(metrics)
+    after = logp(state.model)
+    assert abs(told[0]["ratio"] - 1) < 1e-4 and told[0]["correlation_logp"] > 0.9999
+    assert after[0].sum() > before[0].sum() + 0.5 and after[1].sum() < before[1].sum() - 0.5
+    assert all(metrics["good"] == 1 and metrics["entropy"] > 0 for metrics in told)
+
+
+def settings(out: Path, steps: int = 2, dtype: str = "float32", **rl: Any) -> Settings:
+    table = {
+        "stage": "rl",
+        "out": str(out),
+        "steps": steps,
+        "model": {"path": str(HELLO), "dtype": dtype, "remat": "none"},
+        "optimizer": {"learning_rate": 1e-5, "warmup": 0, "eps": 1e-15},
+        "checkpoint": {"every": 1},
+        "log": {"tensorboard": False},
+        "rl": SMALL_RUN | rl,
+    }
+    return parse(Settings, table)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "tokens_per_second", "tflops_per_device", "utilisation")
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
+def test_a_run_goes_on_bit_by_bit_after_it_was_broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.run(settings(tmp_path / "whole"))
+    whole = rows(tmp_path / "whole")
+    assert all(row["correlation_logp"] > 0.9999 and row["correlation_p"] > 0.9999 for row in whole)
+    assert all(row["updates"] == 4 and row["ratio"] != 1 and 1 <= row["groups"] <= 8 for row in whole)
+    load(tmp_path / "whole" / "model")
+    assert (tmp_path / "whole" / "curves.png").exists()
+
+    real = Learner.step
+
+    def dies(self: Learner, state: TrainState, number: int) -> Any:
+        if number == 1:
+            raise KeyboardInterrupt
+        return real(self, state, number)
+
+    broken = settings(tmp_path / "broken")
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(broken)
+    assert len(rows(tmp_path / "broken")) == 1
+    stage.run(broken)
+    assert rows(tmp_path / "broken") == whole
+
+
+def test_a_run_in_bfloat16_with_evaluation(tmp_path: Path) -> None:
+    """The model knows a dozen answers by heart and guesses here, a hundred tokens in all: the paper's 0.997 holds."""
+    stage.run(settings(tmp_path, steps=1, dtype="bfloat16", evaluate_every=1, evaluate_problems=4))
+    (row,) = rows(tmp_path)
+    assert row["correlation_logp"] > 0.997 and row["correlation_p"] > 0.997
+    assert 0 <= row["held_out/addition"] == row["held_out"] <= 1
+
+
+def test_dynamic_sampling_leaves_out_groups_that_teach_nothing() -> None:
+    prompter = Prompter(Tokenizer.load(HELLO))
+    common: dict[str, Any] = {"questions": 8, "replies": 4, "windows": (16,), "tasks": ("addition",), "updates": 4}
+    eos = sorted(prompter.tokenizer.eos_ids)
+    model = load(HELLO)
+
+    def collect(**changes: Any) -> tuple[list[list[Reply]], dict[str, float]]:
+        learner = Learner(RLSettings(**common | changes), prompter, eos, "float32", 0, 1, lambda s, b: (s, b))
+        return learner.collect(model, 0)
+
+    kept, metrics = collect(attempts=2)
+    every, _ = collect(dynamic_sampling=False)
+    assert len(every) == 8 and len(kept) <= 8
+    assert metrics["attempts"] == 2 or len(kept) == 8
+    assert all(len({r.advantage for r in group}) > 1 for group in kept)
+    assert any(len({r.advantage for r in group}) == 1 for group in every)
+    for group in every:
+        np.testing.assert_allclose(sum(r.advantage for r in group), 0, atol=1e-5)
+
+
+def test_bad_settings(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown key rl\.question: did you mean rl\.questions"):
+        stage.run(settings(tmp_path, question=4))
+    for key, value, message in [
+        ("replies", 1, "2 or more"),
+        ("windows", [20, 10], "rising"),
+        ("loss", "ppo2", "choose from"),
+        ("cap", 0.2, "either side of 1"),
+        ("unified_mask", [0.8], "goes with"),
+        ("temperature", 0.0, "above 0"),
+        ("updates", 1000, "exceeds"),
+        ("overlong_margin", 99, "window"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            parse(RLSettings, SMALL_RUN | {key: value}, "rl.")
+    with pytest.raises(UserError, match="one device"):
+        stage.run(
+            parse(
+                Settings,
+                {"stage": "rl", "out": str(tmp_path), "steps": 1, "mesh": "data=2", "model": {"path": str(HELLO)}},
+            )
+        )
+    with pytest.raises(UserError, match="did you mean 'addition'"):
+        stage.run(settings(tmp_path, tasks=["additon"]))
+    assert TASKS["addition"].difficulty * SMALL_RUN["difficulty"] == 1
+
+
+def test_losses_by_their_settings() -> None:
+    assert RLSettings(loss="dapo").policy_loss.cap == 1.28
+    assert RLSettings(cap=3.0).policy_loss.cap == 3.0 and RLSettings(cap=3.0).policy_loss.kind == "cispo"
+    unified = RLSettings(unified_mask=(0.8, 1.2)).policy_loss
+    assert (unified.kind, unified.mask_floor, unified.mask_cap, unified.cap) == ("unified", 0.8, 1.2, 5.0)
+    assert [RLSettings(windows=(1, 2)).window(n, 5) for n in range(5)] == [1, 1, 1, 2, 2]
