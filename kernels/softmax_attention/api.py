@@ -1,13 +1,14 @@
 """`softmax_attention`: the one function to call, on any device."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from m1jax.kernels.softmax_attention import reference, xla
+from m1jax.kernels.gpu import capability
+from m1jax.kernels.softmax_attention import gpu, reference, xla
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "cudnn", "pallas", "pallas_interpreted"]
 
 Q_BLOCK, K_BLOCK = 256, 512  # tokens; a block of scores stays in a core's cache
 DIRECT = 1 << 20  # scores per row and key head up to which they are made at once
@@ -30,27 +31,51 @@ def softmax_attention(
       offset: int32 `[B]`, position of each row's first query; None is 0.
       segments: int32 `[B, N]` of packed rows, by position: the same id ≥ 1 for consecutive tokens that belong
         together, 0 for padding. A query sees only the segment at its own position.
-      implementation: "reference" or "xla"; None chooses.
+      implementation: "reference", "xla", "cudnn" (many queries), "pallas" (one query of each row) or
+        "pallas_interpreted" (that on the CPU, for tests); None chooses by device and shape.
 
     Returns:
       `[B, T, H, D]` in the dtype of `v`.
 
     Raises:
-      ValueError: a shape does not fit; named.
+      ValueError: a shape does not fit, or a named implementation cannot run; says which and why. Also where a
+        gradient through cuDNN with an `offset` is taken.
     """
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(f"expected q [B, T, H, D] and k, v [B, K, N, D], got {q.shape}, {k.shape}, {v.shape}")
     B, T, H, D = q.shape
     if k.shape[0] != B or k.shape[3] != D or H % k.shape[1]:
         raise ValueError(f"k: {k.shape} does not fit q {q.shape}: want [{B}, K, N, {D}] with K dividing {H}")
-    if offset is None:
-        offset = jnp.zeros((B,), jnp.int32)
     if segments is not None and segments.shape != (B, k.shape[2]):
         raise ValueError(f"segments: expected {(B, k.shape[2])}, got {segments.shape}")
-    if implementation == "reference":
+    form = _choose(implementation, q, k, segments)
+    if form == "cudnn":
+        return gpu.cudnn(q, k, v, offset, segments)
+    if offset is None:
+        offset = jnp.zeros((B,), jnp.int32)
+    if form in ("pallas", "pallas_interpreted"):
+        return gpu.pallas(q, k, v, offset, form == "pallas_interpreted")
+    if form == "reference":
         return reference.softmax_attention(q, k, v, offset, segments)
-    if implementation in (None, "xla"):
-        if T * (H // k.shape[1]) * k.shape[2] <= DIRECT:
-            return xla.direct(q, k, v, offset, segments)
-        return xla.blocked(q, k, v, offset, Q_BLOCK, K_BLOCK, segments)
-    raise ValueError(f"implementation: unknown {implementation!r}: expected None, 'reference' or 'xla'")
+    if T * (H // k.shape[1]) * k.shape[2] <= DIRECT:
+        return xla.direct(q, k, v, offset, segments)
+    return xla.blocked(q, k, v, offset, Q_BLOCK, K_BLOCK, segments)
+
+
+def _choose(implementation: str | None, q: jax.Array, k: jax.Array, segments: jax.Array | None) -> str:
+    if implementation is None:
+        if capability() is None:
+            return "xla"
+        reasons = {"pallas": gpu.refusal_of_pallas(q, k, segments), "cudnn": gpu.refusal_of_cudnn(q, k, segments)}
+        return next((name for name, reason in reasons.items() if reason is None), "xla")
+    known = get_args(Implementation)
+    if implementation not in known:
+        raise ValueError(f"implementation: unknown {implementation!r}: expected None or one of {known}")
+    reason = None
+    if implementation == "cudnn":
+        reason = gpu.refusal_of_cudnn(q, k, segments)
+    elif implementation.startswith("pallas"):
+        reason = gpu.refusal_of_pallas(q, k, segments, implementation == "pallas_interpreted")
+    if reason:
+        raise ValueError(f"implementation: {implementation!r} cannot run: {reason}")
+    return implementation

@@ -1,0 +1,110 @@
+"""Softmax attention on GPUs through libraries: cuDNN for many queries, jax's Pallas flash-decoding kernel for one."""
+
+import importlib
+import warnings
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from m1jax.kernels.gpu import capability, refusal
+
+Library = Literal["cudnn", "xla"]  # behind `jax.nn.dot_product_attention`; "xla" is for tests
+
+LONGEST_MASK = 16_384  # tokens of a packed row: cuDNN takes segments as a mask, in memory
+_SPLITS, _BLOCK = 16, 128  # of the keys in a decode step: programs, and keys at a time
+
+
+def refusal_of_cudnn(q: jax.Array, k: jax.Array, segments: jax.Array | None) -> str | None:
+    """Why cuDNN does not do this; None if it does."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
+        return f"it takes bfloat16 or float16, q is {q.dtype} and k {k.dtype}"
+    if q.shape[3] % 8 or q.shape[3] > 256:
+        return f"it takes a head_dim of a multiple of 8 up to 256, not {q.shape[3]}"
+    if segments is not None and (q.shape[1] != k.shape[2] or q.shape[1] > LONGEST_MASK):
+        return f"packed rows need T = N ≤ {LONGEST_MASK} tokens, got T {q.shape[1]} and N {k.shape[2]}"
+    if capability() is None or jax.default_backend() != "gpu":
+        return "needs a machine with a CUDA device"
+    return None
+
+
+def refusal_of_pallas(q: jax.Array, k: jax.Array, segments: jax.Array | None, interpreted: bool = False) -> str | None:
+    """Why the Pallas kernel does not do this; None if it does."""
+    T, D, N = q.shape[1], q.shape[3], k.shape[2]
+    if T != 1 or segments is not None:
+        return f"it decodes one token of unpacked rows, got {T} tokens"
+    if D & (D - 1) or D < 16 or N % (_SPLITS * 16):
+        return f"it takes a power of two as head_dim and a multiple of {_SPLITS * 16} as cache length, got {D} and {N}"
+    if q.dtype != k.dtype:
+        return f"q and k must have one dtype, got {q.dtype} and {k.dtype}"
+    return None if interpreted else refusal()
+
+
+def cudnn(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    offset: jax.Array | None,
+    segments: jax.Array | None,
+    library: Library = "cudnn",
+) -> jax.Array:
+    """Shapes as in `reference.softmax_attention`; offset None is zero, and then only has a gradient."""
+    T = q.shape[1]
+    if offset is not None:
+        return _without_gradient(q, k, v, offset, library)
+    k, v = (a[:, :, :T].swapaxes(1, 2) for a in (k, v))
+    mask = None
+    if segments is not None:
+        own = segments[:, :T]
+        mask = (own[:, :, None] == own[:, None])[:, None]  # [B, 1, T, T]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=library)
+
+
+@jax.custom_vjp
+def _forward_only(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _forward_only_backward(_: None, __: jax.Array) -> tuple[jax.Array]:
+    raise ValueError("offset: cuDNN attention into a cache has no gradient; train without a state")
+
+
+_forward_only.defvjp(lambda x: (x, None), _forward_only_backward)
+
+
+def _without_gradient(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, library: Library) -> jax.Array:
+    """Queries from position offset[b] on: attention to all keys before, and causal attention among the new tokens.
+
+    cuDNN's causal mask starts at the first key. So the two parts are computed apart and put together by the logarithms
+    of their sums of exponentials.
+    """
+    B, T = q.shape[:2]
+    # A slice would be moved where padding reaches past the end of the cache.
+    position = jnp.minimum(offset[:, None] + jnp.arange(T), k.shape[2] - 1)
+    new_k, new_v = (jax.vmap(lambda a, at: a[:, at])(a, position).swapaxes(1, 2) for a in (k, v))
+    among, log_among = jax.nn.dot_product_attention(
+        q, new_k, new_v, is_causal=True, implementation=library, return_residual=True
+    )
+    lengths = jnp.full((B,), T, jnp.int32)
+    before, log_before = jax.nn.dot_product_attention(
+        q, k.swapaxes(1, 2), v.swapaxes(1, 2), query_seq_lengths=lengths,
+        key_value_seq_lengths=jnp.maximum(offset, 1), implementation=library, return_residual=True,
+    )  # fmt: skip
+    some = (offset > 0)[:, None, None]
+    share = jnp.where(some, jax.nn.sigmoid(log_before - log_among), 0.0)[..., None]
+    before = jnp.where(some[..., None], before, 0).astype(jnp.float32)
+    out = before * share + among.astype(jnp.float32) * (1 - share)
+    return _forward_only(out.astype(v.dtype))
+
+
+def pallas(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, interpreted: bool = False) -> jax.Array:
+    """One query a row, keys split among programs; shapes as in `reference.softmax_attention`."""
+    with warnings.catch_warnings():
+        # Pallas' Triton backend is deprecated; this is the one kernel of its kind that jax has.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        kernel: Any = importlib.import_module("jax.experimental.pallas.ops.gpu.decode_attention")
+        out = kernel.gqa(
+            q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), kv_seq_len=offset + 1, k_splits=_SPLITS,
+            block_k=min(_BLOCK, k.shape[2] // _SPLITS), interpret=interpreted,
+        )  # fmt: skip
+    return out[:, None].astype(v.dtype)
