@@ -2,6 +2,9 @@
 
 Letters as in `m1jax.model`. Products are summed in float32 and rounded to the compute dtype; norms, router and
 lightning state are float32 throughout.
+
+On a mesh every device calls them with its own block of everything: B, T, H, K, F and the experts are then its share.
+What needs the others' is said by the logical axis that it is summed or gathered over.
 """
 
 import jax
@@ -11,27 +14,30 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from m1jax.config import M1Config
-from m1jax.kernels.experts import experts
-from m1jax.kernels.lightning_attention import lightning_attention
 from m1jax.kernels.linear import linear
-from m1jax.kernels.softmax_attention import softmax_attention
+from m1jax.sharding.experts import experts
+from m1jax.sharding.region import matrix, size_of, split_over, total
+from m1jax.sharding.sequence import append, lightning_attention, softmax_attention
 
 LIGHTNING_NORM_EPS = 1e-6  # the norm inside lightning attention does not follow rms_norm_eps
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) · weight over the last axis: statistics in float32, rounded to the dtype of x before the weight."""
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, axis: str = "channel") -> jax.Array:
+    """x / rms(x) · weight over the last dimension: statistics in float32, rounded to the dtype of x before the weight.
+
+    `axis` is the logical axis by which the channels are split, if they are.
+    """
     wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale).astype(x.dtype) * weight
+    mean = total(jnp.mean(wide * wide, axis=-1, keepdims=True), axis) / size_of(split_over(axis))
+    return (wide * jax.lax.rsqrt(mean + eps)).astype(x.dtype) * weight
 
 
 def project(x: jax.Array, stack: nnx.Param, index: jax.Array) -> jax.Array:
     """x `[B, T, ...in]` times one layer of a stack `[n, ...out, ...in]`, in the dtype of x: `[B, T, out]` flat."""
     B, T = x.shape[:2]
     flat = x.reshape(B * T, -1)
-    w = stack[...]
-    out = linear(flat, w.reshape(w.shape[0], -1, flat.shape[1]), index)
+    w, layer = matrix(stack, index)
+    out = linear(flat, w.reshape(w.shape[0], -1, flat.shape[1]), layer)
     return checkpoint_name(out.astype(x.dtype).reshape(B, T, -1), "projection")
 
 
@@ -75,8 +81,9 @@ class Lightning(nnx.Module):
         H, _, D = self.qkv_proj[...].shape[1:4]
         qkv = project(x, self.qkv_proj, n).reshape(B, T, H, 3, D)
         out, state = lightning_attention(qkv, log_decay, state=state, lengths=lengths, segments=segments)
-        normed = rms_norm(out.reshape(B, T, H * D), self.norm[...][n].reshape(H * D), LIGHTNING_NORM_EPS)
-        return project(jax.nn.sigmoid(project(x, self.output_gate, n)) * normed, self.out_proj, n), state
+        normed = rms_norm(out.reshape(B, T, H * D), self.norm[...][n].reshape(H * D), LIGHTNING_NORM_EPS, "heads")
+        y = project(jax.nn.sigmoid(project(x, self.output_gate, n)) * normed, self.out_proj, n)
+        return total(y, "heads"), state
 
 
 @nnx.dataclass
@@ -113,18 +120,7 @@ class Softmax(nnx.Module):
         else:
             cache_k, cache_v = append(cache_k, k, n, first), append(cache_v, v, n, first)
             out = softmax_attention(q, cache_k[n], cache_v[n], offset=first)
-        return project(out, self.o_proj, n), cache_k, cache_v
-
-
-def append(cache: jax.Array, new: jax.Array, n: jax.Array, first: jax.Array) -> jax.Array:
-    """Writes new `[B, K, T, D]` into layer n of a cache `[S, B, K, N, D]` from position first[b] on.
-
-    Positions past the end are dropped. Padded tokens are written as well: the row's next tokens overwrite them before
-    any query reaches them.
-    """
-    B, _, T, _ = new.shape
-    position = first[:, None] + jnp.arange(T)  # [B, T]
-    return cache.at[n, jnp.arange(B)[:, None], :, position].set(new.swapaxes(1, 2), mode="drop", unique_indices=True)
+        return total(project(out, self.o_proj, n), "heads"), cache_k, cache_v
 
 
 @nnx.dataclass
@@ -144,8 +140,9 @@ class MoE(nnx.Module):
         weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), k)
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         chosen = jnp.where(valid.reshape(-1, 1), chosen, E)  # padding goes to nobody
-        y = experts(flat, self.gate_up[...], self.down[...], chosen, weights, layer=i)
-        return y.astype(x.dtype).reshape(B, T, M), logits.reshape(B, T, E)
+        (gate_up, layer), (down, _) = matrix(self.gate_up, i), matrix(self.down, i)
+        y = experts(flat, gate_up, down, chosen, weights, layer=layer)
+        return y.reshape(B, T, M), logits.reshape(B, T, E)
 
 
 @nnx.dataclass
@@ -159,6 +156,6 @@ class SharedExpert(nnx.Module):
     def __call__(self, x: jax.Array, i: jax.Array, y: jax.Array) -> jax.Array:
         """x, y `[B, T, M]`, y from the routed experts."""
         gate, up = jnp.split(project(x, self.gate_up, i), 2, axis=-1)
-        shared = project(jax.nn.silu(gate) * up, self.down, i)
+        shared = total(project(jax.nn.silu(gate) * up, self.down, i), "shared_width")
         c = jax.nn.sigmoid(jnp.sum(x.astype(jnp.float32) * self.coefficient[...][i], axis=-1, keepdims=True))
         return (y.astype(jnp.float32) * (1 - c) + shared.astype(jnp.float32) * c).astype(x.dtype)

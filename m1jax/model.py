@@ -26,7 +26,8 @@ from m1jax.errors import UserError
 from m1jax.kernels.experts import Quantization
 from m1jax.kernels.lightning_attention import log_decay
 from m1jax.kernels.linear import linear
-from m1jax.params import ParamSpec, join_quantized, nest, param_table
+from m1jax.params import STATE_AXES, ParamSpec, join_quantized, nest, param_table
+from m1jax.sharding.region import block, constrain, gathered, lookup, on_mesh, start, total, ways, whole
 
 Logits = Literal["all", "last"]
 
@@ -66,6 +67,13 @@ class M1State:
         """The state of the given rows `[B']`, in that order; rows may repeat."""
         s, k, v = self.lightning.s, self.cache.k, self.cache.v
         return M1State(LightningState(s[:, rows]), KVCache(k[:, rows], v[:, rows]), self.length[rows])
+
+
+_STATE: Any = M1State(
+    LightningState(STATE_AXES["lightning.s"]),  # pyright: ignore[reportArgumentType]
+    KVCache(STATE_AXES["cache.k"], STATE_AXES["cache.v"]),  # pyright: ignore[reportArgumentType]
+    STATE_AXES["length"],  # pyright: ignore[reportArgumentType]
+)
 
 
 class Trace(NamedTuple):
@@ -123,7 +131,8 @@ class M1(nnx.Module):
         H, K, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         s = jnp.zeros((len(cfg.lightning_layers), batch, H, D, D), jnp.float32)
         kv = jnp.zeros((len(cfg.softmax_layers), batch, K, max_length, D), self.dtype)
-        return M1State(LightningState(s), KVCache(kv, jnp.zeros_like(kv)), jnp.zeros((batch,), jnp.int32))
+        state = M1State(LightningState(s), KVCache(kv, jnp.zeros_like(kv)), jnp.zeros((batch,), jnp.int32))
+        return jax.tree.map(constrain, state, _STATE)
 
     def step(
         self, tokens: ArrayLike, state: M1State, lengths: ArrayLike | None = None, logits: Logits = "all"
@@ -164,7 +173,8 @@ class M1(nnx.Module):
 def build(config: M1Config, leaf: Callable[[str, ParamSpec], Any], quantize: Quantization | None = None) -> M1:
     """A model whose parameters are `leaf(path, spec)` for each entry of `param_table(config, quantize)`."""
     leaves = join_quantized({path: leaf(path, spec) for path, spec in param_table(config, quantize).items()})
-    tree = nest({path: nnx.Param(value) for path, value in leaves.items()})
+    axes = {path: spec.axes for path, spec in param_table(config).items()}
+    tree = nest({path: nnx.Param(value, axes=axes[path]) for path, value in leaves.items()})
     return M1(
         config=config,
         embed=tree["embed"],
@@ -257,11 +267,15 @@ def body(
     per_period = {kind: cfg.layer_types[:p].count(kind) for kind in cfg.layer_types}
     L = cfg.num_hidden_layers
     if decays is None:
-        decays = all_decays(cfg)
-    valid = jnp.arange(carry.x.shape[1]) < lengths[:, None]  # [B, T]
-    position = tokens_seen[:, None] + jnp.arange(carry.x.shape[1])
+        decays = block(all_decays(cfg), 1, "heads")
+    T = carry.x.shape[1]
+    first = start("sequence", T)  # of this device's tokens
+    lengths = jnp.clip(lengths - first, 0, T)
+    valid = jnp.arange(T) < lengths[:, None]  # [B, T]
+    position = tokens_seen[:, None] + first + jnp.arange(T)
     if segments is not None:
-        valid, position = valid & (segments > 0), positions(segments)
+        valid &= segments > 0
+        position = block(positions(gathered(segments, 1, "sequence")), 1, "sequence")
     rope = layers.rope_angles(cfg, position)
 
     def layer(kind: str, carry: Carry, i: jax.Array, n: jax.Array) -> Carry:
@@ -323,7 +337,7 @@ def head(model: M1, x: jax.Array) -> jax.Array:
     """Logits float32 `[..., V]` of normed hidden states `[..., M]`; the weights are up-cast, products exact float32."""
     w = model.embed if model.lm_head is None else model.lm_head
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    return linear(flat, w[...][None], 0).reshape(*x.shape[:-1], -1)
+    return linear(flat, whole(w[...], w.axes)[None], 0).reshape(*x.shape[:-1], -1)
 
 
 def _tokens(tokens: ArrayLike) -> jax.Array:
@@ -344,7 +358,7 @@ def _segments(segments: ArrayLike | None, tokens: jax.Array) -> jax.Array | None
 
 def embed(model: M1, tokens: jax.Array) -> jax.Array:
     """Embeddings `[B, T, M]` of tokens `[B, T]`."""
-    return model.embed[...][tokens]
+    return lookup(whole(model.embed[...], model.embed.axes), tokens)
 
 
 def final_norm(model: M1, x: jax.Array) -> jax.Array:
@@ -352,37 +366,73 @@ def final_norm(model: M1, x: jax.Array) -> jax.Array:
     return layers.rms_norm(x, model.norm[...], model.config.rms_norm_eps)
 
 
-def _stateless(model: M1, tokens: jax.Array, carry: Carry, segments: jax.Array | None = None) -> Carry:
-    B, T = tokens.shape
-    return body(model, carry, jnp.zeros((B,), jnp.int32), jnp.full((B,), T, jnp.int32), segments=segments)
+def last_valid(x: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Of x `[B, T, M]` each row's last valid token, `[B, M]`, or its first where none is valid."""
+    at = jnp.maximum(lengths - 1, 0) - start("sequence", x.shape[1])
+    here = (at >= 0) & (at < x.shape[1])
+    picked = jnp.take_along_axis(x, jnp.where(here, at, 0)[:, None, None], axis=1)[:, 0]
+    return total(jnp.where(here[:, None], picked, 0), "sequence")
+
+
+TOKENS = ("batch", "sequence")
+
+
+def stretched(x: jax.Array | None) -> jax.Array | None:
+    """x `[B, T]` with zeros at the end, so that every device has as many tokens."""
+    if x is None:
+        return None
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % ways("sequence"))))
+
+
+def _stateless(model: M1, tokens: jax.Array, lengths: jax.Array, carry: Carry, segments: jax.Array | None) -> Carry:
+    return body(model, carry, jnp.zeros(tokens.shape[:1], jnp.int32), lengths, segments=segments)
 
 
 @jax.jit
 def _forward(model: M1, tokens: jax.Array, segments: jax.Array | None) -> jax.Array:
-    carry = _stateless(model, tokens, Carry(embed(model, tokens), None, None, None, None, None), segments)
-    return head(model, final_norm(model, carry.x))
+    def local(model: M1, tokens: jax.Array, lengths: jax.Array, segments: jax.Array | None) -> jax.Array:
+        carry = Carry(embed(model, tokens), None, None, None, None, None)
+        carry = _stateless(model, tokens, lengths, carry, segments)
+        return head(model, final_norm(model, carry.x))
+
+    B, T = tokens.shape
+    run = on_mesh(local, model.config, (*TOKENS, "vocab"), model=(), tokens=TOKENS, lengths=("batch",), segments=TOKENS)
+    return run(model, stretched(tokens), jnp.full((B,), T, jnp.int32), stretched(segments))[:, :T]
 
 
 @jax.jit
 def _trace(model: M1, tokens: jax.Array, segments: jax.Array | None) -> Trace:
-    cfg, (B, T) = model.config, tokens.shape
-    x = embed(model, tokens)
-    hidden = jnp.zeros((cfg.num_hidden_layers, *x.shape), x.dtype)
-    logits = jnp.zeros((cfg.num_hidden_layers, B, T, cfg.num_local_experts), jnp.float32)
-    carry = _stateless(model, tokens, Carry(x, None, None, None, hidden, logits), segments)
-    assert carry.hidden is not None and carry.router_logits is not None
-    return Trace(x, carry.hidden, final_norm(model, carry.x), carry.router_logits)
+    cfg = model.config
+
+    def local(model: M1, tokens: jax.Array, lengths: jax.Array, segments: jax.Array | None) -> Trace:
+        x = embed(model, tokens)
+        hidden = jnp.zeros((cfg.num_hidden_layers, *x.shape), x.dtype)
+        logits = jnp.zeros((cfg.num_hidden_layers, *tokens.shape, cfg.num_local_experts), jnp.float32)
+        carry = _stateless(model, tokens, lengths, Carry(x, None, None, None, hidden, logits), segments)
+        assert carry.hidden is not None and carry.router_logits is not None
+        return Trace(x, carry.hidden, final_norm(model, carry.x), carry.router_logits)
+
+    B, T = tokens.shape
+    wide = (*TOKENS, "channel")
+    out = (wide, ("layer", *wide), wide, ("layer", *TOKENS, "router"))
+    run = on_mesh(local, cfg, Trace._make(out), model=(), tokens=TOKENS, lengths=("batch",), segments=TOKENS)
+    trace: Trace = run(model, stretched(tokens), jnp.full((B,), T, jnp.int32), stretched(segments))
+    return Trace(trace.embedding[:, :T], trace.hidden[:, :, :T], trace.final[:, :T], trace.router_logits[:, :, :T])
 
 
 @functools.partial(jax.jit, static_argnames="logits")
 def _step(
     model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array, logits: Logits
 ) -> tuple[jax.Array, M1State]:
-    carry = Carry(embed(model, tokens), state.lightning.s, state.cache.k, state.cache.v, None, None)
-    carry = body(model, carry, state.length, lengths)
-    assert carry.s is not None and carry.k is not None and carry.v is not None
-    x = carry.x
-    if logits == "last":
-        x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    state = M1State(LightningState(carry.s), KVCache(carry.k, carry.v), state.length + lengths)
-    return head(model, final_norm(model, x)), state
+    def local(model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array) -> tuple[jax.Array, M1State]:
+        carry = Carry(embed(model, tokens), state.lightning.s, state.cache.k, state.cache.v, None, None)
+        carry = body(model, carry, state.length, lengths)
+        assert carry.s is not None and carry.k is not None and carry.v is not None
+        x = last_valid(carry.x, lengths) if logits == "last" else carry.x
+        state = M1State(LightningState(carry.s), KVCache(carry.k, carry.v), state.length + lengths)
+        return head(model, final_norm(model, x)), state
+
+    out = ("batch", "vocab") if logits == "last" else (*TOKENS, "vocab")
+    run = on_mesh(local, model.config, (out, _STATE), model=(), tokens=TOKENS, state=(), lengths=("batch",))
+    values, state = run(model, stretched(tokens), state, lengths)
+    return values if logits == "last" else values[:, : tokens.shape[1]], state

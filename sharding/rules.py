@@ -148,7 +148,7 @@ def shardings(config: M1Config, mesh: AnyMesh, tree: Any) -> Any:
 
     def leaf(path: tuple[Any, ...], x: Any) -> NamedSharding:
         names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
-        where = ".".join(filter(None, names))
+        where = ".".join(name for name in names if name not in ("", "value"))
         found = _find(names, table)
         if found is not None:
             return NamedSharding(mesh, _aligned(mesh, where, table[found], x.shape))

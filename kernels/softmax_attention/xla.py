@@ -24,6 +24,7 @@ class Blocks(NamedTuple):
     nk: int
     K: int
     G: int
+    N: int  # keys without the padding of the last block
 
 
 def blocked(
@@ -39,25 +40,46 @@ def blocked(
     return _blocked(q, k, v, offset, segments, q_block, k_block)
 
 
+class Packed(NamedTuple):
+    """Segment ids int32 of packed rows: of the keys, `[B, N]`, and of the queries, `[B, T]`."""
+
+    keys: jax.Array
+    queries: jax.Array
+
+
+def _pack(q: jax.Array, offset: jax.Array, segments: jax.Array | None) -> Packed | None:
+    if segments is None:
+        return None
+    return Packed(segments, _own(offset[:, None] + jnp.arange(q.shape[1]), segments))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _blocked(
     q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, segments: jax.Array | None, q_block: int, k_block: int
 ) -> jax.Array:
-    return _forward(q, k, v, offset, segments, q_block, k_block)[0]
+    return forward(q, k, v, offset, _pack(q, offset, segments), q_block, k_block)[0].astype(v.dtype)
 
 
-def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, segments: jax.Array | None, q_block: int, k_block: int
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, packed: Packed | None, q_block: int, k_block: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Output `[B, T, H, D]`, and the logarithm of each query's sum of exp(score) as blocks `[nq, B, K, G·tq]`."""
+    """Attention over these keys, and how much it weighs beside attention over others.
+
+    Arguments as in `reference.softmax_attention`, but that `offset`, the first query's position among these keys, may
+    be negative or past their end.
+
+    Returns:
+      Output float32 `[B, T, H, D]`, 0 where a query sees no key, and the logarithm of each query's sum of exp(score),
+      float32 `[B, T, H]`.
+    """
     T = q.shape[1]
     n = _sizes(q, k, q_block, k_block)
     queries = _to_blocks(q.astype(jnp.float32) * q.shape[3] ** -0.5, n)
-    k, v = _pad_keys(k, n), _pad_keys(v, n)
-    segments = None if segments is None else jnp.pad(segments, ((0, 0), (0, k.shape[2] - segments.shape[1])))
+    k, v, packed = _pad_keys(k, n), _pad_keys(v, n), _pad_segments(packed, n)
 
     def one_query_block(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         index, queries = inputs
+        segments = _of_queries(packed, index, n)
         position = offset[:, None] + index * n.tq + jnp.arange(n.tq)  # [B, tq]
 
         def attend(running: Running, j: jax.Array) -> Running:
@@ -71,12 +93,12 @@ def _forward(
             return lax.cond(_needed(position, segments, j, n), attend, lambda running, _: running, running, j), None
 
         (maximum, total, values), _ = lax.scan(body, _empty(queries.shape[:3], q.shape[3]), jnp.arange(n.nk))
-        total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-        shift = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
-        return values / total[..., None], shift + jnp.log(total)
+        seen = total > 0
+        total = jnp.where(seen, total, 1.0)
+        return values / total[..., None], jnp.where(seen, maximum + jnp.log(total), -jnp.inf)
 
     out, log_sum = lax.map(one_query_block, (jnp.arange(n.nq), queries))
-    return _from_blocks(out, n)[:, :T].astype(v.dtype), log_sum
+    return _from_blocks(out, n)[:, :T], _from_blocks(log_sum[..., None], n)[:, :T, :, 0]
 
 
 Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array]
@@ -85,26 +107,50 @@ Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, 
 def _blocked_fwd(
     q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, segments: jax.Array | None, q_block: int, k_block: int
 ) -> tuple[jax.Array, Residuals]:
-    out, log_sum = _forward(q, k, v, offset, segments, q_block, k_block)
+    out, log_sum = forward(q, k, v, offset, _pack(q, offset, segments), q_block, k_block)
+    out = out.astype(v.dtype)
     return out, (q, k, v, offset, segments, out, log_sum)
 
 
 def _blocked_bwd(
     q_block: int, k_block: int, residuals: Residuals, d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
-    """Scores are made again block by block (Dao et al., arXiv 2205.14135, algorithm 4)."""
     q, k, v, offset, segments, out, log_sum = residuals
+    packed = _pack(q, offset, segments)
+    gradients = backward(q, k, v, offset, packed, out, log_sum, d_out, q_block, k_block)
+    d_q, d_k, d_v = (d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True))
+    return d_q, d_k, d_v, None, None
+
+
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    offset: jax.Array,
+    packed: Packed | None,
+    out: jax.Array,
+    log_sum: jax.Array,
+    d_out: jax.Array,
+    q_block: int,
+    k_block: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What these keys add to the gradients of q, k and v, float32, where `out`, `log_sum`, `d_out` are of all keys.
+
+    Scores are made again block by block (Dao et al., arXiv 2205.14135, algorithm 4).
+    """
     (_, T, _, D), N = q.shape, k.shape[2]
     n = _sizes(q, k, q_block, k_block)
     scale = D**-0.5
     queries, d_out_blocks = _to_blocks(q.astype(jnp.float32) * scale, n), _to_blocks(d_out.astype(jnp.float32), n)
     # Σ_n p_n dp_n of each query, from what is at hand.
     delta = jnp.sum(_to_blocks(out.astype(jnp.float32), n) * d_out_blocks, -1)
-    keys, values = (_pad_keys(x, n) for x in (k, v))
-    segments = None if segments is None else jnp.pad(segments, ((0, 0), (0, keys.shape[2] - N)))
+    keys, values, packed = _pad_keys(k, n), _pad_keys(v, n), _pad_segments(packed, n)
+    # A query that is padding or has seen nothing has no weight anywhere.
+    sums = _to_blocks(jnp.where(jnp.isneginf(log_sum), jnp.inf, log_sum)[..., None], n)[..., 0]
 
     def query_block(d_kv: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
         index, query, d_o, lse, row_delta = inputs
+        segments = _of_queries(packed, index, n)
         position = offset[:, None] + index * n.tq + jnp.arange(n.tq)
 
         def block(j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -135,10 +181,10 @@ def _blocked_bwd(
         return (d_k, d_v), d_q
 
     zeros = jnp.zeros(keys.shape, jnp.float32)
-    inputs = (jnp.arange(n.nq), queries, d_out_blocks, log_sum, delta)
+    inputs = (jnp.arange(n.nq), queries, d_out_blocks, sums, delta)
     (d_k, d_v), d_q = lax.scan(query_block, (zeros, zeros), inputs)
     d_q = _from_blocks(d_q, n)[:, :T] * scale
-    return d_q.astype(q.dtype), d_k[:, :, :N].astype(k.dtype), d_v[:, :, :N].astype(v.dtype), None, None
+    return d_q, d_k[:, :, :N], d_v[:, :, :N]
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
@@ -151,7 +197,7 @@ def _add_at(x: jax.Array, more: jax.Array, first: jax.Array) -> jax.Array:
 def _sizes(q: jax.Array, k: jax.Array, q_block: int, k_block: int) -> Blocks:
     (_, T, H, _), (_, K, N, _) = q.shape, k.shape
     tq, tk = min(q_block, T), min(k_block, N)
-    return Blocks(tq, tk, -(-T // tq), -(-N // tk), K, H // K)
+    return Blocks(tq, tk, -(-T // tq), -(-N // tk), K, H // K, N)
 
 
 def _to_blocks(x: jax.Array, n: Blocks) -> jax.Array:
@@ -170,17 +216,35 @@ def _from_blocks(x: jax.Array, n: Blocks) -> jax.Array:
 
 
 def _pad_keys(x: jax.Array, n: Blocks) -> jax.Array:
-    """Zeros at the end of `[B, K, N, D]`; they stay invisible, as their positions are past every query's."""
+    """Zeros at the end of `[B, K, N, D]`."""
     return jnp.pad(x, ((0, 0), (0, 0), (0, n.nk * n.tk - x.shape[2]), (0, 0)))
 
 
-def _visible(position: jax.Array, segments: jax.Array | None, j: jax.Array, n: Blocks) -> jax.Array:
+def _pad_segments(packed: Packed | None, n: Blocks) -> Packed | None:
+    if packed is None:
+        return None
+    keys, queries = packed
+    return Packed(
+        jnp.pad(keys, ((0, 0), (0, n.nk * n.tk - keys.shape[1])), mode="edge"),
+        jnp.pad(queries, ((0, 0), (0, n.nq * n.tq - queries.shape[1]))),
+    )
+
+
+def _of_queries(packed: Packed | None, index: jax.Array, n: Blocks) -> Packed | None:
+    """The same with the segments of one block of queries, `[B, tq]`."""
+    if packed is None:
+        return None
+    return Packed(packed.keys, lax.dynamic_slice_in_dim(packed.queries, index * n.tq, n.tq, 1))
+
+
+def _visible(position: jax.Array, segments: Packed | None, j: jax.Array, n: Blocks) -> jax.Array:
     """Which keys of block j the queries at `position` `[B, tq]` see: bool `[B, tq, tk]`."""
-    visible = (j * n.tk + jnp.arange(n.tk)) <= position[..., None]
+    key = j * n.tk + jnp.arange(n.tk)
+    visible = (key <= position[..., None]) & (key < n.N)
     if segments is None:
         return visible
-    theirs = lax.dynamic_slice_in_dim(segments, j * n.tk, n.tk, 1)
-    return visible & (theirs[:, None] == _own(position, segments)[..., None])
+    theirs = lax.dynamic_slice_in_dim(segments.keys, j * n.tk, n.tk, 1)
+    return visible & (theirs[:, None] == segments.queries[..., None])
 
 
 def _own(position: jax.Array, segments: jax.Array) -> jax.Array:
@@ -192,14 +256,14 @@ def _tile(visible: jax.Array, G: int) -> jax.Array:
     return jnp.tile(visible, (1, G, 1))[:, None]
 
 
-def _needed(position: jax.Array, segments: jax.Array | None, j: jax.Array, n: Blocks) -> jax.Array:
+def _needed(position: jax.Array, segments: Packed | None, j: jax.Array, n: Blocks) -> jax.Array:
     """Whether any query sees any key of block j."""
     below = j * n.tk <= jnp.max(position[:, -1])
     if segments is None:
         return below
     # Segments lie in one piece, so that one which is neither a query's nor a key's last is that of all between.
-    theirs = lax.dynamic_slice_in_dim(segments, j * n.tk, n.tk, 1)
-    return below & jnp.any(theirs[:, -1:] == _own(position, segments)) | _overlaps(position, j, n)
+    theirs = lax.dynamic_slice_in_dim(segments.keys, j * n.tk, n.tk, 1)
+    return below & jnp.any(theirs[:, -1:] == segments.queries) | _overlaps(position, j, n)
 
 
 def _overlaps(position: jax.Array, j: jax.Array, n: Blocks) -> jax.Array:

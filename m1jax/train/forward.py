@@ -14,7 +14,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from m1jax.config import LIGHTNING, M1Config
-from m1jax.model import M1, Carry, Run, all_decays, body, embed, final_norm, period, runs
+from m1jax.model import M1, TOKENS, Carry, Run, all_decays, body, embed, final_norm, period, runs, stretched
+from m1jax.sharding.region import block, on_mesh, start, total
 
 Remat = Literal["none", "projections", "layer"]
 
@@ -42,21 +43,34 @@ def hidden_states(
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     segments = None if segments is None else jnp.asarray(segments, jnp.int32)
-    x, routing = _layers(model, embed(model, tokens), segments, remat)
-    return final_norm(model, x), routing
+
+    def local(
+        model: M1, tokens: jax.Array, lengths: jax.Array, segments: jax.Array | None
+    ) -> tuple[jax.Array, Routing]:
+        x, routing = _layers(model, embed(model, tokens), lengths, segments, remat)
+        routing = jax.tree.map(lambda a: total(total(a, "batch"), "sequence"), routing)
+        return final_norm(model, x), routing
+
+    B, T = tokens.shape
+    out = ((*TOKENS, "channel"), Routing((), (), (), ()))  # pyright: ignore[reportArgumentType]
+    run = on_mesh(local, model.config, out, model=(), tokens=TOKENS, lengths=("batch",), segments=TOKENS)
+    x, routing = run(model, stretched(tokens), jnp.full((B,), T, jnp.int32), stretched(segments))
+    return x[:, :T], routing
 
 
-def _layers(model: M1, x: jax.Array, segments: jax.Array | None, remat: Remat) -> tuple[jax.Array, Routing]:
+def _layers(
+    model: M1, x: jax.Array, lengths: jax.Array, segments: jax.Array | None, remat: Remat
+) -> tuple[jax.Array, Routing]:
     cfg = model.config
     p = period(cfg.layer_types)
     one_period = runs(cfg.layer_types[:p])
     # What each kind of layer reads, [L/p, layers of it in a period, ...].
-    common = _by_period((model.block, model.moe, model.shared, all_decays(cfg)), cfg, p)
+    common = _by_period((model.block, model.moe, model.shared, block(all_decays(cfg), 1, "heads")), cfg, p)
     mixers = {
         kind: _by_period(model.lightning if kind == LIGHTNING else model.softmax, cfg, p)
         for kind in dict.fromkeys(cfg.layer_types)
     }
-    step = functools.partial(_layer, model, segments)
+    step = functools.partial(_layer, model, lengths, segments)
 
     def one(x: jax.Array, stacks: Any) -> tuple[jax.Array, Routing]:
         common, mixers = stacks
@@ -89,15 +103,17 @@ def _checkpointed(layer: Any, remat: Remat) -> Any:
     raise ValueError(f"remat: unknown {remat!r}: expected 'none', 'projections' or 'layer'")
 
 
-def _layer(model: M1, segments: jax.Array | None, kind: str, x: jax.Array, inputs: Any) -> tuple[jax.Array, Routing]:
+def _layer(
+    model: M1, lengths: jax.Array, segments: jax.Array | None, kind: str, x: jax.Array, inputs: Any
+) -> tuple[jax.Array, Routing]:
     """One layer: the body of a model that has no other."""
-    (block, moe, shared, decay), mixer = jax.tree.map(lambda a: a[None], inputs)
+    (norms, moe, shared, decay), mixer = jax.tree.map(lambda a: a[None], inputs)
     cfg = dataclasses.replace(model.config, num_hidden_layers=1, layer_types=(kind,))
     parts = {"lightning" if kind == LIGHTNING else "softmax": mixer}
     one = M1(
         config=cfg,
         embed=model.embed,
-        block=block,
+        block=norms,
         lightning=parts.get("lightning", model.lightning),
         softmax=parts.get("softmax", model.softmax),
         moe=moe,
@@ -107,10 +123,11 @@ def _layer(model: M1, segments: jax.Array | None, kind: str, x: jax.Array, input
     B, T = x.shape[:2]
     logits = jnp.zeros((1, B, T, cfg.num_local_experts), jnp.float32)
     carry = Carry(x, None, None, None, None, logits)
-    lengths = jnp.full((B,), T, jnp.int32)
     carry = body(one, carry, jnp.zeros((B,), jnp.int32), lengths, decay, segments)
     assert carry.router_logits is not None
-    valid = jnp.ones((B, T), bool) if segments is None else segments > 0
+    valid = start("sequence", T) + jnp.arange(T) < lengths[:, None]
+    if segments is not None:
+        valid &= segments > 0
     return carry.x, _routing(carry.router_logits[0], valid, cfg)
 
 

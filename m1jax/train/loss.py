@@ -1,10 +1,13 @@
 """Cross-entropy without the logits of all tokens at once, and the balancing loss of the routers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from m1jax.model import M1
+from m1jax.model import M1, TOKENS
+from m1jax.sharding.region import greatest, on_mesh, start, total, ways, whole
 from m1jax.train.forward import Routing
 
 CHUNK = 1 << 24  # logits that exist at a time
@@ -27,6 +30,25 @@ def token_log_probs(
     Returns:
       float32 `[B, T]` each, in nats; no gradient reaches the entropy.
     """
+    run = on_mesh(
+        functools.partial(_token_log_probs, temperature=temperature),
+        None,
+        (TOKENS, TOKENS),
+        hidden=(*TOKENS, "channel"),
+        head=("vocab", "hidden"),
+        targets=TOKENS,
+    )
+    T = targets.shape[1]
+    longer = ((0, 0), (0, -T % ways("sequence")), (0, 0))
+    log_p, entropy = run(jnp.pad(hidden, longer), head, jnp.pad(targets, longer[:2]))
+    return log_p[:, :T], entropy[:, :T]
+
+
+def _token_log_probs(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    """The same of a device's own tokens, with its part of the vocabulary."""
+    head = whole(head, ("vocab", "hidden"))
     B, T, M = hidden.shape
     N = B * T
     C = min(max(CHUNK // head.shape[0] // 8 * 8, 8), N)
@@ -38,9 +60,14 @@ def token_log_probs(
     def some(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h, wanted = inputs
         logits = jnp.einsum("nm,vm->nv", h.astype(jnp.float32), head, precision="highest") / temperature
-        log_p = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        largest = greatest(lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)), "vocab")
+        log_sum = largest + jnp.log(total(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True), "vocab"))
+        log_p = logits - log_sum
         still = lax.stop_gradient(log_p)
-        return jnp.take_along_axis(log_p, wanted[:, None], axis=1)[:, 0], -jnp.sum(jnp.exp(still) * still, axis=-1)
+        at = wanted[:, None] - start("vocab", head.shape[0])
+        here = (at >= 0) & (at < head.shape[0])
+        own = jnp.where(here, jnp.take_along_axis(log_p, jnp.where(here, at, 0), axis=1), 0.0)[:, 0]
+        return total(own, "vocab"), -total(jnp.sum(jnp.exp(still) * still, axis=-1), "vocab")
 
     log_p, entropy = lax.map(some, (flat.reshape(n, C, M), wanted.reshape(n, C)))
     return log_p.reshape(-1)[:N].reshape(B, T), entropy.reshape(-1)[:N].reshape(B, T)

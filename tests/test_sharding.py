@@ -1,0 +1,166 @@
+"""The model on 8 devices against the model on one: logits, states, gradients, for every way of splitting it."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from m1jax.errors import UserError
+from m1jax.model import M1, build
+from m1jax.params import flatten
+from m1jax.sharding.mesh import MeshShape, Use, make_mesh
+from m1jax.sharding.rules import shardings
+from m1jax.train.forward import hidden_states
+from m1jax.train.loss import balancing_loss, head_weight, token_log_probs
+from tests.tools import random_model, rms_error, variant
+
+# Sizes that are split in many ways, and are no powers of two: 3 experts of width 15 on a device.
+CONFIG = variant(
+    vocab_size=56,
+    hidden_size=48,
+    intermediate_size=60,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    num_local_experts=12,
+    layer_types=("lightning", "lightning", "softmax", "lightning"),
+    shared_intermediate_size=20,
+)
+MESHES: dict[str, tuple[str, Use]] = {
+    "heads and experts over the same devices": ("expert=2", "serve"),
+    "tensor": ("expert=1,tensor=4,data=2", "serve"),
+    "experts apart": ("expert=2,tensor=2,data=2", "serve"),
+    "sequence": ("seq=4", "serve"),
+    "sequence and tensor": ("seq=2,expert=2,tensor=2", "serve"),
+    "fsdp": ("fsdp=2,expert=2,tensor=2", "train"),
+    "everything but data": ("fsdp=2,seq=2,tensor=2", "train"),
+}
+
+
+def mesh_of(name: str) -> jax.sharding.Mesh:
+    text, use = MESHES[name]
+    shape = MeshShape.parse(text)
+    return make_mesh(shape, use, jax.devices()[: shape.size])
+
+
+@functools.cache
+def model() -> M1:
+    """Random, with a router that prefers the last experts: tokens have a common direction, which it looks for."""
+    arrays = flatten(random_model(CONFIG))
+    arrays["embed"] += 0.3
+    arrays["moe.router"] += 0.05 * jnp.arange(CONFIG.num_local_experts, dtype=jnp.float32)[:, None]
+    return build(CONFIG, lambda path, _: arrays[path])
+
+
+def on(mesh: jax.sharding.Mesh) -> M1:
+    return jax.device_put(model(), shardings(CONFIG, mesh, model()))
+
+
+def tokens_of(batch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, CONFIG.vocab_size, (batch, length)).astype(np.int32)
+
+
+TOKENS = tokens_of(4, 19)
+# Segments that begin within a device's stretch, at its border, and span several; padding inside and at the end.
+SEGMENTS = np.asarray(
+    [
+        [1] * 3 + [2] * 9 + [3] * 7,
+        [1] * 5 + [2] * 5 + [3] * 5 + [4] * 4,
+        [1] * 10 + [2] + [0] * 8,
+        [7] * 2 + [0] * 2 + [8] * 15,
+    ],
+    np.int32,
+)
+
+
+def loss(model: M1, segments: np.ndarray | None) -> jax.Array:
+    log_p = jax.nn.log_softmax(model(TOKENS, segments))
+    valid = np.ones((4, 18)) if segments is None else segments[:, :-1] > 0
+    return -jnp.sum(jnp.take_along_axis(log_p[:, :-1], TOKENS[:, 1:, None], axis=2)[..., 0] * valid)
+
+
+def training_loss(model: M1, segments: np.ndarray) -> jax.Array:
+    hidden, routing = hidden_states(model, TOKENS, segments)
+    log_p, entropy = token_log_probs(hidden, head_weight(model), np.roll(TOKENS, -1, axis=1))
+    valid = segments > 0
+    # The entropy has no gradient, but must be right.
+    return -jnp.sum(log_p * valid) + jnp.sum(entropy * valid) + 10 * balancing_loss(routing)
+
+
+@functools.cache
+def expected(kind: str) -> tuple[jax.Array, M1]:
+    return jax.jit(jax.value_and_grad(functools.partial(*LOSSES[kind])))(model())
+
+
+LOSSES: dict[str, Any] = {
+    "plain": (lambda segments, model: loss(model, segments), None),
+    "packed": (lambda segments, model: loss(model, segments), SEGMENTS),
+    "training": (lambda segments, model: training_loss(model, segments), SEGMENTS),
+}
+
+
+def check_gradients(kind: str, name: str) -> None:
+    value, gradient = expected(kind)
+    mesh = mesh_of(name)
+    with jax.set_mesh(mesh):
+        got, ours = jax.jit(jax.value_and_grad(functools.partial(*LOSSES[kind])))(on(mesh))
+    assert abs(got - value) < 2e-6 * abs(value)
+    pairs: Any = zip(flatten(ours).items(), flatten(gradient).values(), strict=True)
+    errors = {path: rms_error(a, b) for (path, a), b in pairs}
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_gradients(name: str) -> None:
+    check_gradients("packed" if "sequence" in name else "plain", name)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, use) in MESHES.items() if use == "train"])
+def test_the_trainers_loss_and_its_gradients(name: str) -> None:
+    check_gradients("training", name)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_logits_states_and_steps(name: str) -> None:
+    """A ragged prefill in two chunks, then two tokens one by one."""
+    lengths = [np.asarray(n, np.int32) for n in ([9, 4, 1, 7], [2, 0, 5, 3], [1, 1, 1, 1], [1, 1, 1, 1])]
+    at = np.zeros(4, np.int32)
+    mesh = mesh_of(name)
+    with jax.set_mesh(mesh):
+        sharded = on(mesh)
+        assert rms_error(sharded(TOKENS), model()(TOKENS)) < 2e-6
+        state = sharded.init_state(4, 32)
+        assert jax.tree.map(lambda x: x.sharding, state) == shardings(CONFIG, mesh, state)
+    plain = model().init_state(4, 32)
+    for count in lengths:
+        T = int(count.max())
+        tokens = np.stack([np.resize(TOKENS[b, at[b] :], T) for b in range(4)])
+        at += count
+        want, plain = model().step(tokens, plain, count, logits="last" if T == 1 else "all")
+        with jax.set_mesh(mesh):
+            got, state = sharded.step(tokens, state, count, logits="last" if T == 1 else "all")
+        valid = slice(None) if T == 1 else np.arange(T) < count[:, None]
+        assert rms_error(np.asarray(got)[valid], np.asarray(want)[valid]) < 2e-6
+    assert rms_error(state.lightning.s, plain.lightning.s) < 2e-6
+    for b in range(4):
+        assert rms_error(state.cache.k[:, b, :, : at[b]], plain.cache.k[:, b, :, : at[b]]) < 2e-6
+    assert list(state.length) == list(at)
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused() -> None:
+    mesh = mesh_of("experts apart")
+    with jax.set_mesh(mesh):
+        sharded = on(mesh)
+        with pytest.raises(UserError, match=r"tokens: batch = 3 cannot be split 4 ways .*data=2 × expert=2"):
+            sharded(TOKENS[:3])
+        with pytest.raises(UserError, match=r"batch = 2 cannot be split 4 ways"):
+            sharded.init_state(2, 8)
+
+
+def test_a_mesh_of_other_axes_is_refused() -> None:
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh), pytest.raises(UserError, match="the mesh in use has axes x"):
+        model()(TOKENS)

@@ -1,0 +1,90 @@
+"""The forms of the mixture on a mesh against the kernel on one device, at every kind of imbalance."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m1jax.kernels.experts import experts as kernel
+from m1jax.sharding import experts as parallel
+from m1jax.sharding.mesh import MeshShape, make_mesh
+from m1jax.sharding.region import on_mesh
+from tests.tools import rms_error, variant
+
+E, F, M, K = 12, 8, 16, 2
+CONFIG = variant()
+
+# How the router chooses, for n tokens: int32 [n, K].
+ROUTING: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "even": lambda rng, n: np.argsort(rng.random((n, E)), axis=1)[:, :K],
+    "skewed": lambda rng, n: np.argsort(rng.random((n, E)) ** (1 + np.arange(E)), axis=1)[:, ::-1][:, :K],
+    "all to one device": lambda rng, n: np.tile([E - 2, E - 1], (n, 1)),
+    "half of it padding": lambda rng, n: np.where(rng.random((n, 1)) < 0.5, E, ROUTING["even"](rng, n)),
+    "nothing but padding": lambda rng, n: np.full((n, K), E),
+}
+MESHES = {
+    "apart": "expert=4,tensor=2",
+    "apart along two axes": "seq=2,expert=2,tensor=2",
+    "apart and together": "seq=3,expert=2",
+    "together": "expert=4",
+    "width only": "tensor=8",
+    "rows and experts": "data=2,expert=2,tensor=2",
+}
+
+
+@pytest.mark.parametrize("routing", ROUTING)
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("few", [0, 512], ids=["exchange", "gather"])
+def test_every_form_equals_one_device(mesh: str, routing: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "FEW", few)
+    monkeypatch.setattr(parallel, "CHUNK", 7)  # several chunks, the last one smaller
+    B, T = 8, 6
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((B, T, M), dtype=np.float32)
+    gate_up = rng.standard_normal((2, E, 2, F, M), dtype=np.float32)
+    down = rng.standard_normal((2, E, M, F), dtype=np.float32)
+    weights = rng.random((B, T, K), dtype=np.float32)
+    chosen = ROUTING[routing](rng, B * T).astype(np.int32).reshape(B, T, K)
+    target = rng.standard_normal((B, T, M), dtype=np.float32)
+
+    def run(
+        form: Callable[..., jax.Array],
+        x: jax.Array,
+        gate_up: jax.Array,
+        down: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+    ) -> jax.Array:
+        flat = (a.reshape(-1, a.shape[-1]) for a in (chosen, weights))
+        return form(x.reshape(-1, M), gate_up, down, *flat, layer=1).reshape(x.shape)
+
+    def loss(form: Callable[..., jax.Array], *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = form(*args)
+        return jnp.sum(y * target), y
+
+    def value_and_grad(form: Callable[..., jax.Array]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        graded = jax.jit(jax.value_and_grad(functools.partial(loss, form), argnums=(0, 1, 2, 4), has_aux=True))
+        (_, y), gradients = graded(x, gate_up, down, chosen, weights)
+        return y, gradients
+
+    want, want_gradients = value_and_grad(functools.partial(run, kernel))
+    shape = MeshShape.parse(MESHES[mesh])
+    with jax.set_mesh(make_mesh(shape, "serve", jax.devices()[: shape.size])):
+        tokens = ("batch", "sequence", "channel")
+        axes = {
+            "x": tokens,
+            "gate_up": ("layer", "experts", "gate_up", "expert_width", "channel"),
+            "down": ("layer", "experts", "channel", "expert_width"),
+            "chosen": tokens,
+            "weights": tokens,
+        }
+        got, gradients = value_and_grad(on_mesh(functools.partial(run, parallel.experts), CONFIG, tokens, **axes))
+    if routing == "nothing but padding":
+        assert not np.any(got) and not any(np.any(g) for g in gradients)
+        return
+    assert rms_error(got, want) < 2e-6
+    for ours, theirs in zip(gradients, want_gradients, strict=True):
+        assert rms_error(ours, theirs) < 1e-5
