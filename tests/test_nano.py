@@ -1,18 +1,24 @@
 """M1-nano: its recipe, and the default model of the commands."""
 
 import itertools
+import json
 import re
+import runpy
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from m1jax import M1Config, UserError, nano
+from m1jax import M1Config, UserError, load, nano
 from m1jax.generate import main
-from m1jax.nano import recipe
-from m1jax.params import count
+from m1jax.nano import recipe, training
+from m1jax.params import count, flatten
+from m1jax.rl.settings import RLSettings
 from m1jax.tasks import TASKS
 from m1jax.tokenizer import Tokenizer
+from m1jax.train.data import chat_tokens
+from m1jax.train.settings import parse
 from tests.tools import DATA
 
 SHIPPED = 16_000_000  # bytes that the package may gain
@@ -67,6 +73,63 @@ def test_documents_are_training_problems_and_sentences() -> None:
     assert 20 < len(sentences) < 90
     held_out = {p.question for task in TASKS.values() for p in task.problems(100, seed=1)}
     assert not held_out & {text.split("\n")[0] for text in texts}
+
+
+def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    plan = training.scaled(training.PLANS["cpu"], 1e-3) | {"rows": 1}
+    shutil.copytree(tokenizer.folder, tmp_path / "tokenizer")
+    (tmp_path / "config.json").write_text("kept")
+    training.prepare(tmp_path, plan, ["addition", "logic"])
+    assert (tmp_path / "config.json").read_text() == "kept"
+    lines = [json.loads(line) for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
+    assert len(lines) == 1000
+    for line in lines[:50]:
+        learnt = [token for token, weight in zip(line["tokens"], line["weights"], strict=True) if weight]
+        text, reply = tokenizer.decode(line["tokens"], keep=None), tokenizer.decode(learnt, keep=None)
+        assert text.endswith(reply) and text.count(recipe.END) == 2
+        assert reply.startswith("<think>\n") and reply.endswith(recipe.END)
+        chat = [{"role": "user", "content": text.split("name=user\n")[1].split(recipe.END)[0]}]
+        chat.append({"role": "assistant", "content": reply.removesuffix(recipe.END)})
+        tokens, weights = chat_tokens(tokenizer, chat)  # what the trainer makes of the messages
+        last = len(line["tokens"])
+        assert tokens[:last].tolist() == line["tokens"] and weights[:last].tolist() == line["weights"]
+        assert not weights[last:].any()
+    assert "text" in json.loads((tmp_path / "pretrain.jsonl").read_text().splitlines()[0])
+
+
+@pytest.mark.parametrize("machine", list(training.PLANS))
+def test_settings_of_every_stage(machine: str) -> None:
+    for stage in training.STAGES:
+        found = training.settings(stage, Path("out"), training.PLANS[machine], ["all"])
+        assert found.stage == stage and found.steps == training.PLANS[machine]["steps"][stage]
+        if stage == "rl":
+            assert parse(RLSettings, found.rl, "rl.").loss == "cispo" and found.optimizer.eps == 1e-15
+
+
+def test_the_model_ships_in_bfloat16(tmp_path: Path) -> None:
+    training.install(DATA / "m1_hello", DATA / "m1_hello", tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    ours, theirs = flatten(load(tmp_path)), flatten(load(DATA / "m1_hello"))
+    assert size < 2.1 * sum(x.size for x in theirs.values())
+    for path, x in theirs.items():
+        exact = x if path == "moe.router" else x.astype("bfloat16").astype("float32")
+        assert (ours[path] == exact).all(), path
+    assert Tokenizer.load(tmp_path).size == Tokenizer.load(DATA / "m1_hello").size
+
+
+def test_the_comparison_counts_steps_to_dapo(tmp_path: Path) -> None:
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "compare_policy_losses.py"))
+    curves = {
+        "cispo": np.asarray([[0.5, 0.8, 0.9], [0.5, 0.7, 0.9]]),
+        "dapo": np.asarray([[0.4, 0.6, 0.7], [0.5, 0.6, 0.8]]),
+        "grpo": np.asarray([[0.4, 0.5, 0.6], [0.4, 0.5, 0.6]]),
+    }
+    lines = script["table"]([5, 10, 15], curves).splitlines()
+    assert lines[2] == "| CISPO | 90.0% (90.0% to 90.0%) | 10 |"
+    assert lines[3] == "| DAPO | 75.0% (70.0% to 80.0%) | 15 |"
+    assert lines[4] == "| GRPO | 60.0% (60.0% to 60.0%) | not reached |"
+    script["draw"]([5, 10, 15], curves, tmp_path / "compare.png")
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
 
 
 def run(*arguments: str) -> int:

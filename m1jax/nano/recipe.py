@@ -7,7 +7,7 @@ import dataclasses
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from m1jax.chat_template import ChatTemplate
 from m1jax.config import M1Config
-from m1jax.tasks import TASKS, Problem, mixture
+from m1jax.tasks import TASKS, Problem, Task, mixture
 
 TOKENIZER_CONFIG = Path(__file__).parent / "tokenizer_config.json"  # M1's own, with its chat template
 MARKS = ("<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>")
@@ -91,9 +91,9 @@ def sentence(rng: random.Random) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def documents(seed: int, difficulty: float = 1.0) -> Iterator[str]:
+def documents(seed: int, tasks: Sequence[Task] = tuple(TASKS.values())) -> Iterator[str]:
     """Pretraining documents without end: problems as plain text, and one in eight a few simple sentences."""
-    rng, problems = random.Random(f"documents {seed}"), mixture(list(TASKS.values()), seed, difficulty)
+    rng, problems = random.Random(f"documents {seed}"), mixture(tasks, seed)
     while True:
         if rng.random() < 1 / 8:
             yield " ".join(sentence(rng) for _ in range(rng.randint(1, 4)))

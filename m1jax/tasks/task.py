@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from m1jax.errors import UserError
@@ -102,7 +102,7 @@ class Task:
         return list(found.values())
 
 
-def mixture(tasks: list[Task], seed: int, difficulty: float = 1.0) -> Iterator[Problem]:
+def mixture(tasks: Sequence[Task], seed: int, difficulty: float = 1.0) -> Iterator[Problem]:
     """Training problems without end, all tasks alike, at random difficulties from 1 to the shipped one.
 
     `difficulty` scales the upper end: 0.5 is half of each task's shipped difficulty, for a curriculum.

@@ -161,9 +161,21 @@ class Encoder:
             if not isinstance(value["text"], str):
                 raise UserError("text is not a string")
             return self._text(value["text"])
+        if "tokens" in value:
+            return self._encoded(value)
         tokens, weights = chat_tokens(self._need_tokenizer(), _messages(value))
         if len(tokens) - 1 > self._length:
             raise UserError(f"the conversation has {len(tokens)} tokens: raise data.length or remove it")
+        return self._cut(tokens, weights)
+
+    def _encoded(self, value: Mapping[str, Any]) -> list[Sample]:
+        try:
+            tokens = np.asarray(value["tokens"], np.int32)
+            weights = np.asarray(value.get("weights", np.ones(len(tokens))), np.float32)
+        except (TypeError, ValueError, OverflowError):
+            raise UserError("tokens or weights is not a list of numbers") from None
+        if tokens.ndim != 1 or weights.shape != tokens.shape:
+            raise UserError(f"tokens and weights must be lists of one length, not {tokens.shape} and {weights.shape}")
         return self._cut(tokens, weights)
 
     def _need_tokenizer(self) -> Tokenizer:
@@ -194,7 +206,7 @@ def _messages(value: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if "prompt" in value and "response" in value:
         turns = (("user", value["prompt"]), ("assistant", value["response"]))
         return [{"role": role, "content": text} for role, text in turns]
-    raise UserError(f"has neither text, messages, nor prompt and response, but {', '.join(value) or 'nothing'}")
+    raise UserError(f"has neither text, tokens, messages, nor prompt and response, but {', '.join(value) or 'nothing'}")
 
 
 def chat_tokens(

@@ -1,0 +1,120 @@
+"""The stages that make M1-nano: their data and settings for a CPU and for a GPU, and the form in which it ships."""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import numpy as safetensors
+
+from m1jax.loading import load
+from m1jax.nano import FOLDER, recipe
+from m1jax.params import flatten, param_table
+from m1jax.tasks import Problem, find, mixture
+from m1jax.tokenizer import Tokenizer
+from m1jax.train.settings import Settings, parse
+from m1jax.weights import expected
+
+Stage = Literal["pretrain", "sft", "rl"]
+STAGES: tuple[Stage, ...] = ("pretrain", "sft", "rl")
+
+LENGTH = 256  # tokens of a row; the longest conversation of the shipped difficulties fits
+WINDOWS = (96, 128, 160)  # tokens of a reply, in stages of RL
+
+# Of each machine: dtype, rows of a batch, steps and learning rates, passes over the data, what RL does in a step.
+PLANS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "dtype": "float32",
+        "rows": 16,
+        "steps": {"pretrain": 1200, "sft": 6000, "rl": 60},
+        "rate": {"pretrain": 3e-3, "sft": 2e-3, "rl": 5e-5},
+        "passes": 1,
+        "rl": {"questions": 64, "replies": 8, "updates": 4},
+    },
+    "gpu": {
+        "dtype": "float32",
+        "rows": 128,
+        "steps": {"pretrain": 400, "sft": 2500, "rl": 100},
+        "rate": {"pretrain": 4e-3, "sft": 4e-3, "rl": 5e-5},
+        "passes": 2,
+        "rl": {"questions": 256, "replies": 16, "updates": 16},
+    },
+}
+
+
+def scaled(plan: dict[str, Any], scale: float) -> dict[str, Any]:
+    """The plan with every stage's steps multiplied."""
+    return plan | {"steps": {name: max(4, round(count * scale)) for name, count in plan["steps"].items()}}
+
+
+def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
+    """Tokenizer, configuration and data in `out`; a file that is there already is kept. Raises `UserError`."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "config.json").exists():
+        recipe.train_tokenizer(out / "tokenizer")
+        (out / "config.json").write_text(json.dumps(recipe.config().to_official(), indent=1) + "\n", encoding="utf-8")
+    chosen = find(tasks)
+    # About 40 tokens a document, 80 a conversation.
+    count = {name: plan["steps"][name] * plan["rows"] * LENGTH // plan["passes"] for name in ("pretrain", "sft")}
+    texts = itertools.islice(recipe.documents(1, chosen), max(1000, count["pretrain"] // 40))
+    problems = itertools.islice(mixture(chosen, seed=2), max(1000, count["sft"] // 80))
+    _write(out / "pretrain.jsonl", ({"text": text} for text in texts))
+    _write(out / "sft.jsonl", conversations(problems, Tokenizer.load(out / "tokenizer")))
+
+
+def conversations(problems: Iterable[Problem], tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
+    """Conversations as tokens and weights: encoded once, the loader has little left to do."""
+    chat = recipe.Chat.load()
+    before, after = chat.prompt("\N{SYMBOL FOR ENQUIRY}").split("\N{SYMBOL FOR ENQUIRY}")
+    for problem in problems:
+        prompt = tokenizer.encode(before + problem.question + after)
+        reply = tokenizer.encode(problem.reply + recipe.END)
+        yield {"tokens": prompt + reply, "weights": [0] * len(prompt) + [1] * len(reply)}
+
+
+def _write(file: Path, values: Iterable[Any]) -> None:
+    if not file.exists():
+        part = file.with_suffix(".part")
+        with part.open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(value) + "\n" for value in values)
+        part.replace(file)
+
+
+def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> Settings:
+    """The settings of a stage, as a TOML file would give them. Raises `UserError`."""
+    steps = plan["steps"][stage]
+    before = {"sft": "pretrain", "rl": "sft"}.get(stage)
+    start = {"path": str(out / before / "model")} if before else {"config": str(out / "config.json")}
+    common: dict[str, Any] = {
+        "stage": stage,
+        "out": str(out / stage),
+        "steps": steps,
+        "model": {"dtype": plan["dtype"], "remat": "none", "tokenizer": str(out / "tokenizer")} | start,
+        "guard": {"action": "skip"},
+        "log": {"tensorboard": False},
+    }
+    rate = {"learning_rate": plan["rate"][stage]}
+    if stage == "rl":
+        rl = plan["rl"] | {"tasks": list(tasks), "windows": list(WINDOWS), "row_tokens": 2 * LENGTH}
+        optimizer = rate | {"warmup": 0, "eps": 1e-15, "weight_decay": 0.0}
+        return parse(Settings, common | {"optimizer": optimizer, "checkpoint": {"every": 10}, "rl": rl})
+    optimizer = rate | {"warmup": min(50, steps // 10), "decay": steps // 3, "final": 0.02, "weight_decay": 0.01}
+    data = {"length": LENGTH, "rows": plan["rows"], "files": [str(out / f"{stage}.jsonl")]}
+    every = {"every": max(1, min(250, steps // 4))}
+    return parse(Settings, common | {"optimizer": optimizer, "checkpoint": every, "data": data})
+
+
+def install(model: Path, tokenizer: Path, folder: Path = FOLDER) -> None:
+    """Writes a trained model as it ships: bfloat16, one file in the official layout, the router float32."""
+    trained = load(model)
+    specs = param_table(trained.config)
+    arrays = {p: np.asarray(x.astype(specs[p].dtype or jnp.bfloat16)) for p, x in flatten(trained).items()}
+    tensors = {n: arrays[s.target][s.index].reshape(s.shape) for n, s in expected(trained.config).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(trained.config.to_official(), indent=1) + "\n", encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tokenizer / name).read_bytes())

@@ -1,0 +1,124 @@
+"""python scripts/compare_policy_losses.py --model DIR [--out runs/compare] [--steps 60] [--seeds 3] [--task all]
+
+CISPO, DAPO and GRPO from the same SFT checkpoint: same problems, same sampling, same optimizer, several seeds each.
+Writes OUT/compare.csv (held-out accuracy by loss, seed and step), OUT/compare.png (mean and range over the seeds) and
+OUT/compare.md (accuracy at the end, and after how many steps each first reached DAPO's final accuracy; the paper: CISPO
+reaches it in half the steps). Killed at any moment, the same command goes on.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from m1jax.errors import main_guard
+from m1jax.nano.training import LENGTH, PLANS, WINDOWS
+from m1jax.rl import stage
+from m1jax.runtime import use_compilation_cache
+from m1jax.train.settings import Settings, parse
+
+LOSSES = ("cispo", "dapo", "grpo")
+Curves = dict[str, np.ndarray]  # of each loss, accuracy [seeds, evaluations]
+
+
+def settings(loss: str, seed: int, args: argparse.Namespace) -> Settings:
+    """One run; nothing but the loss and the seed differs."""
+    plan = PLANS[args.machine]
+    rl = plan["rl"] | {
+        "loss": loss,
+        "tasks": args.task or ["all"],
+        "windows": [WINDOWS[-1]],
+        "row_tokens": 2 * LENGTH,
+        "evaluate_every": args.every,
+        "evaluate_problems": args.problems,
+    }
+    return parse(
+        Settings,
+        {
+            "stage": "rl",
+            "out": str(args.out / f"{loss}-{seed}"),
+            "steps": args.steps,
+            "seed": seed,
+            "model": {"path": str(args.model), "dtype": plan["dtype"], "remat": "none"},
+            "optimizer": {"learning_rate": plan["rate"]["rl"], "warmup": 0, "eps": 1e-15, "weight_decay": 0.0},
+            "checkpoint": {"every": 10},
+            "guard": {"action": "skip"},
+            "log": {"tensorboard": False},
+            "rl": rl,
+        },
+    )
+
+
+def curve(out: Path) -> tuple[list[int], list[float]]:
+    """Steps at which a run was evaluated, and its mean accuracy over the tasks there."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = [(row["step"], row["held_out"]) for row in rows if "held_out" in row]
+    return [step for step, _ in found], [accuracy for _, accuracy in found]
+
+
+def draw(steps: list[int], curves: Curves, file: Path) -> None:
+    """Accuracy against step."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.add_subplot()
+    for loss, values in curves.items():
+        axes.plot(steps, values.mean(axis=0), label=loss.upper(), linewidth=1.5)
+        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), alpha=0.2)
+    axes.set_xlabel("generation batches")
+    axes.set_ylabel("greedy accuracy on held-out problems")
+    axes.grid(alpha=0.3)
+    axes.legend(title=f"mean and range of {len(next(iter(curves.values())))} seeds")
+    figure.savefig(file, dpi=150)
+
+
+def table(steps: list[int], curves: Curves) -> str:
+    """Accuracy at the end, and the first evaluation at which the mean reached DAPO's last."""
+    goal = curves["dapo"].mean(axis=0)[-1]
+    lines = ["| | final accuracy, mean (lowest to highest) | steps to DAPO's final accuracy |", "|---|---|---|"]
+    for loss, values in curves.items():
+        reached = next((step for step, a in zip(steps, values.mean(axis=0), strict=True) if a >= goal), None)
+        last = values[:, -1]
+        when = "not reached" if reached is None else str(reached)
+        lines.append(f"| {loss.upper()} | {last.mean():.1%} ({last.min():.1%} to {last.max():.1%}) | {when} |")
+    return "\n".join(lines) + "\n"
+
+
+@main_guard
+def main() -> None:
+    """All runs that are not there yet, then the figure and the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="the SFT checkpoint, e.g. runs/nano/sft/model")
+    parser.add_argument("--machine", choices=PLANS, default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--every", type=int, default=5, help="steps between evaluations (5)")
+    parser.add_argument("--problems", type=int, default=100, help="per task and evaluation (100)")
+    parser.add_argument("--task", action="append", metavar="NAME")
+    args = parser.parse_args()
+    use_compilation_cache()
+    for seed in range(args.seeds):
+        for loss in LOSSES:
+            if not (args.out / f"{loss}-{seed}" / "model").exists():
+                stage.run(settings(loss, seed, args))
+    found = {(loss, seed): curve(args.out / f"{loss}-{seed}") for loss in LOSSES for seed in range(args.seeds)}
+    steps = found[LOSSES[0], 0][0]
+    curves = {loss: np.asarray([found[loss, seed][1] for seed in range(args.seeds)]) for loss in LOSSES}
+    with (args.out / "compare.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["loss", "seed", "step", "accuracy"])
+        writer.writerows(
+            (loss, seed, *point) for (loss, seed), run in found.items() for point in zip(*run, strict=True)
+        )
+    draw(steps, curves, args.out / "compare.png")
+    (args.out / "compare.md").write_text(table(steps, curves), encoding="utf-8")
+    print(table(steps, curves))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""python scripts/train_nano.py --machine cpu|gpu [--out runs/nano] [--until sft] [--scale 1.0] [--task all] [--install]
+
+Makes M1-nano from nothing but this repository: tokenizer, synthesized data, pretraining, SFT with chain of thought,
+CISPO. Killed at any moment, the same command goes on. After each stage it is evaluated on held-out problems, and
+OUT/results.json and OUT/results.md say what came out, how long it took and on what. `--install` puts the model, in
+bfloat16 and the official layout, where the package ships it from. `--scale` shortens every stage, to try things out.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from m1jax.errors import main_guard
+from m1jax.evaluate import open_local, score
+from m1jax.nano.training import PLANS, STAGES, WINDOWS, install, prepare, scaled, settings
+from m1jax.rl import stage as rl_stage
+from m1jax.runtime import use_compilation_cache
+from m1jax.tasks import find
+from m1jax.train import loop
+
+
+def results(stage: str, out: Path, tasks: Sequence[str], problems: int) -> dict[str, Any]:
+    """What a finished stage came to."""
+    rows = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    local = open_local(out / stage / "model", "float32", WINDOWS[-1], 128)
+    scores = [score(task, task.problems(problems, 0), task.difficulty, local) for task in find(tasks)]
+    return {
+        "steps": rows[-1]["step"],
+        "loss": rows[-1]["loss"],
+        "tokens": sum(row["tokens"] for row in rows),
+        "minutes": sum(row["seconds"] for row in rows) / 60,
+        "accuracy": {s.task: [s.accuracy, *s.interval] for s in scores},
+        "machine": f"{jax.devices()[0].device_kind}, {platform.machine()}",
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The results for the README."""
+    stages = [stage for stage in STAGES if stage in found]
+    lines = [f"| | {' | '.join(stages)} |", f"|---|{'---|' * len(stages)}"]
+    for task in found[stages[-1]]["accuracy"]:
+        cells = [found[stage]["accuracy"][task] for stage in stages]
+        lines.append(f"| {task} | " + " | ".join(f"{a:.1%} ({low:.1%} to {high:.1%})" for a, low, high in cells) + " |")
+    for name, form in (("steps", "{}"), ("tokens", "{}"), ("loss", "{:.4f}"), ("minutes", "{:.1f}"), ("machine", "{}")):
+        lines.append(f"| {name} | " + " | ".join(form.format(found[stage][name]) for stage in stages) + " |")
+    return "\n".join(lines) + "\n"
+
+
+@main_guard
+def main() -> None:
+    """Every stage that is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", choices=PLANS, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/nano"))
+    parser.add_argument("--until", choices=STAGES, default="rl")
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--task", action="append", metavar="NAME", help="train on these alone (all)")
+    parser.add_argument("--problems", type=int, default=400, help="per task, of the evaluations (400)")
+    parser.add_argument("--install", action="store_true")
+    args = parser.parse_args()
+    use_compilation_cache()
+    plan, tasks = scaled(PLANS[args.machine], args.scale), args.task or ["all"]
+    prepare(args.out, plan, tasks)
+    file = args.out / "results.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for stage in STAGES[: STAGES.index(args.until) + 1]:
+        if stage in found:
+            continue
+        if not (args.out / stage / "model").exists():
+            (rl_stage.run if stage == "rl" else loop.run)(settings(stage, args.out, plan, tasks))
+        found[stage] = results(stage, args.out, tasks, args.problems)
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (args.out / "results.md").write_text(table(found), encoding="utf-8")
+    print(table(found))
+    if args.install:
+        install(args.out / args.until / "model", args.out / "tokenizer")
+
+
+if __name__ == "__main__":
+    main()
