@@ -9,16 +9,17 @@ from typing import NoReturn
 from m1jax.errors import UserError
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Reports a bad command line as one line, like every other bad input."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises `UserError` instead of ending the process."""
         raise UserError(f"{message} (--help lists the options)")
 
 
 def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     """The arguments, checked against each other. Raises `UserError`."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m m1jax.generate",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -32,9 +33,6 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute in (float32)")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="hold the experts' weights in int8 or int4")
-    parser.add_argument(
-        "--mesh", metavar="AXIS=N,…", help="lay the model out on devices, e.g. data=1,expert=8,tensor=1 (one device)"
-    )
     _add_prompt_arguments(parser.add_argument_group("what to generate from"))
     _add_generation_arguments(parser.add_argument_group("how to generate (defaults as recommended for M1)"))
     args = parser.parse_args(argv)

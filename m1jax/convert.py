@@ -21,7 +21,7 @@ import tensorstore as ts
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from m1jax import checkpoint
+from m1jax import checkpoint, distributed
 from m1jax.errors import UserError, main_guard
 from m1jax.kernels.experts.quantized import Quantization, quantize_on_host
 from m1jax.loading import MARKER, check_quantization, open_source
@@ -224,6 +224,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--quantize", choices=("int8", "int4"), help="store the experts' weights so; they cannot be exported again"
     )
+    distributed.add_arguments(out)
     out.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST when the new one is whole")
     out.add_argument(
         "--verify",
@@ -237,6 +238,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Command line; see the module's docstring."""
     args = parser().parse_args()
+    distributed.check(args)
+    if not distributed.is_first(args):
+        return 0
     if args.verify:
         if args.overwrite or args.dtype != "keep" or args.quantize:
             raise UserError("--verify converts nothing: it goes without --dtype, --quantize and --overwrite")

@@ -1,15 +1,31 @@
 """The one exception users see, and the wrapper that turns it into exit code 2."""
 
 import functools
+import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec
 
 P = ParamSpec("P")
 
+VERDICT = 15  # seconds that jax may take to name the process whose loss made another one's exchange fail
+
+_process: int | None = None  # which of several this is
+
 
 class UserError(ValueError):
     """Bad input. Its text is one line that names the thing and the remedy."""
+
+
+def several_processes(index: int) -> None:
+    """Says that this is one process of several: a failure then ends it at once, and thereby the others.
+
+    An orderly end would wait for the others, who wait for this one.
+    """
+    global _process
+    _process = index
 
 
 def main_guard(main: Callable[P, int | None]) -> Callable[P, NoReturn]:
@@ -20,10 +36,24 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, NoReturn]:
         try:
             sys.exit(main(*args, **kwargs) or 0)
         except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
+            where = f"process {_process}: " if _process else ""
+            _fail(f"error: {where}{' '.join(str(error).split())}", 2)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            _fail("interrupted", 130)
+        except Exception:
+            if _process is None:
+                raise
+            time.sleep(VERDICT)
+            _fail(f"process {_process}:\n{traceback.format_exc()}", 1)
 
     return run
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    stderr = sys.stderr if _process is None else sys.__stderr__
+    print(message, file=stderr, flush=True)
+    if _process is None:
+        sys.exit(code)
+    if sys.__stdout__ is not None:
+        sys.__stdout__.flush()
+    os._exit(code)

@@ -13,6 +13,8 @@ import jax
 
 Branches = Literal["largest", "average"]
 
+ONCE = "mostly_once"  # the name of a scope whose `lax.scan` counts as one turn: the others are for rare loads
+
 
 class Collective(NamedTuple):
     """A collective operation among the `devices` of mesh `axes`; `nbytes` is what one device puts in."""
@@ -82,7 +84,7 @@ def count(function: Callable[..., Any], *args: Any, branches: Branches = "larges
     Raises:
       ValueError: there is a loop whose length is unknown, or a kernel that hides its work; named.
     """
-    return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr, branches)
+    return cost_of(jax.make_jaxpr(function)(*args).jaxpr, branches)
 
 
 # fmt: off
@@ -109,7 +111,8 @@ _COLLECTIVES = {
 _OPAQUE = ("pallas_call", "triton_kernel_call", "ffi_call", "mosaic_gpu")
 
 
-def _jaxpr(jaxpr: Any, branches: Branches) -> Cost:
+def cost_of(jaxpr: Any, branches: Branches = "largest") -> Cost:
+    """The same of a jaxpr."""
     total = Cost()
     for eqn in jaxpr.eqns:
         total += _equation(eqn, branches)
@@ -132,10 +135,10 @@ def _equation(eqn: Any, branches: Branches) -> Cost:
         return _cond(eqn, branches)
     if name == "while":
         raise ValueError("function: it has a while loop, whose length is unknown: use lax.scan")
-    inner = [_jaxpr(jaxpr, branches) for jaxpr in _subjaxprs(eqn.params.values())]
+    inner = [cost_of(jaxpr, branches) for jaxpr in _subjaxprs(eqn.params.values())]
     cost = sum(inner, Cost())
     if name == "scan":
-        return cost.times(eqn.params["length"])
+        return cost.times(1 if ONCE in str(eqn.source_info.name_stack).split("/") else eqn.params["length"])
     if name == "shard_map":
         mesh, manual = eqn.params["mesh"], eqn.params["newly_manual_axes"]
         return cost.times(1, devices=math.prod(mesh.shape[axis] for axis in manual))
@@ -155,8 +158,8 @@ def _subjaxprs(values: Iterable[Any]) -> Iterable[Any]:
 def _cond(eqn: Any, branches: Branches) -> Cost:
     jaxprs, platforms = eqn.params["branches"], eqn.params.get("branches_platforms")
     if platforms is not None:  # the form for all other platforms, which comes last
-        return _jaxpr(jaxprs[-1].jaxpr, branches)
-    costs = [_jaxpr(branch.jaxpr, branches) for branch in jaxprs]
+        return cost_of(jaxprs[-1].jaxpr, branches)
+    costs = [cost_of(branch.jaxpr, branches) for branch in jaxprs]
     if branches == "largest":
         return max(costs, key=lambda cost: (cost.flops, cost.sent))
     return sum(costs, Cost()).times(1 / len(costs))

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from m1jax.config import M1Config
 from m1jax.errors import UserError
@@ -121,7 +121,7 @@ def choose(config: M1Config, devices: int, use: Use = "serve", memory: float = 8
     known = [preset for preset in PRESETS[use] if preset.devices == devices]
     known.sort(key=lambda preset: abs(preset.memory - memory))
     reasons = []
-    for shape in (*(preset.mesh for preset in known), *_factorings(devices, use)):
+    for shape in (*(preset.mesh for preset in known), *factorings(devices, use)):
         try:
             check(config, abstract_mesh(shape, use))
         except UserError as error:
@@ -131,7 +131,7 @@ def choose(config: M1Config, devices: int, use: Use = "serve", memory: float = 8
     raise UserError(f"no mesh of {devices} devices divides this model: {reasons[-1]}")
 
 
-def _factorings(devices: int, use: Use) -> Iterator[MeshShape]:
+def factorings(devices: int, use: Use) -> Iterator[MeshShape]:
     """Meshes of so many devices, those that split most first; `data` or `fsdp` takes what is left over."""
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     for rows in divisors:
@@ -166,9 +166,3 @@ def _axes(shape: MeshShape, use: Use) -> tuple[tuple[str, ...], tuple[int, ...]]
     if use == "serve" and shape.fsdp > 1:
         raise UserError(f"mesh {shape}: fsdp is an axis of training only: use data, expert or tensor")
     return AXES[use], tuple(getattr(shape, axis) for axis in AXES[use])
-
-
-def mesh_of(x: jax.Array) -> Mesh | None:
-    """The mesh that an array lies on; None if on a single device."""
-    sharding = x.sharding
-    return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None

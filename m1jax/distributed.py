@@ -1,0 +1,96 @@
+"""One program on several machines: the flags, the start, and the end when a process is lost.
+
+Every process runs the same command. jax's coordination service, on process 0, finds the processes, watches their
+heartbeats and ends all of them when one is missing, naming it. Only process 0 prints.
+"""
+
+import argparse
+import os
+import re
+import sys
+
+from m1jax import errors
+from m1jax.errors import UserError
+
+HEARTBEAT = 10  # seconds without one until a process counts as lost
+CONNECT = 120  # seconds until all processes must have called
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that runs on several machines."""
+    group = parser.add_argument_group("several machines (every process runs the same command)")
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0; auto lets jax find everything under SLURM, Kubernetes, Open MPI or on TPU pods",
+    )
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises `UserError` for flags that contradict each other; needs no jax."""
+    count, index = args.num_processes, args.process_id
+    if args.coordinator in (None, "auto"):
+        if count is not None or index is not None:
+            raise UserError("--num-processes and --process-id go with --coordinator HOST:PORT")
+        return
+    if not re.fullmatch(r"\S+:[0-9]{1,5}", args.coordinator):
+        raise UserError(f"--coordinator {args.coordinator!r}: expected HOST:PORT or auto")
+    if count is None or index is None:
+        raise UserError("--coordinator HOST:PORT needs --num-processes and --process-id")
+    if not 0 <= index < count:
+        raise UserError(f"--process-id {index} must be 0 … {count - 1}, as --num-processes is {count}")
+
+
+def start(args: argparse.Namespace) -> int:
+    """Joins the other processes, if there are any; which process this is. To be called before jax is used.
+
+    Raises:
+      UserError: no cluster is found, or the others do not answer.
+    """
+    if args.coordinator is None:
+        return 0
+    import jax
+
+    address = None if args.coordinator == "auto" else args.coordinator
+    try:
+        jax.distributed.initialize(
+            address,
+            args.num_processes,
+            args.process_id,
+            initialization_timeout=CONNECT,
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
+    except (RuntimeError, ValueError) as error:
+        found = "no cluster was found" if address is None else f"the processes did not meet at {address}"
+        raise UserError(f"{found} ({' '.join(str(error).split())[:200]})") from None
+    index = jax.process_index()
+    errors.several_processes(index)
+    if index:
+        # What libraries write from C++ goes there as well.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.__stdout__.fileno() if sys.__stdout__ else 1)
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
+    return index
+
+
+def is_first(args: argparse.Namespace) -> bool:
+    """Whether this is process 0, for commands that one process does alone: the others have nothing to do."""
+    if args.coordinator is None or args.process_id is not None:
+        return not args.process_id
+    index = start(args)
+    import jax
+
+    jax.distributed.shutdown()  # nobody waits for anybody
+    return index == 0
+
+
+def wait(name: str) -> None:
+    """Returns when all processes have called it with this name; at once if there is only one."""
+    import jax
+
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)

@@ -1,0 +1,95 @@
+"""Compiles a step for accelerators that are not there, to learn what the real compiler makes of it.
+
+The wheel of a backend is enough; no driver, no device. CPU compiles as well, for the bytes of arguments only: its
+temporaries say nothing about an accelerator, since it up-casts bfloat16 and hoists weights out of loops.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import time
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from m1jax.config import M1Config
+from m1jax.errors import UserError
+from m1jax.sharding.machines import Device
+from m1jax.sharding.mesh import AXES, MeshShape
+from m1jax.sharding.steps import Workload, make_step
+
+Platform = Literal["cpu", "cuda", "tpu"]
+
+_LIBTPU = "0.0.42.*"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a step: bytes on each device, and how long it took."""
+
+    platform: Platform
+    arguments: int
+    temporaries: int
+    seconds: float
+
+
+def compile_step(config: M1Config, work: Workload, mesh: MeshShape, platform: Platform, device: Device) -> Compiled:
+    """Compiles a step of a workload.
+
+    Raises:
+      UserError: the backend's wheel is missing, or it does not know the device.
+    """
+    devices = _devices(platform, mesh.size, device)
+    names = AXES[work.use]
+    sizes = [getattr(mesh, axis) for axis in names]
+    real = Mesh(np.asarray(devices).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(names))
+    step = make_step(config, work, real)
+    start = time.perf_counter()
+    with jax.set_mesh(real):
+        compiled = jax.jit(step.function, donate_argnums=step.donated).lower(*step.arguments).compile()
+    memory = compiled.memory_analysis()
+    seconds = time.perf_counter() - start
+    return Compiled(platform, memory.argument_size_in_bytes, memory.temp_size_in_bytes, seconds)
+
+
+def check_backend(platform: Platform) -> None:
+    """Raises `UserError` if the wheel of a backend is missing."""
+    version = jax.__version__
+    if platform == "cuda" and importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise UserError(
+            "--compile cuda needs the compiler (131 MB, no GPU): pip install --no-deps "
+            f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"
+        )
+    if platform == "tpu" and importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"--compile tpu needs the compiler (no TPU): pip install 'libtpu=={_LIBTPU}'")
+
+
+def prepare(platform: Platform, devices: int) -> None:
+    """What must be set before jax makes its first array: no accelerator is looked for, CPU devices are many."""
+    check_backend(platform)
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    jax.config.update("jax_platforms", "cpu")
+    if platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+@functools.cache
+def _devices(platform: Platform, count: int, device: Device) -> list[jax.Device]:
+    if platform == "cpu":
+        present = jax.local_devices(backend="cpu")
+        if len(present) < count:
+            raise UserError(f"{count} CPU devices are needed, {len(present)} are set up")
+        return present[:count]
+    check_backend(platform)
+    if device.platform != platform:
+        raise UserError(f"--compile {platform} does not compile for {device.name}, a {device.platform} device")
+    if platform == "cuda":
+        from m1jax.kernels.gpu import deviceless
+
+        return list(deviceless.mesh({"device": count}).devices.flat)
+    raise UserError("tpu")

@@ -1,0 +1,60 @@
+"""One process of several: `python -m tests.process_worker TASK COORDINATOR COUNT INDEX DEVICES ARGS…`."""
+
+import argparse
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+import m1jax
+from m1jax import distributed
+from m1jax.errors import main_guard
+from m1jax.params import flatten
+from m1jax.saving import save
+from m1jax.sharding.mesh import MeshShape, make_mesh
+
+
+def copy(source: str, target: str, mesh: str, dtype: str) -> None:
+    """Loads a checkpoint onto a mesh and saves it; every process has its share of the experts only."""
+    model = m1jax.load(source, dtype, mesh=mesh)
+    gate_up = flatten(model)["moe.gate_up"]
+    own = sum(shard.data.size for shard in gate_up.addressable_shards)
+    assert own == gate_up.size // jax.process_count(), "more than its share"
+    save(model, target)
+    print(f"process {jax.process_index()} of {jax.process_count()} has saved", flush=True)
+
+
+def die(victim: str) -> None:
+    """Exchanges numbers until one process is killed in the middle of a step."""
+    mesh = make_mesh(MeshShape(data=jax.device_count()))
+    where = NamedSharding(mesh, PartitionSpec("data"))
+    x = jax.make_array_from_callback((jax.device_count(),), where, lambda _: np.ones((1,), np.float32))
+    step = jax.jit(lambda x: x / jnp.sum(x), out_shardings=where)
+    for turn in range(100_000):
+        if turn == 20 and jax.process_index() == int(victim):
+            step(x)  # the others wait for its part
+            os.kill(os.getpid(), 9)
+        x = step(x).block_until_ready()
+
+
+def bad(_: str) -> None:
+    """Fails on one process only."""
+    if jax.process_index() == 1:
+        raise m1jax.UserError("this machine lacks the file")
+    distributed.wait("never")
+
+
+@main_guard
+def main() -> None:
+    task, coordinator, count, index, devices, *args = sys.argv[1:]
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", int(devices))
+    distributed.start(argparse.Namespace(coordinator=coordinator, num_processes=int(count), process_id=int(index)))
+    {"copy": copy, "die": die, "bad": bad}[task](*args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""The planner: known bytes of the released M1, estimates by hand, what fits, the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from m1jax import plan as command
+from m1jax.errors import UserError
+from m1jax.presets import find_config
+from m1jax.sharding import compiling
+from m1jax.sharding.flops import Collective
+from m1jax.sharding.liveness import temporaries
+from m1jax.sharding.machines import DEVICES, parse_devices
+from m1jax.sharding.mesh import MeshShape
+from m1jax.sharding.plan import Traffic, arguments, best, make_plan, model_flops
+from m1jax.sharding.steps import Workload
+from tests.tools import variant
+
+FULL = find_config("m1-80k")
+SMALL = variant(
+    layer_types=("lightning", "softmax"),
+    vocab_size=64,
+    num_key_value_heads=4,
+    num_local_experts=8,
+    max_position_embeddings=4096,
+)
+H200 = DEVICES["H200"]
+F32 = 4
+
+
+def test_known_bytes_of_the_released_model() -> None:
+    int8 = arguments(FULL, Workload("serve", 8, 131072, quantize="int8"), MeshShape(expert=8), 0)
+    assert int8.parameters == pytest.approx(59.76e9, abs=5e6)
+    assert int8.arguments == pytest.approx(65.42e9, abs=5e6)
+    bf16 = arguments(FULL, Workload("serve", 64, 131072), MeshShape(expert=8, tensor=8), 0)
+    assert bf16.arguments == pytest.approx(24.62e9, abs=5e6)
+    # Float32 weights and both moments of Adam, split over all 512 devices but for the routers and most norms.
+    train = arguments(FULL, Workload("train", 64, 4096), MeshShape(fsdp=8, expert=8, tensor=8), 0)
+    assert train.arguments == pytest.approx(10.89e9, abs=5e6)
+    assert train.optimizer == 2 * train.parameters
+
+
+def test_flops_of_a_step() -> None:
+    decode = [model_flops(FULL, Workload("serve", batch, context)) for batch, context in ((1, 4096), (8, 4096))]
+    assert decode[1] == 8 * decode[0]
+    # A prompt costs what its positions cost one by one, but for the logits.
+    prefill = model_flops(FULL, Workload("prefill", 1, 4, chunk=4))
+    steps = sum(model_flops(FULL, Workload("serve", 1, n)) for n in (1, 2, 3, 4))
+    assert prefill == pytest.approx(steps - 3 * 2 * 6144 * 200_064, rel=1e-5)
+    # 45.9 B active parameters, and the head.
+    train = model_flops(FULL, Workload("train", 1, 1024))
+    assert train == pytest.approx(4 * 2 * (45.9e9 + 200_064 * 6144) * 1024, rel=0.05)
+
+
+def test_plan_of_a_small_model() -> None:
+    work = Workload("serve", 4, 512, dtype="float32")
+    found = make_plan(SMALL, work, MeshShape(data=2, expert=4), H200)
+    assert found.fits and found.memory.cache == 2 * 2 * 1 * 512 * 8 * F32 + 2 * F32  # and the lengths
+    assert found.memory.state == 2 * 1 * 8 * 8 * F32
+    assert found.roofline.bound == max(("arithmetic", "memory", "links"), key=lambda k: getattr(found.roofline, k))
+    assert found.longest_context == SMALL.max_position_embeddings
+    assert {"psum"} <= {t.collective.kind for t in found.traffic}
+    assert all(not t.between_nodes for t in found.traffic)
+    assert found.tokens_per_second == pytest.approx(4 / found.roofline.seconds)
+
+
+def test_limits_are_the_last_that_fit() -> None:
+    work = Workload("serve", 8, 131072, quantize="int8")
+    found = make_plan(FULL, work, MeshShape(expert=8), H200)
+    batch, context = found.largest_batch, found.longest_context
+    assert batch is not None and context is not None
+    room = H200.memory - found.memory.parameters
+    assert arguments(FULL, Workload("serve", batch, 131072, quantize="int8"), MeshShape(expert=8), 0).fits(H200.memory)
+    assert batch * (found.memory.cache + found.memory.state) / 8 < room < 1.3 * batch * found.memory.cache / 8
+    assert context * found.memory.cache / 131072 < room < 1.3 * context * found.memory.cache / 131072
+    none = make_plan(FULL, work, MeshShape(expert=8), DEVICES["v6e"])
+    assert not none.fits and none.largest_batch is None and none.longest_context is None
+
+
+def test_groups_within_a_node_and_between() -> None:
+    found = make_plan(FULL, Workload("serve", 64, 4096), MeshShape(expert=8, tensor=8), H200)
+    over = {t.collective.axes: t.between_nodes for t in found.traffic}
+    assert over[("tensor",)] is False and over[("expert",)] is True
+    collective = Collective("psum", ("a",), 8, 800)
+    assert Traffic(collective, 3, False).sent == 3 * 2 * 7 / 8 * 800
+
+
+def test_best_mesh() -> None:
+    assert best(FULL, Workload("serve", 8, 131072), 1, H200) is None
+    found = best(FULL, Workload("serve", 8, 131072), 8, H200)
+    assert found is not None and found.fits and found.mesh.size == 8
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (Workload("serve", 3, 512), "batch 3 is not a multiple of 2"),
+        (Workload("serve", 4, 511), "context 511 is not a multiple of 2"),
+    ],
+)
+def test_what_does_not_divide(size: Workload, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_plan(SMALL, size, MeshShape(data=2, seq=2), H200)
+
+
+# --- temporaries ---------------------------------------------------------------------------------------------------
+
+X = jax.ShapeDtypeStruct((100, 100), jnp.float32)
+SIZE = 100 * 100 * F32
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x: x + 1, 0),  # an output
+        (lambda x: jnp.sum(jnp.exp(x) * 2), 0),  # fused into the sum
+        (lambda x: jnp.sum((x @ x) @ x), 2 * SIZE),
+        (lambda x: jnp.sum(((x @ x) @ x) @ x), 2 * SIZE),  # the first is gone when the third is made
+        (lambda x: jnp.sum((x @ x).reshape(-1)), SIZE),
+        (lambda x: x.at[0].set(1.0), 0),  # in place
+        (lambda x: jnp.sum(lax.scan(lambda c, _: (c.at[0].add(1.0), None), x @ x, length=9)[0]), SIZE),
+        (lambda x: jnp.sum(lax.scan(lambda c, _: (c, jnp.sum(c @ x @ x)), x @ x, length=9)[1]), 3 * SIZE),
+        (lambda x: jnp.sum(lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x @ x)), 2 * SIZE),
+    ],
+)
+def test_temporaries_by_hand(function: Any, expected: int) -> None:
+    assert abs(temporaries(function, X) - expected) < 0.1 * SIZE
+
+
+def test_temporaries_are_those_of_one_device() -> None:
+    mesh = jax.sharding.AbstractMesh((4,), ("a",))
+    spec = jax.sharding.PartitionSpec("a")
+    function = jax.shard_map(lambda x: x @ x.T @ x, mesh=mesh, in_specs=spec, out_specs=spec)
+    assert temporaries(function, X) == 25 * 25 * F32
+
+
+# --- compilers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["serve", "prefill", "train"])
+def test_the_compiler_counts_the_same_arguments(mode: Any) -> None:
+    work, mesh = Workload(mode, 8, 32, chunk=16, dtype="float32"), MeshShape(data=2, expert=4)
+    counted = arguments(SMALL, work, mesh, 0).arguments
+    found = compiling.compile_step(SMALL, work, mesh, "cpu", H200)
+    inputs = found.arguments - counted
+    assert 0 <= inputs <= 8 * 32 * F32 + 64  # tokens, lengths, the optimiser's count
+
+
+def test_missing_wheels_and_wrong_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="pip install --no-deps jax-cuda13-plugin=="):
+        compiling.check_backend("cuda")
+    with pytest.raises(UserError, match="libtpu"):
+        compiling.check_backend("tpu")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="16 CPU devices are needed"):
+        compiling.compile_step(SMALL, Workload("serve", 16, 32), MeshShape(data=16), "cpu", H200)
+
+
+# --- command line --------------------------------------------------------------------------------------------------
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(compiling, "prepare", lambda *_: None)  # this process has its devices
+    with pytest.raises(SystemExit) as caught:
+        command.main(args)
+    out = capsys.readouterr()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code, out.out, out.err
+
+
+def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--config", "m1-80k", "--devices", "8xH200", "--quantize", "int8", "--context", "131072", "--batch", "8"]
+    code, out, _ = run(capsys, monkeypatch, *options)
+    assert code == 0
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "parameters 59.76" in lines and "cache 5.37" in lines and "it fits" in lines
+    assert any("bound by memory" in line for line in lines)
+    code, out, _ = run(capsys, monkeypatch, *options, "--json")
+    values = json.loads(out)
+    assert values["memory"]["parameters"] == pytest.approx(59.76e9, abs=5e6)
+    assert values["mesh"]["expert"] == 8 and values["fits"] is True
+    assert values["collectives"][0]["devices"] == 8
+
+
+def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_official()))
+    options = ["--config", str(tmp_path), "--devices", "2xH100", "--context", "512", "--batch", "4", "--sweep"]
+    code, out, _ = run(capsys, monkeypatch, *options)
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["devices", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--devices", "8xZ80"], "devices '8xZ80': expected a count and a kind"),
+        (["--devices", "8xH200", "--mesh", "expert=4"], "has 4 devices, --devices says 8"),
+        (["--devices", "8xH200", "--mesh", "tensor=3,data=1"], "has 3 devices"),
+        (["--devices", "24xH200", "--mesh", "tensor=24"], "heads = 64 cannot be split 24 ways"),
+        (["--devices", "8xH200", "--mode", "train", "--quantize", "int8"], "--quantize is for serving"),
+        (["--devices", "8xH200", "--context", "99999999"], "exceeds the model's 10240000 tokens"),
+        (["--devices", "8xH200", "--sweep", "--mesh", "expert=8"], "drop --mesh"),
+        (["--devices", "8xH200", "--batch", "0"], "batch must be 1 or more"),
+        (["--config", "m2"], "known m1-80k"),
+        (["--mod", "serve"], "unrecognized arguments"),
+    ],
+)
+def test_bad_command_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    required = [f"--{k}={v}" for k, v in (("config", "m1-80k"), ("devices", "8xH200")) if f"--{k}" not in options]
+    code, _, err = run(capsys, monkeypatch, *required, *options)
+    assert code == 2 and message in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_devices() -> None:
+    assert parse_devices("8xH200") == (8, H200)
+    assert parse_devices("512 x h800")[0] == 512
+    assert parse_devices("H100") == (1, DEVICES["H100"])
+    assert DEVICES["H800"].link < DEVICES["H100"].link

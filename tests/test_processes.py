@@ -1,0 +1,147 @@
+"""Several processes, as on several machines: loading, saving, generating, and the loss of one of them."""
+
+import argparse
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import m1jax
+from m1jax import distributed
+from m1jax.errors import UserError
+from m1jax.params import flatten
+from tests.checkpoints import random_tensors, write_checkpoint
+from tests.tools import variant
+
+CONFIG = variant(vocab_size=64, num_key_value_heads=4, num_local_experts=8)
+ROOT = Path(__file__).parents[1]
+LIMIT = 100  # seconds
+
+
+class Ended(NamedTuple):
+    """How a process ended, and the seconds since the start."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """A free port on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    yield f"127.0.0.1:{port}"
+
+
+def run(address: str, count: int, module: str, args: Sequence[str]) -> list[Ended]:
+    """Runs a module in so many processes; `{index}` in its arguments is each one's own number."""
+    start = time.monotonic()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *(arg.format(index=i, count=count, address=address) for arg in args)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for i in range(count)
+    ]
+    ended: dict[int, float] = {}
+    try:
+        while len(ended) < count and time.monotonic() - start < LIMIT:
+            ended |= {i: time.monotonic() for i, p in enumerate(processes) if i not in ended and p.poll() is not None}
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+    texts = [process.communicate() for process in processes]
+    return [
+        Ended(process.returncode, *texts[i], ended.get(i, float("inf")) - start) for i, process in enumerate(processes)
+    ]
+
+
+def work(address: str, count: int, devices: int, task: str, *args: object) -> list[Ended]:
+    """Runs a task of `tests.process_worker`."""
+    return run(
+        address, count, "tests.process_worker", [task, "{address}", "{count}", "{index}", str(devices), *map(str, args)]
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("processes") / "m", CONFIG, random_tensors(CONFIG, ("bfloat16",)))
+
+
+def test_saved_by_four_processes_loaded_by_two_and_by_one(folder: Path, tmp_path: Path, address: str) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    ended = work(address, 4, 2, "copy", folder, first, "expert=2,tensor=4", "float32")
+    assert [e.code for e in ended] == [0] * 4, ended
+    assert "process 0 of 4 has saved" in ended[0].out
+    assert [(e.out, e.err) for e in ended[1:]] == [("", "")] * 3  # only process 0 prints
+    ended = work(address, 2, 2, "copy", first, second, "data=1,expert=4,tensor=1", "bfloat16")
+    assert [e.code for e in ended] == [0] * 2, ended
+    assert not list(tmp_path.glob("*.partial"))
+    source, copy = flatten(m1jax.load(folder)), flatten(m1jax.load(second, mesh="data=2,expert=2,tensor=2"))
+    for name, value in source.items():
+        np.testing.assert_array_equal(np.asarray(copy[name]), np.asarray(value), err_msg=name)
+
+
+@pytest.mark.parametrize("victim", [2, 0])
+def test_a_killed_process_ends_the_others_and_is_named(address: str, victim: int) -> None:
+    ended = work(address, 4, 2, "die", victim)
+    killed = ended[victim]
+    assert killed.code == -9
+    for i, other in enumerate(ended):
+        if i != victim:
+            assert other.code != 0 and other.seconds - killed.seconds < 15, other
+    if victim:  # whose loss the coordinator reports; without one, the connection to it is lost
+        assert f"unhealthy (stopped sending heartbeats):\n{victim}\n" in ended[0].err
+    else:
+        assert "coordination service" in ended[1].err
+
+
+def several(address: str, count: int, command: str, *args: object) -> list[Ended]:
+    """Runs one of the commands in so many processes."""
+    flags = ["--coordinator", "{address}", "--num-processes", "{count}", "--process-id", "{index}"]
+    return run(address, count, f"m1jax.{command}", [*map(str, args), *flags])
+
+
+def test_one_process_converts_and_plans(folder: Path, tmp_path: Path, address: str) -> None:
+    ended = several(address, 2, "convert", folder, tmp_path / "converted")
+    assert [e.code for e in ended] == [0, 0], ended
+    assert "complete" in ended[0].out and (ended[1].out, ended[1].err) == ("", "")
+    assert m1jax.load(tmp_path / "converted").config == CONFIG
+    ended = several(address, 2, "plan", "--config", folder, "--devices", "4xH200", "--context", "64")
+    assert [e.code for e in ended] == [0, 0], ended
+    assert "parameters" in ended[0].out and ended[1].out == ""
+
+
+def test_an_error_of_one_process_ends_the_others(address: str) -> None:
+    ended = work(address, 2, 1, "bad", "")
+    assert ended[1].code == 2 and ended[1].err == "error: process 1: this machine lacks the file\n"
+    assert ended[0].code != 0 and ended[0].seconds - ended[1].seconds < 15
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "count", "index", "message"),
+    [
+        (None, 4, None, "go with --coordinator"),
+        ("auto", None, 0, "go with --coordinator"),
+        ("here", 4, 0, "expected HOST:PORT or auto"),
+        ("here:1", None, 0, "needs --num-processes and --process-id"),
+        ("here:1", 4, 4, "--process-id 4 must be 0 … 3"),
+    ],
+)
+def test_bad_flags(coordinator: str | None, count: int | None, index: int | None, message: str) -> None:
+    args = argparse.Namespace(coordinator=coordinator, num_processes=count, process_id=index)
+    with pytest.raises(UserError, match=message):
+        distributed.check(args)
