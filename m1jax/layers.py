@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from m1jax.config import M1Config
 from m1jax.kernels.linear import linear
+from m1jax.sharding.capacity import within_capacity
 from m1jax.sharding.experts import experts
 from m1jax.sharding.region import matrix, size_of, split_over, total
 from m1jax.sharding.sequence import append, lightning_attention, softmax_attention
@@ -131,8 +132,13 @@ class MoE(nnx.Module):
     gate_up: nnx.Param  # [L, E, 2, F, M], or `Quantized`
     down: nnx.Param  # [L, E, M, F], or `Quantized`
 
-    def __call__(self, x: jax.Array, i: jax.Array, valid: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-        """x `[B, T, M]`, valid bool `[B, T]`; returns y `[B, T, M]` and router logits float32 `[B, T, E]`."""
+    def __call__(
+        self, x: jax.Array, i: jax.Array, valid: jax.Array, k: int, capacity: float | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """x `[B, T, M]`, valid bool `[B, T]`; returns y `[B, T, M]` and router logits float32 `[B, T, E]`.
+
+        With a `capacity` experts take no more tokens than `within_capacity` allows; else none is dropped.
+        """
         B, T, M = x.shape
         flat = x.reshape(B * T, M)
         logits = linear(flat.astype(jnp.float32), self.router[...], i)
@@ -140,6 +146,8 @@ class MoE(nnx.Module):
         weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), k)
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         chosen = jnp.where(valid.reshape(-1, 1), chosen, E)  # padding goes to nobody
+        if capacity is not None:
+            chosen = within_capacity(chosen.reshape(B, T, k), E, capacity).reshape(B * T, k)
         (gate_up, layer), (down, _) = matrix(self.gate_up, i), matrix(self.down, i)
         y = experts(flat, gate_up, down, chosen, weights, layer=layer)
         return y.reshape(B, T, M), logits.reshape(B, T, E)

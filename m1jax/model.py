@@ -255,11 +255,12 @@ def body(
     lengths: jax.Array,
     decays: jax.Array | None = None,
     segments: jax.Array | None = None,
+    capacity: float | None = None,
 ) -> Carry:
     """All layers; `tokens_seen` int32 `[B]` is the position of the first token, `lengths` int32 `[B]` as in `step`.
 
     `decays` float32 `[L, H]` is log λ where the layers are a part of a larger model, whose numbering counts.
-    `segments` int32 `[B, T]` as in `M1.__call__`, where nothing was read before.
+    `segments` int32 `[B, T]` as in `M1.__call__`, where nothing was read before. `capacity` as in `layers.MoE`.
     """
     cfg = model.config
     p = period(cfg.layer_types)
@@ -292,7 +293,7 @@ def body(
             alpha, beta = cfg.softmax_alpha, cfg.softmax_beta
         x = _residual(h if cfg.postnorm else carry.x, y, alpha, beta)
         h = layers.rms_norm(x, model.block.mlp_norm[...][i], cfg.rms_norm_eps)
-        y, logits = model.moe(h, i, valid, cfg.num_experts_per_tok)
+        y, logits = model.moe(h, i, valid, cfg.num_experts_per_tok, capacity)
         if model.shared is not None:
             y = model.shared(h, i, y)
         x = _residual(h if cfg.postnorm else x, y, cfg.mlp_alpha, cfg.mlp_beta)

@@ -14,7 +14,7 @@ from m1jax.model import M1, build
 from m1jax.params import flatten
 from m1jax.sharding.mesh import MeshShape, Use, make_mesh
 from m1jax.sharding.rules import shardings
-from m1jax.train.forward import hidden_states
+from m1jax.train.forward import Routing, hidden_states
 from m1jax.train.loss import balancing_loss, head_weight, token_log_probs
 from tests.tools import random_model, rms_error, variant
 
@@ -148,6 +148,25 @@ def test_logits_states_and_steps(name: str) -> None:
     for b in range(4):
         assert rms_error(state.cache.k[:, b, :, : at[b]], plain.cache.k[:, b, :, : at[b]]) < 2e-6
     assert list(state.length) == list(at)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, use) in MESHES.items() if use == "train"])
+def test_the_capacity_drops_the_same_tokens_on_every_mesh(name: str) -> None:
+    def run(model: M1) -> tuple[jax.Array, Routing]:
+        return hidden_states(model, TOKENS, SEGMENTS, capacity=0.7)
+
+    want, routing = jax.jit(run)(model())
+    _, k, E = routing.chosen.shape
+    valid = int(np.sum(SEGMENTS > 0))
+    # What is beyond the limit of every expert, counted from how often each was chosen.
+    limit = np.ceil(0.7 * valid * k / E)
+    beyond = np.maximum(np.sum(np.asarray(routing.chosen), axis=1) - limit, 0).sum(axis=1)
+    assert np.array_equal(routing.dropped, beyond) and np.all(beyond > 0)
+    mesh = mesh_of(name)
+    with jax.set_mesh(mesh):
+        got, theirs = jax.jit(run)(on(mesh))
+    assert rms_error(np.asarray(got)[SEGMENTS > 0], np.asarray(want)[SEGMENTS > 0]) < 2e-6
+    assert np.array_equal(theirs.dropped, routing.dropped) and np.array_equal(theirs.chosen, routing.chosen)
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused() -> None:

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from m1jax.config import LIGHTNING, M1Config
 from m1jax.model import M1, TOKENS, Carry, Run, all_decays, body, embed, final_norm, period, runs, stretched
+from m1jax.sharding.capacity import within_capacity
 from m1jax.sharding.region import block, on_mesh, start, total
 
 Remat = Literal["none", "projections", "layer"]
@@ -27,10 +28,15 @@ class Routing(NamedTuple):
     probability: jax.Array  # [L, E]
     entropy: jax.Array  # [L], in nats
     tokens: jax.Array  # [L]
+    dropped: jax.Array  # [L], choices beyond the experts' capacity; 0 without one
 
 
 def hidden_states(
-    model: M1, tokens: ArrayLike, segments: ArrayLike | None = None, remat: Remat = "layer"
+    model: M1,
+    tokens: ArrayLike,
+    segments: ArrayLike | None = None,
+    remat: Remat = "layer",
+    capacity: float | None = None,
 ) -> tuple[jax.Array, Routing]:
     """Hidden states `[B, T, M]` after the last norm, ready for the head, and what the routers did.
 
@@ -40,6 +46,7 @@ def hidden_states(
       segments: int32 `[B, T]` for packed rows, as in `M1.__call__`; None: every token is valid.
       remat: what the gradient keeps of each layer: "none" everything (nothing is computed twice), "projections" the
         outputs of the matrices of attention, "layer" only the layer's input.
+      capacity: of the experts, as in `m1jax.sharding.capacity`; None drops no token.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     segments = None if segments is None else jnp.asarray(segments, jnp.int32)
@@ -47,19 +54,24 @@ def hidden_states(
     def local(
         model: M1, tokens: jax.Array, lengths: jax.Array, segments: jax.Array | None
     ) -> tuple[jax.Array, Routing]:
-        x, routing = _layers(model, embed(model, tokens), lengths, segments, remat)
+        x, routing = _layers(model, embed(model, tokens), lengths, segments, remat, capacity)
         routing = jax.tree.map(lambda a: total(total(a, "batch"), "sequence"), routing)
         return final_norm(model, x), routing
 
     B, T = tokens.shape
-    out = ((*TOKENS, "channel"), Routing((), (), (), ()))  # pyright: ignore[reportArgumentType]
+    out = ((*TOKENS, "channel"), Routing((), (), (), (), ()))  # pyright: ignore[reportArgumentType]
     run = on_mesh(local, model.config, out, model=(), tokens=TOKENS, lengths=("batch",), segments=TOKENS)
     x, routing = run(model, stretched(tokens), jnp.full((B,), T, jnp.int32), stretched(segments))
     return x[:, :T], routing
 
 
 def _layers(
-    model: M1, x: jax.Array, lengths: jax.Array, segments: jax.Array | None, remat: Remat
+    model: M1,
+    x: jax.Array,
+    lengths: jax.Array,
+    segments: jax.Array | None,
+    remat: Remat,
+    capacity: float | None,
 ) -> tuple[jax.Array, Routing]:
     cfg = model.config
     p = period(cfg.layer_types)
@@ -70,7 +82,7 @@ def _layers(
         kind: _by_period(model.lightning if kind == LIGHTNING else model.softmax, cfg, p)
         for kind in dict.fromkeys(cfg.layer_types)
     }
-    step = functools.partial(_layer, model, lengths, segments)
+    step = functools.partial(_layer, model, lengths, segments, capacity)
 
     def one(x: jax.Array, stacks: Any) -> tuple[jax.Array, Routing]:
         common, mixers = stacks
@@ -104,7 +116,13 @@ def _checkpointed(layer: Any, remat: Remat) -> Any:
 
 
 def _layer(
-    model: M1, lengths: jax.Array, segments: jax.Array | None, kind: str, x: jax.Array, inputs: Any
+    model: M1,
+    lengths: jax.Array,
+    segments: jax.Array | None,
+    capacity: float | None,
+    kind: str,
+    x: jax.Array,
+    inputs: Any,
 ) -> tuple[jax.Array, Routing]:
     """One layer: the body of a model that has no other."""
     (norms, moe, shared, decay), mixer = jax.tree.map(lambda a: a[None], inputs)
@@ -123,26 +141,32 @@ def _layer(
     B, T = x.shape[:2]
     logits = jnp.zeros((1, B, T, cfg.num_local_experts), jnp.float32)
     carry = Carry(x, None, None, None, None, logits)
-    carry = body(one, carry, jnp.zeros((B,), jnp.int32), lengths, decay, segments)
+    carry = body(one, carry, jnp.zeros((B,), jnp.int32), lengths, decay, segments, capacity)
     assert carry.router_logits is not None
     valid = start("sequence", T) + jnp.arange(T) < lengths[:, None]
     if segments is not None:
         valid &= segments > 0
-    return carry.x, _routing(carry.router_logits[0], valid, cfg)
+    return carry.x, _routing(carry.router_logits[0], valid, cfg, capacity)
 
 
-def _routing(logits: jax.Array, valid: jax.Array, config: M1Config) -> Routing:
+def _routing(logits: jax.Array, valid: jax.Array, config: M1Config, capacity: float | None) -> Routing:
     """Sums over the valid tokens of router logits `[B, T, E]`."""
     log_p = jax.nn.log_softmax(logits, axis=-1)
     p = jnp.exp(log_p)
     _, chosen = lax.top_k(p, config.num_experts_per_tok)
     weight = valid.astype(jnp.float32)
+    dropped = jnp.zeros(())
+    if capacity is not None:
+        wanted = jnp.where(valid[..., None], chosen, config.num_local_experts)
+        kept = within_capacity(wanted, config.num_local_experts, capacity)
+        dropped = jnp.sum(kept != wanted).astype(jnp.float32)
     choices = jax.nn.one_hot(chosen, config.num_local_experts, dtype=jnp.float32)
     return Routing(
         jnp.einsum("btke,bt->ke", choices, weight),
         jnp.einsum("bte,bt->e", p, weight, precision="highest"),
         -jnp.einsum("bte,bte,bt->", p, log_p, weight, precision="highest"),
         jnp.sum(weight),
+        dropped,
     )
 
 

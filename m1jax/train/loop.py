@@ -162,7 +162,7 @@ def _steps(
     """All steps from number `first`."""
     settings, config, mesh = parts.settings, parts.config, parts.mesh
     balance = settings.optimizer.balance if settings.optimizer.balance >= 0 else config.router_aux_loss_coef
-    loss = cross_entropy(settings.model.dtype, settings.model.remat, balance)
+    loss = cross_entropy(settings.model.dtype, settings.model.remat, balance, settings.model.capacity or None)
     step = make_step(loss, parts.optimizer, settings.guard)
     rate = schedule(settings.optimizer, settings.steps)
     guard = Guard(settings, loss)
@@ -212,7 +212,7 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
             "load": share,
             "load_max": float(share.max()),
             "load_min": float(share.min()),
-            "dropped": 0.0,  # every token reaches its experts: nothing in this model drops
+            "dropped": float(metrics.get("dropped", 0.0)),  # without a capacity every token reaches its experts
             "router_entropy_mean": float(np.mean(metrics["router_entropy"])),
         }
     return out

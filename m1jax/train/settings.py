@@ -23,6 +23,7 @@ class ModelSettings:
     tokenizer: str = ""  # a tokenizer folder; that of `path` by default
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; weights, head and optimiser are float32
     remat: Literal["none", "projections", "layer"] = "layer"  # what the gradient keeps of each layer
+    capacity: float = 0.0  # tokens of an expert, as a multiple of an equal share; 0: no token is dropped
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,27 +78,29 @@ def computing(model: M1, dtype: str) -> M1:
     return build(model.config, leaf)
 
 
-def cross_entropy(dtype: str, remat: Remat, balance: float) -> Loss:
+def cross_entropy(dtype: str, remat: Remat, balance: float, capacity: float | None = None) -> Loss:
     """The loss of pretraining and SFT: mean over weighted tokens, and the balancing loss.
 
     A batch has int32 `tokens`, `targets`, `segments` and float32 `weights`, all `[B, T]`. Added up over batches that
     make one step, the cross-entropy is that of all their tokens; the balancing loss is each batch's own, weighted by
-    its share of the tokens.
+    its share of the tokens. With a `capacity`, experts drop what goes beyond it; the metric `dropped` is the share.
     """
 
     def loss(model: M1, batch: Batch, total: Metrics) -> tuple[jax.Array, Metrics]:
-        hidden, routing = hidden_states(computing(model, dtype), batch["tokens"], batch["segments"], remat)
+        hidden, routing = hidden_states(computing(model, dtype), batch["tokens"], batch["segments"], remat, capacity)
         log_p, entropy = token_log_probs(hidden, head_weight(model), batch["targets"])
         weights = batch["weights"]
         nll = -jnp.sum(log_p * weights) / total["weights"]
         share = jnp.sum(batch["segments"] > 0) / total["tokens"]
         balancing = balancing_loss(routing) * share
+        choices = routing.chosen.shape[0] * routing.chosen.shape[1]  # of a token, in all layers
         metrics = {
             "cross_entropy": nll,
             "balance": balancing,
             "entropy": jnp.sum(entropy * weights) / total["weights"],
             "load": jnp.sum(routing.chosen, axis=1),  # [L, E]
             "router_entropy": routing.entropy / total["tokens"],  # [L]
+            "dropped": jnp.sum(routing.dropped) / (total["tokens"] * choices),
         }
         return nll + balance * balancing, metrics
 
