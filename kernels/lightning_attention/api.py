@@ -53,7 +53,8 @@ def lightning_attention(
         padding. The state is zero again where a segment starts; a row's first token goes on with `state`.
       layer: int32, which of the states to go on with and to replace; on a GPU in place, if the argument is donated.
       implementation: "reference"; "xla"; "triton", on Hopper GPUs, head_dim 32, 64 or 128; "triton_interpreted", the
-        same kernels on the CPU, for tests. None is "triton" where it can run, else "xla".
+        same kernels on the CPU, for tests. None is "triton" where it can run, except for more than one token in
+        float32, else "xla".
 
     Returns:
       o `[B, T, H, D]` in the dtype of `qkv` (undefined, but finite, at padded tokens), and the float32 state
@@ -64,12 +65,12 @@ def lightning_attention(
     """
     _check(qkv, log_decay, state, lengths, segments, layer)
     B, T, H, _, D = qkv.shape
-    chosen = _choose(implementation, D, qkv.dtype)
+    chosen = _choose(implementation, T, D, qkv.dtype)
     log_decay = jax.lax.stop_gradient(log_decay)
     if lengths is None:
         lengths = jnp.full((B,), T, jnp.int32)
     if chosen in ("triton", "triton_interpreted"):
-        form = gpu.default_form(D, qkv.dtype, chosen == "triton_interpreted")
+        form = gpu.default_form(D, qkv.dtype, segments is not None, chosen == "triton_interpreted")
         states = state if state is None or layer is not None else state[None]
         out, states = gpu.attend(form, qkv, log_decay, states, 0 if layer is None else layer, lengths, segments)
         return out, states if layer is not None else states[0]
@@ -85,9 +86,10 @@ def lightning_attention(
     return out, after if layer is None else state.at[layer].set(after)
 
 
-def _choose(implementation: str | None, D: int, dtype: jnp.dtype) -> str:
+def _choose(implementation: str | None, T: int, D: int, dtype: jnp.dtype) -> str:
     if implementation is None:
-        return "xla" if gpu.refusal(D, dtype) or refusal() else "triton"
+        slow = T > 1 and dtype == jnp.float32  # exact float32 products, which XLA's libraries do better
+        return "xla" if slow or gpu.refusal(D, dtype) or refusal() else "triton"
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation: unknown {implementation!r}: expected None or one of {get_args(Implementation)}"

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from m1jax.kernels.gpu import launch
 from m1jax.kernels.lightning_attention.reference import starts
@@ -24,6 +25,15 @@ from m1jax.kernels.lightning_attention.reference import starts
 HEAD_DIMS = (32, 64, 128)
 MULTIPROCESSORS = 132  # of an H100 or H200
 LEAST_PART = 1024  # tokens
+
+# How the sweeps for o, dq, dk and dv activate a, b, c and differentiate in bfloat16. Chosen by what the compiler makes
+# of it: one wide tile by Newton's iteration balances the units; more where fewer would spill registers.
+ACTIVATION = {
+    "o": ("newton", "root", "root", "none"),
+    "q": ("none", "newton", "root", "root"),
+    "k": ("newton", "none", "root", "root"),
+    "v": ("newton", "newton", "none", "root"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +57,11 @@ class Form:
     parts: int | None = None  # of each row; None chooses
 
 
-def default_form(D: int, dtype: Any, interpreted: bool = False) -> Form:
-    """The tiles for a head_dim and dtype."""
+def default_form(D: int, dtype: Any, packed: bool, interpreted: bool = False) -> Form:
+    """The tiles for a head_dim and dtype; those for packed rows, which need more registers, are narrower."""
     step = Tiles(1, min(32, D), 4, 1)
-    if dtype == jnp.float32:
-        exact = Tiles(16, min(32, D), 4, 1)
-        return Form(exact, exact, step, interpreted)
-    return Form(Tiles(64, min(64, D), 8, 2), Tiles(64, min(64, D), 8, 2), step, interpreted)
+    sweep = Tiles(16, 16, 8, 1) if dtype == jnp.float32 else Tiles(64, min(32 if packed else 64, D), 8, 1)
+    return Form(sweep, sweep, step, interpreted)
 
 
 def refusal(D: int, dtype: Any) -> str | None:
@@ -80,16 +88,41 @@ def attend(
       o, and the states with that layer's replaced (`[1, B, H, D, D]` for None).
     """
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    return _attend(form, qkv, log_decay, states, layer, lengths.astype(jnp.int32), _runs(segments, lengths))
+    return _attend(form, qkv, log_decay, states, layer, lengths.astype(jnp.int32), _bounds(segments, lengths))
 
 
-def _runs(segments: jax.Array | None, lengths: jax.Array) -> jax.Array | None:
-    """How many segments have started before or at each token, int32 `[B, T]`; n is stored as ~n at padding."""
+def _bounds(segments: jax.Array | None, lengths: jax.Array) -> jax.Array | None:
+    """First and last token of each token's segment, int32 `[B, 2, T]`: T and -1 at padding.
+
+    The segment that goes on with the state before the row starts at -1.
+    """
     if segments is None:
         return None
-    valid = (segments > 0) & (jnp.arange(segments.shape[1]) < lengths[:, None])
-    count = jnp.cumsum(starts(jnp.where(valid, segments, 0)), axis=1, dtype=jnp.int32)
-    return jnp.where(valid, count, ~count)
+    T = segments.shape[1]
+    position = jnp.arange(T, dtype=jnp.int32)
+    valid = (segments > 0) & (position < lengths[:, None])
+    start = starts(jnp.where(valid, segments, 0))
+    first = lax.cummax(jnp.where(start, position, -1), axis=1)
+    ends = jnp.pad(start | ~valid, ((0, 0), (0, 1)), constant_values=True)[:, 1:]  # the next token is not of it
+    last = lax.cummin(jnp.where(ends, position, T), axis=1, reverse=True)
+    return jnp.stack([jnp.where(valid, first, T), jnp.where(valid, last, -1)], axis=1)
+
+
+def _starting(bounds: jax.Array) -> jax.Array:
+    """Where a segment starts, bool `[B, T]`."""
+    return bounds[:, 0] == jnp.arange(bounds.shape[2])
+
+
+def _chunk_facts(bounds: jax.Array, chunk: int) -> jax.Array:
+    """For each chunk its length up to the last valid token, and whether no segment starts in it; int32 `[B, n, 2]`."""
+    B, _, T = bounds.shape
+    n = -(-T // chunk)
+
+    def by_chunk(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, n * chunk - T))).reshape(B, n, chunk)
+
+    length = jnp.max(jnp.where(by_chunk(bounds[:, 1] >= 0), 1 + jnp.arange(chunk), 0), axis=2)
+    return jnp.stack([length, ~jnp.any(by_chunk(_starting(bounds)), axis=2)], axis=2).astype(jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -100,11 +133,11 @@ def _attend(
     states: jax.Array | None,
     layer: jax.Array,
     lengths: jax.Array,
-    runs: jax.Array | None,
+    bounds: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    if qkv.shape[1] == 1 and runs is None and states is not None:
+    if qkv.shape[1] == 1 and bounds is None and states is not None:
         return _step(form, qkv, log_decay, states, layer, lengths)
-    sweep = _Sweep(form, form.forward, qkv, log_decay, lengths, runs)
+    sweep = _Sweep(form, form.forward, qkv, log_decay, lengths, bounds)
     if sweep.parts == 1:
         return sweep.forward(states, layer)
     inside, last = sweep.prefix(_pick(states, layer))
@@ -117,9 +150,9 @@ def _forward_rule(form: Form, *args: Any) -> tuple[Any, Any]:
 
 
 def _backward_rule(form: Form, args: Any, gradients: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
-    qkv, log_decay, states, layer, lengths, runs = args
+    qkv, log_decay, states, layer, lengths, bounds = args
     d_out, d_states = gradients
-    sweep = _Sweep(form, form.backward, qkv, log_decay, lengths, runs)
+    sweep = _Sweep(form, form.backward, qkv, log_decay, lengths, bounds)
     before, after = _pick(states, layer), _pick(d_states, layer)
     assert after is not None
     if sweep.parts == 1:
@@ -165,13 +198,15 @@ class _Sweep:
         qkv: jax.Array,
         log_decay: jax.Array,
         lengths: jax.Array,
-        runs: jax.Array | None,
+        bounds: jax.Array | None,
     ):
-        self.form, self.tiles, self.qkv, self.lengths, self.runs = form, tiles, qkv, lengths, runs
+        self.form, self.tiles, self.qkv, self.lengths, self.bounds = form, tiles, qkv, lengths, bounds
         self.log_decay = log_decay
         self.decays = jnp.stack([log_decay * np.float32(1 / math.log(2)), jnp.expm1(log_decay * tiles.chunk)])
         B, T, H, _, D = qkv.shape
         self.shape = B, T, H, D
+        # What the kernels read of packed rows; of others nothing, but something must be passed.
+        self.tables = (lengths, lengths) if bounds is None else (bounds, _chunk_facts(bounds, tiles.chunk))
         programs = B * H * (D // tiles.width)
         fit = max(1, min(MULTIPROCESSORS // programs, T // LEAST_PART))
         wanted = fit if form.parts is None else form.parts
@@ -190,10 +225,10 @@ class _Sweep:
         out = jax.ShapeDtypeStruct((B, T, H, D) if write else (1,), self.qkv.dtype)
         fresh = (1, B, H, D, D) if self.parts == 1 else (1, B, self.parts, H, D, D)
         final = jax.ShapeDtypeStruct(fresh, jnp.float32) if states is None else _like(states)
-        arrays = (self.qkv, self.decays, self.lengths, self._runs, layer, self.decays if states is None else states)
+        arrays = (self.qkv, self.decays, self.lengths, *self.tables, layer, self.decays if states is None else states)
         out, final = self._launch(
-            kernels.forward, *arrays, out=(out, final), aliases={} if states is None else {5: 1},
-            FRESH=states is None, WRITE=write,
+            kernels.forward, *arrays, out=(out, final), aliases={} if states is None else {6: 1},
+            FRESH=states is None, WRITE=write, **self._how("o"),
         )  # fmt: skip
         return out, final
 
@@ -218,13 +253,14 @@ class _Sweep:
         nothing = self.decays
         final = jax.ShapeDtypeStruct((B, self.parts, H, D, D) if want_final else (1,), jnp.float32)
         arrays = (
-            self.qkv, d_out, self.decays, self.lengths, self._runs,
+            self.qkv, d_out, self.decays, self.lengths, *self.tables,
+            jnp.zeros((1,), jnp.int32),
             nothing if states is None else states, nothing if d_qkv is None else d_qkv,
         )  # fmt: skip
         out = _like(self.qkv) if write else jax.ShapeDtypeStruct((1,), self.qkv.dtype)
         d_qkv, final = self._launch(
-            kernels.backward, *arrays, out=(out, final), aliases={} if d_qkv is None else {6: 0},
-            FRESH=states is None, WRITE=write, FINAL=want_final, ROLE=role,
+            kernels.backward, *arrays, out=(out, final), aliases={} if d_qkv is None else {8: 0},
+            FRESH=states is None, WRITE=write, FINAL=want_final, ROLE=role, **self._how(role),
         )  # fmt: skip
         return d_qkv, final
 
@@ -254,25 +290,29 @@ class _Sweep:
         """What is left after each part of the state before it, `[B, parts, H]`."""
         T = self.shape[1]
         first = self.part * jnp.arange(self.parts)
-        if self.runs is None:
+        if self.bounds is None:
             count = jnp.clip(self.lengths[:, None] - first, 0, self.part)
             return jnp.exp(count[..., None] * self.log_decay)
-        end = jnp.minimum(first + self.part, T)
-        upto = jnp.pad(jnp.cumsum(self.runs >= 0, axis=1), ((0, 0), (1, 0)))
-        run = jnp.pad(jnp.maximum(self.runs, ~self.runs), ((0, 0), (1, 0)))  # after each token; 0 before the first
-        keep = jnp.exp((upto[:, end] - upto[:, first])[..., None] * self.log_decay)
-        return jnp.where((run[:, end] == run[:, first])[..., None], keep, 0.0)
+        n = self.parts
 
-    @property
-    def _runs(self) -> jax.Array:
-        return self.lengths if self.runs is None else self.runs
+        def sums(x: jax.Array) -> jax.Array:  # over each part
+            return jnp.sum(jnp.pad(x, ((0, 0), (0, n * self.part - T))).reshape(-1, n, self.part), axis=2)
+
+        keep = jnp.exp(sums(self.bounds[:, 1] >= 0)[..., None] * self.log_decay)
+        return jnp.where((sums(_starting(self.bounds)) == 0)[..., None], keep, 0.0)
+
+    def _how(self, role: str) -> dict[str, str]:
+        """How the sweep for `role` activates a, b, c and differentiates."""
+        exact = self.qkv.dtype == jnp.float32
+        names = ("A_HOW", "B_HOW", "C_HOW", "RAW_HOW")
+        return {n: "exact" if exact and how != "none" else how for n, how in zip(names, ACTIVATION[role], strict=True)}
 
     def _launch(self, kernel: Any, *arrays: jax.Array, **extra: Any) -> list[jax.Array]:
         (B, T, H, D), tiles = self.shape, self.tiles
         return launch(
             kernel, *arrays, T, self.part, grid=(D // tiles.width, H, B * self.parts), warps=tiles.warps,
             stages=tiles.stages, interpreted=self.form.interpreted, PARTS=self.parts, H=H, D=D, WIDTH=tiles.width,
-            CHUNK=tiles.chunk, PACKED=self.runs is not None,
+            CHUNK=tiles.chunk, PACKED=self.bounds is not None,
             PRECISION="ieee" if self.qkv.dtype == jnp.float32 else "tf32", **extra,
         )  # fmt: skip
 

@@ -17,20 +17,66 @@ import triton.language as tl
 
 
 @triton.jit
-def sigmoid(x):
-    r = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
-    return r * r
+def sigmoid(x, HOW: tl.constexpr):
+    """By division ("exact"), by 1/√ ("root"), or by Newton's iteration ("newton", to about 1e-5).
+
+    What the bfloat16 sweeps wait for most is the special function unit, 16 results a clock and multiprocessor: "root"
+    needs it twice and fewest instructions, "newton" once.
+    """
+    if HOW == "newton":
+        y = 1.0 + tl.exp2(tl.minimum(x * -1.4426950408889634, 80.0))
+        r = (0x7EF311C3 - y.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # 1/y from the bits of y
+        r *= 2.0 - y * r
+        r *= 2.0 - y * r
+    elif HOW == "root":
+        r = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+        r *= r
+    else:
+        r = 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
+    return r
 
 
 @triton.jit
-def rows(pointer, stride: tl.constexpr, channels, valid, SILU: tl.constexpr):
-    """C tokens of float32 `[C, channels]`, zero where not valid."""
-    token = tl.arange(0, valid.shape[0])
-    x = tl.load(pointer + token[:, None] * stride + channels[None, :], mask=valid[:, None], other=0.0)
-    if SILU:
-        x = x.to(tl.float32)
-        x *= sigmoid(x)
+def silu(x, HOW: tl.constexpr):
+    """silu(x) in the dtype of x; x itself for "none"."""
+    if HOW != "none":
+        wide = x.to(tl.float32)
+        x = (wide * sigmoid(wide, HOW)).to(x.dtype)
     return x
+
+
+@triton.jit
+def read(pointer, chunk, count, stride: tl.constexpr, channels, CHUNK: tl.constexpr):
+    """The first `count` tokens of a chunk, `[CHUNK, channels]`, and zeros."""
+    token = tl.arange(0, CHUNK)
+    first = tl.cast(chunk * CHUNK, tl.int64) * stride
+    return tl.load(pointer + first + token[:, None] * stride + channels[None, :], (token < count)[:, None], 0.0)
+
+
+@triton.jit
+def finish(
+    scores,
+    c,
+    o,
+    raw,
+    out,
+    chunk,
+    count,
+    STRIDE: tl.constexpr,
+    RAW_HOW: tl.constexpr,
+    own,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the chunk's own part to o and writes its first `count` tokens."""
+    o = tl.dot(scores, c, o, input_precision=PRECISION)
+    if RAW_HOW != "none":
+        x = read(raw, chunk, count, STRIDE, own, CHUNK).to(tl.float32)
+        gate = sigmoid(x, RAW_HOW)
+        o *= gate * (1.0 + x * (1.0 - gate))
+    token = tl.arange(0, CHUNK)
+    place = out + tl.cast(chunk * CHUNK, tl.int64) * STRIDE + token[:, None] * STRIDE + own[None, :]
+    tl.store(place, o.to(out.dtype.element_ty), mask=(token < count)[:, None])
 
 
 @triton.jit
@@ -43,7 +89,9 @@ def sweep(
     s,
     log2_decay,
     chunk_loss,
-    runs,
+    bounds,
+    chunk_facts,
+    T,
     origin,
     valid,
     tokens,
@@ -52,10 +100,10 @@ def sweep(
     B: tl.constexpr,
     C: tl.constexpr,
     OUT: tl.constexpr,
-    A_SILU: tl.constexpr,
-    B_SILU: tl.constexpr,
-    C_SILU: tl.constexpr,
-    RAW: tl.constexpr,
+    A_HOW: tl.constexpr,
+    B_HOW: tl.constexpr,
+    C_HOW: tl.constexpr,
+    RAW_HOW: tl.constexpr,
     REVERSED: tl.constexpr,
     PACKED: tl.constexpr,
     WRITE: tl.constexpr,
@@ -66,12 +114,19 @@ def sweep(
 ):
     """Sweeps over `tokens` tokens, of which the first `valid` count; returns the state after the last.
 
-    a, b, c, out: pointers to the first token, A, B, C, OUT elements from token to token; `raw`, as out, is what out is
-    the gradient of after silu, if RAW. s: float32 [D, WIDTH]. chunk_loss: λ^CHUNK - 1. runs: pointer to int32, see
-    `gpu.py`. origin: tokens of the row before the first. block: first channel of c and out.
+    a, b, c, out: pointers to the first token, A, B, C, OUT elements from token to token; A_HOW, … their activation;
+    raw, as out, is what out is the gradient of after silu, unless RAW_HOW is "none". s: float32 [D, WIDTH]. chunk_loss:
+    λ^CHUNK - 1. bounds, chunk_facts: pointers to int32, see `forward`. T: tokens of the row, origin of them before the
+    first. block: first channel of c and out.
+
+    What a step multiplies was read, activated and rounded by the step before it, and what it finds of (a·b) is
+    multiplied with c by the step after it. So no product waits for another of its step, each tile is activated once
+    and goes to shared memory once (operands that come straight from arithmetic Triton keeps, and computes, in
+    registers, one copy for each product), and all warps divide the tiles among them (products feeding products they
+    would repeat).
     """
     TYPE: tl.constexpr = a.dtype.element_ty
-    all_channels = tl.arange(0, D)
+    channels = tl.arange(0, D)
     own = block + tl.arange(0, WIDTH)
     index = tl.arange(0, CHUNK)
     if REVERSED:
@@ -81,86 +136,90 @@ def sweep(
     decay = tl.where(age >= 0, tl.exp2(log2_decay * tl.maximum(age, 0)), 0.0)  # [out, source]
     from_start = tl.exp2(log2_decay * (index + 1))
     chunks = tl.cdiv(valid, CHUNK)
-    for step in tl.range(0, chunks):
-        chunk = step
-        if REVERSED:
-            chunk = chunks - 1 - step
-        first = tl.cast(chunk * CHUNK, tl.int64)
-        count = tl.minimum(valid - chunk * CHUNK, CHUNK)
-        here = index < count
-        to_end = tl.exp2(log2_decay * tl.maximum(count - 1 - index, 0))
-        if REVERSED:
-            reads, feeds = to_end, from_start
-        else:
-            reads, feeds = from_start, to_end
-        loss = tl.where(count == CHUNK, chunk_loss, tl.exp2(log2_decay * count) - 1.0)
-        inside = decay
-        if PACKED:
-            run = tl.load(runs + first + index, mask=here, other=-1)
-            # The run the state belongs to, before and after the chunk; of a padded token, ~run.
-            before = tl.load(runs + first - 1, mask=origin + first > 0, other=0)
-            before = tl.where(before < 0, ~before, before)
-            after = tl.load(runs + first + count - 1)
-            after = tl.where(after < 0, ~after, after)
-            here &= run >= 0
-            inside = tl.where(run[:, None] == run[None, :], decay, 0.0)
-            length = tl.max(tl.where(run >= 0, index + 1, 0))
-            to_end = tl.exp2(log2_decay * tl.maximum(length - 1 - index, 0))
-            old = tl.where(run == before, from_start, 0.0)
-            new = tl.where(run == after, to_end, 0.0)
-            if REVERSED:
-                reads, feeds = new, old
-            else:
-                reads, feeds = old, new
-            loss = tl.where(length == CHUNK, chunk_loss, tl.exp2(log2_decay * length) - 1.0)
-            loss = tl.where(before == after, loss, -1.0)
-        b_rows = rows(b + first * B, B, all_channels, here, B_SILU)
-        c_rows = rows(c + first * C, C, own, here, C_SILU)
-        fed = (c_rows.to(tl.float32) * feeds[:, None]).to(TYPE)
-        b_rows = b_rows.to(TYPE)
+
+    # Step m multiplies chunk m, reads chunk m + 1, finishes chunk m - 1: the first only reads, the last only finishes.
+    a_tile, b_tile = tl.zeros([CHUNK, D], TYPE), tl.zeros([CHUNK, D], TYPE)
+    c_tile, c_before = tl.zeros([CHUNK, WIDTH], TYPE), tl.zeros([CHUNK, WIDTH], TYPE)
+    scores = tl.zeros([CHUNK, CHUNK], TYPE)
+    o = tl.zeros([CHUNK, WIDTH], tl.float32)
+    for step in tl.range(-1, chunks + 1):
+        chunk = chunks - 1 - step if REVERSED else step
+        following = chunk - 1 if REVERSED else chunk + 1
+        previous = chunk + 1 if REVERSED else chunk - 1
+        count = tl.where((step >= 0) & (step < chunks), tl.minimum(valid - chunk * CHUNK, CHUNK), 0)
+        ahead = tl.where(step + 1 < chunks, tl.minimum(valid - following * CHUNK, CHUNK), 0)
         if WRITE:
-            a_rows = rows(a + first * A, A, all_channels, here, A_SILU).to(TYPE)
-            scores = tl.dot(a_rows, tl.trans(b_rows), input_precision=PRECISION)
-            o = tl.dot(a_rows, s.to(TYPE), input_precision=PRECISION) * reads[:, None]
-            o = tl.dot((scores * inside).to(TYPE), c_rows.to(TYPE), o, input_precision=PRECISION)
-            if RAW:
-                x = rows(raw + first * OUT, OUT, own, here, False).to(tl.float32)
-                gate = sigmoid(x)
-                o *= gate * (1.0 + x * (1.0 - gate))
-            o = tl.where(here[:, None], o, 0.0)
-            tl.store(
-                out + first * OUT + index[:, None] * OUT + own[None, :],
-                o.to(out.dtype.element_ty),
-                mask=(chunk * CHUNK + index < tokens)[:, None],
-            )
+            a_raw = read(a, following, ahead, A, channels, CHUNK)
+        b_raw = read(b, following, ahead, B, channels, CHUNK)
+        c_raw = read(c, following, ahead, C, own, CHUNK)
+
+        length = count
+        if PACKED:
+            known = chunk_facts + tl.maximum(chunk, 0) * 2
+            length = tl.where(count > 0, tl.load(known), 0)
+        to_end = tl.exp2(log2_decay * tl.maximum(length - 1 - index, 0))
+        loss = tl.where(length == CHUNK, chunk_loss, tl.exp2(log2_decay * length) - 1.0)
+        inside, old, new = decay, from_start, to_end
+        if PACKED:
+            token = bounds + tl.cast(chunk * CHUNK, tl.int64) + index
+            begin = tl.load(token, mask=index < count, other=T) - origin - chunk * CHUNK
+            end = tl.load(token + T, mask=index < count, other=-1) - origin - chunk * CHUNK
+            if REVERSED:
+                inside = tl.where(index[None, :] <= end[:, None], decay, 0.0)
+            else:
+                inside = tl.where(index[None, :] >= begin[:, None], decay, 0.0)
+            old = tl.where(begin < 0, from_start, 0.0)
+            new = tl.where(end >= length - 1, to_end, 0.0)
+            loss = tl.where((tl.load(known + 1) > 0) | (count == 0), loss, -1.0)
+        reads, feeds = old, new
+        if REVERSED:
+            reads, feeds = new, old
+
+        fed = (c_tile.to(tl.float32) * feeds[:, None]).to(TYPE)
+        if WRITE:
+            rounded = s.to(TYPE)
+            written = tl.where(step > 0, tl.minimum(tokens - previous * CHUNK, CHUNK), 0)
+            finish(scores, c_before, o, raw, out, previous, written, OUT, RAW_HOW, own, CHUNK, PRECISION)
+            products = tl.dot(a_tile, tl.trans(b_tile), input_precision=PRECISION)
+            o = tl.dot(a_tile, rounded, input_precision=PRECISION) * reads[:, None]
+            scores = (products * inside).to(TYPE)
+            c_before = c_tile
         s += s * loss
-        s = tl.dot(tl.trans(b_rows), fed, s, input_precision=PRECISION)
+        s = tl.dot(tl.trans(b_tile), fed, s, input_precision=PRECISION)
+        if WRITE:
+            a_tile = silu(a_raw, A_HOW)
+        b_tile = silu(b_raw, B_HOW)
+        c_tile = silu(c_raw, C_HOW)
     if WRITE:
         for chunk in tl.range(chunks, tl.cdiv(tokens, CHUNK)):
-            at = chunk * CHUNK + index
             place = out + tl.cast(chunk * CHUNK, tl.int64) * OUT + index[:, None] * OUT + own[None, :]
-            tl.store(place, tl.zeros([CHUNK, WIDTH], out.dtype.element_ty), mask=(at < tokens)[:, None])
+            left = (chunk * CHUNK + index < tokens)[:, None]
+            tl.store(place, tl.zeros([CHUNK, WIDTH], out.dtype.element_ty), mask=left)
     return s
 
 
 @triton.jit
-def part_of_row(lengths, T, PART, PARTS: tl.constexpr):
-    """Row, first token, tokens and valid tokens of this program's part of a row."""
+def part_of_row(lengths, T, PART, PARTS: tl.constexpr, CHUNK: tl.constexpr):
+    """Of this program's part of a row: first token in batch and row, tokens, valid tokens, places in tables."""
     row = tl.program_id(2) // PARTS
     first = (tl.program_id(2) % PARTS) * PART
     tokens = tl.minimum(T - first, PART)
     valid = tl.minimum(tl.maximum(tl.load(lengths + row) - first, 0), tokens)
-    return row.to(tl.int64) * T + first, first, tokens, valid
+    at_facts = (row * tl.cdiv(T, CHUNK) + first // CHUNK) * 2
+    return row.to(tl.int64) * T + first, first, tokens, valid, row.to(tl.int64) * 2 * T + first, at_facts
 
 
 @triton.jit
-def square(layer, H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Offsets of this program's [D, WIDTH] of the states [P, B, PARTS, H, D, D]."""
+def square(states, layer, H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Pointers to this program's [D, WIDTH] of the states [P, B, PARTS, H, D, D].
+
+    The layer's number is read from memory each time, or the pointers would be kept in registers during the sweep.
+    """
     channels = tl.arange(0, D)[:, None]
     own = (tl.program_id(0) * WIDTH + tl.arange(0, WIDTH))[None, :]
-    place = (layer.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * H + tl.program_id(1)
+    place = (tl.load(layer).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * H + tl.program_id(1)
     inner = own * D + channels if TRANSPOSED else channels * D + own
-    return place * D * D + inner
+    return states + place * D * D + inner
 
 
 @triton.jit
@@ -168,7 +227,8 @@ def forward(
     qkv,
     decays,
     lengths,
-    runs,
+    bounds,
+    chunk_facts,
     layer,
     state,
     T,
@@ -183,29 +243,37 @@ def forward(
     FRESH: tl.constexpr,
     PACKED: tl.constexpr,
     WRITE: tl.constexpr,
+    A_HOW: tl.constexpr,
+    B_HOW: tl.constexpr,
+    C_HOW: tl.constexpr,
+    RAW_HOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid (D/WIDTH, H, B·PARTS): o and the final state of each part of a row of T tokens, PART tokens a part.
 
-    qkv [B, T, H, 3, D]; decays float32 [2, H], log2 λ and λ^CHUNK - 1; lengths int32 [B]; runs int32 [B, T] if PACKED;
-    layer int32 [1]; state and final (they may be the same memory) float32 [P, B, PARTS, H, D, D], zero if FRESH;
-    out [B, T, H, D] if WRITE.
+    qkv [B, T, H, 3, D]; decays float32 [2, H], log2 λ and λ^CHUNK - 1; lengths int32 [B]; layer int32 [1]; state and
+    final (they may be the same memory) float32 [P, B, PARTS, H, D, D], zero if FRESH; out [B, T, H, D] if WRITE.
+    A_HOW, B_HOW, C_HOW: activations of q, k, v; RAW_HOW: "none".
+
+    If PACKED: bounds int32 [B, 2, T], first and last token of each token's segment (-1 if the state before the row
+    belongs to it; T and -1 at padding); chunk_facts int32 [B, chunks, 2], for each chunk its length up to the last
+    valid token, and whether no segment starts in it.
     """
     h = tl.program_id(1)
-    token, first, tokens, valid = part_of_row(lengths, T, PART, PARTS)
-    where = square(tl.load(layer), H, D, WIDTH, False)
+    token, first, tokens, valid, at_bounds, at_facts = part_of_row(lengths, T, PART, PARTS, CHUNK)
+    facts = chunk_facts + at_facts
     if FRESH:
         s = tl.zeros([D, WIDTH], tl.float32)
     else:
-        s = tl.load(state + where)
+        s = tl.load(square(state, layer, H, D, WIDTH, False))
     x = qkv + (token * H + h) * 3 * D
     s = sweep(
         x, x + D, x + 2 * D, x, out + (token * H + h) * D, s, tl.load(decays + h), tl.load(decays + H + h),
-        runs + token, first, valid, tokens, tl.program_id(0) * WIDTH,
-        3 * H * D, 3 * H * D, 3 * H * D, H * D, True, True, True, False, False, PACKED,
+        bounds + at_bounds, facts, T, first, valid, tokens, tl.program_id(0) * WIDTH,
+        3 * H * D, 3 * H * D, 3 * H * D, H * D, A_HOW, B_HOW, C_HOW, RAW_HOW, False, PACKED,
         WRITE, D, WIDTH, CHUNK, PRECISION,
     )  # fmt: skip
-    tl.store(final + where, s)
+    tl.store(square(final, layer, H, D, WIDTH, False), s)
 
 
 @triton.jit
@@ -214,7 +282,9 @@ def backward(
     grad,
     decays,
     lengths,
-    runs,
+    bounds,
+    chunk_facts,
+    layer,
     state,
     given,
     T,
@@ -231,43 +301,52 @@ def backward(
     WRITE: tl.constexpr,
     FINAL: tl.constexpr,
     ROLE: tl.constexpr,
+    A_HOW: tl.constexpr,
+    B_HOW: tl.constexpr,
+    C_HOW: tl.constexpr,
+    RAW_HOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Writes one of the three of dqkv (`given` is the same memory), ROLE "q", "k" or "v"; grid as of `forward`.
 
-    grad [B, T, H, D] is of o. For "q", state [B, PARTS, H, D, D] is the state before each part; for "k" and "v" it is
-    the gradient of the state after it, and with FINAL "v" writes that of the state before it to final.
+    grad [B, T, H, D] is of o; layer is 0; A_HOW, … activate the role's a, b and c. For "q", state [B, PARTS, H, D, D]
+    is the state before each part; for "k" and "v" it is the gradient of the state after it, and with FINAL "v" writes
+    that of the state before it to final.
     """
     h = tl.program_id(1)
-    token, first, tokens, valid = part_of_row(lengths, T, PART, PARTS)
+    token, first, tokens, valid, at_bounds, at_facts = part_of_row(lengths, T, PART, PARTS, CHUNK)
+    facts = chunk_facts + at_facts
     if FRESH:
         s = tl.zeros([D, WIDTH], tl.float32)
     else:
-        s = tl.load(state + square(tl.program_id(2) * 0, H, D, WIDTH, ROLE != "v"))
+        s = tl.load(square(state, layer, H, D, WIDTH, ROLE != "v"))
     q = qkv + (token * H + h) * 3 * D
     dq = dqkv + (token * H + h) * 3 * D
     k, v, do = q + D, q + 2 * D, grad + (token * H + h) * D
     log2_decay, chunk_loss, block = tl.load(decays + h), tl.load(decays + H + h), tl.program_id(0) * WIDTH
     if ROLE == "q":
         s = sweep(
-            do, v, k, q, dq, s, log2_decay, chunk_loss, runs + token, first, valid, tokens, block,
-            H * D, 3 * H * D, 3 * H * D, 3 * H * D, False, True, True, True,
+            do, v, k, q, dq, s, log2_decay, chunk_loss, bounds + at_bounds, facts, T, first,
+            valid, tokens, block,
+            H * D, 3 * H * D, 3 * H * D, 3 * H * D, A_HOW, B_HOW, C_HOW, RAW_HOW,
             False, PACKED, WRITE, D, WIDTH, CHUNK, PRECISION,
         )  # fmt: skip
     elif ROLE == "k":
         s = sweep(
-            v, do, q, k, dq + D, s, log2_decay, chunk_loss, runs + token, first, valid, tokens, block,
-            3 * H * D, H * D, 3 * H * D, 3 * H * D, True, False, True, True,
+            v, do, q, k, dq + D, s, log2_decay, chunk_loss, bounds + at_bounds, facts, T, first,
+            valid, tokens, block,
+            3 * H * D, H * D, 3 * H * D, 3 * H * D, A_HOW, B_HOW, C_HOW, RAW_HOW,
             True, PACKED, WRITE, D, WIDTH, CHUNK, PRECISION,
         )  # fmt: skip
     else:
         s = sweep(
-            k, q, do, v, dq + 2 * D, s, log2_decay, chunk_loss, runs + token, first, valid, tokens, block,
-            3 * H * D, 3 * H * D, H * D, 3 * H * D, True, True, False, True,
+            k, q, do, v, dq + 2 * D, s, log2_decay, chunk_loss, bounds + at_bounds, facts, T, first,
+            valid, tokens, block,
+            3 * H * D, 3 * H * D, H * D, 3 * H * D, A_HOW, B_HOW, C_HOW, RAW_HOW,
             True, PACKED, WRITE, D, WIDTH, CHUNK, PRECISION,
         )  # fmt: skip
     if FINAL:
-        tl.store(final + square(tl.program_id(2) * 0, H, D, WIDTH, False), s)
+        tl.store(square(final, layer, H, D, WIDTH, False), s)
 
 
 @triton.jit
@@ -301,7 +380,7 @@ def step(
         tl.load(x + D + channels).to(tl.float32),
         tl.load(x + 2 * D + own).to(tl.float32),
     )
-    q, k, v = q * sigmoid(q), k * sigmoid(k), v * sigmoid(v)
+    q, k, v = silu(q, "exact"), silu(k, "exact"), silu(v, "exact")
     valid = tl.load(lengths + row) > 0
     new = s + s * tl.load(losses + h) + k[:, None] * v[None, :]
     new = tl.where(valid, new, s)
