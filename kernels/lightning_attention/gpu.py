@@ -137,7 +137,7 @@ def _attend(
 ) -> tuple[jax.Array, jax.Array]:
     if qkv.shape[1] == 1 and bounds is None and states is not None:
         return _step(form, qkv, log_decay, states, layer, lengths)
-    sweep = _Sweep(form, form.forward, qkv, log_decay, lengths, bounds)
+    sweep = Sweep(form, form.forward, qkv, log_decay, lengths, bounds)
     if sweep.parts == 1:
         return sweep.forward(states, layer)
     inside, last = sweep.prefix(_pick(states, layer))
@@ -152,7 +152,7 @@ def _forward_rule(form: Form, *args: Any) -> tuple[Any, Any]:
 def _backward_rule(form: Form, args: Any, gradients: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
     qkv, log_decay, states, layer, lengths, bounds = args
     d_out, d_states = gradients
-    sweep = _Sweep(form, form.backward, qkv, log_decay, lengths, bounds)
+    sweep = Sweep(form, form.backward, qkv, log_decay, lengths, bounds)
     before, after = _pick(states, layer), _pick(d_states, layer)
     assert after is not None
     if sweep.parts == 1:
@@ -188,7 +188,7 @@ def _step(
     return out, states
 
 
-class _Sweep:
+class Sweep:
     """One call's arguments in the form the sweeping kernels want them."""
 
     def __init__(
