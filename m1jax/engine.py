@@ -23,6 +23,8 @@ from m1jax.model import M1, M1State
 from m1jax.reply import Reply, Request, Segment
 from m1jax.rows import Rows
 from m1jax.sampling import Sampling, SamplingRows
+from m1jax.sharding.mesh import mesh_of
+from m1jax.sharding.rules import shards
 from m1jax.tokenizer import Tokenizer
 
 CHUNK = 2048  # the most tokens of one prompt read at once
@@ -58,7 +60,7 @@ class Stats:
 
 
 class Engine:
-    """Generates texts with a model.
+    """Generates texts with a model, on the mesh that its parameters lie on if they do.
 
     Args:
       model: the model.
@@ -81,6 +83,8 @@ class Engine:
         eos = config.eos_token_id
         self.eos_ids = tokenizer.eos_ids | frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
         self.stats = Stats()
+        self.mesh = mesh_of(model.embed[...])
+        self._rows = 1 if self.mesh is None else shards(self.mesh, "batch")
         self._compiled: dict[Hashable, Any] = {}
 
     def generate(
@@ -114,14 +118,20 @@ class Engine:
 
     def run(self, function: Any, *args: Any, **static: int) -> Any:
         """Calls a jitted function of `m1jax.rows`, compiling it (once per shape) outside the measured time."""
-        shapes = tuple((x.shape, x.dtype) for arg in args if not isinstance(arg, M1) for x in jax.tree.leaves(arg))
+        leaves = [x for arg in args if not isinstance(arg, M1) for x in jax.tree.leaves(arg)]
+        shapes = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
         key = (function.__name__, shapes, *static.items())
         if key not in self._compiled:
             start = time.perf_counter()
-            self._compiled[key] = function.lower(*args, **static).compile()
+            with self.on_mesh():
+                self._compiled[key] = function.lower(*args, **static).compile()
             self.stats.compile_seconds += time.perf_counter() - start
             self.stats.compilations += 1
         return self._compiled[key](*args)
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Sets the mesh of the model, if it lies on one."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -136,6 +146,10 @@ class Engine:
     def bucket(self, n: int, smallest: int = 1) -> int:
         """The power of two at or above n."""
         return max(smallest, 1 << (n - 1).bit_length())
+
+    def rows_bucket(self, n: int) -> int:
+        """The number of rows of a batch for n texts: a mesh may split it."""
+        return self._rows * self.bucket(-(-n // self._rows))
 
     def cache_bucket(self, n: int) -> int:
         """The length of a cache for n tokens."""
@@ -154,7 +168,7 @@ class Engine:
         Returns:
           Logits `[B, V]` after each prompt's last token, and the state; B is the bucket of the number of prompts.
         """
-        B = self.bucket(len(prompts))
+        B = self.rows_bucket(len(prompts))
         logits, state = self.run(device.empty, self.model, B=B, N=N)
         if prior is not None:
             state = prior if prior.max_length >= N else self.run(device.grow, prior, N=N)
@@ -172,8 +186,10 @@ class Engine:
 
     def not_finite(self, tokens: Sequence[int]) -> UserError:
         """The error for logits that are NaN after these tokens."""
-        context = np.asarray(tokens[-TRACED:], np.int32)[None]
-        place = self.model.first_bad_layer(context) or "the state left by earlier tokens"
+        context = np.tile(np.asarray(tokens[-TRACED:], np.int32), (self._rows, 1))
+        with self.on_mesh():
+            place = self.model.first_bad_layer(context)
+        place = place or "the state left by earlier tokens"
         return UserError(
             f"the model computes NaN or infinity, first in {place}: its weights are damaged or overflow this dtype"
         )
@@ -227,7 +243,7 @@ class Generation:
             elif self._wants_admission():
                 yield from self._collect()
                 yield from self._admit()
-            elif not self._queue and self._engine.bucket(len(self._live())) < self._size:
+            elif not self._queue and self._engine.rows_bucket(len(self._live())) < self._size:
                 yield from self._collect()
                 self._compact()
             else:
@@ -274,7 +290,7 @@ class Generation:
         read = 0 if self._prior is None else int(self._prior.length[0])
         logits, state = engine.prefill([r.tokens[read:] for r in requests.values()], N, self._prior)
         self._prior = None
-        B, order = engine.bucket(len(new)), list(requests)
+        B, order = engine.rows_bucket(len(new)), list(requests)
         source = np.zeros((B,), np.int32)
         seen = np.zeros((B, engine.model.config.vocab_size), bool)
         settings = [(Sampling(temperature=0), 0, 0)] * B
@@ -290,7 +306,7 @@ class Generation:
         """The live rows, then the first `count` rows of a new batch, whose cache is as long or longer."""
         assert self._rows is not None
         old = self._grown(new.state.max_length)
-        source = _padded([*live, *range(self._size, self._size + count)], self._engine.bucket(len(live) + count))
+        source = _padded([*live, *range(self._size, self._size + count)], self._engine.rows_bucket(len(live) + count))
         return self._engine.run(device.join, (old, new), source)
 
     def _compact(self) -> None:
@@ -298,7 +314,7 @@ class Generation:
         live = self._live()
         if live:
             with self._engine.clock("decode_seconds"):
-                source = _padded(live, self._engine.bucket(len(live)))
+                source = _padded(live, self._engine.rows_bucket(len(live)))
                 self._rows = self._engine.run(device.join, (self._rows,), source)
         self._slots = [self._slots[b] for b in live]
         self._chosen = [self._chosen[b] for b in live]

@@ -127,7 +127,9 @@ def start(args: argparse.Namespace, tokenizer: Tokenizer, interrupts: Interrupts
     """Loads the model: an engine, and the seconds it took."""
     use_compilation_cache()
     begin = time.perf_counter()
-    engine = Engine(load(args.model, args.dtype, args.quantize), tokenizer, cancelled=lambda: interrupts.requested)
+    engine = Engine(
+        load(args.model, args.dtype, args.quantize, mesh=args.mesh), tokenizer, cancelled=lambda: interrupts.requested
+    )
     return engine, time.perf_counter() - begin
 
 

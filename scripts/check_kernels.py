@@ -24,7 +24,7 @@ from m1jax.kernels.gpu.target import missing
 from m1jax.model import abstract, period
 from m1jax.presets import find_config
 
-OPS = ("lightning_attention",)
+OPS = ("lightning_attention", "experts")
 
 
 def cases(word: str) -> Iterator[Case]:

@@ -155,7 +155,7 @@ def _exchanged(
     # The same on all devices, so that they take part in the same exchanges.
     rounds = jnp.maximum(-(-jnp.max(jnp.sum(counts, axis=0)) // _limit(A)), 1)
     rounds = lax.pmax(rounds, every_axis())
-    y = _all_rounds(places, rows, (gate_up, down), layer, numbers, counts, rounds)
+    y: Any = _all_rounds(places, rows, (gate_up, down), layer, numbers, counts, rounds)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(A, dtype=order.dtype), unique_indices=True)
     parts = y[place].reshape(N, k, -1).astype(jnp.float32)
     return jnp.einsum("nkm,nk->nm", parts, weights, precision="highest").astype(x.dtype)
@@ -178,11 +178,12 @@ def _one_round(
     (A, _), (E, n) = rows.shape, (places.E, size_of(places.apart))
     there, back = _routes(counts, rounds, index(places.apart), step)
     R = _limit(A) + n  # a share that is rounded takes a row more
-    received = exchange(rows, there, back, (A, R), places.apart)
+    received: Any = exchange(rows, there, back, (A, R), places.apart)
     expert = _travel(numbers + 1, there, R, places.apart) - 1  # 0 where nothing came
     nobody = jnp.where(expert < 0, E, expert)[:, None]
     y = kernel.experts(received, *weights, nobody, jnp.ones(nobody.shape, jnp.float32), layer=layer)
-    return exchange(y.astype(rows.dtype), back, there, (R, A), places.apart)
+    out: Any = exchange(y.astype(rows.dtype), back, there, (R, A), places.apart)
+    return out
 
 
 def _limit(A: int) -> int:
@@ -223,7 +224,7 @@ def _all_rounds_bwd(places: Places, residuals: tuple[Any, ...], d_y: jax.Array) 
     def part(step: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         def run(rows: jax.Array, trained: list[jax.Array]) -> jax.Array:
             left = iter(trained)
-            whole = tuple(w if fixed else next(left) for w, fixed in zip(one, constant, strict=True))
+            whole: Any = tuple(w if fixed else next(left) for w, fixed in zip(one, constant, strict=True))
             return _one_round(places, step, rows, whole, 0, *rest)
 
         trained = [w for w, fixed in zip(one, constant, strict=True) if not fixed]

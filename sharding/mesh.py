@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from m1jax.config import M1Config
 from m1jax.errors import UserError
@@ -166,3 +166,9 @@ def _axes(shape: MeshShape, use: Use) -> tuple[tuple[str, ...], tuple[int, ...]]
     if use == "serve" and shape.fsdp > 1:
         raise UserError(f"mesh {shape}: fsdp is an axis of training only: use data, expert or tensor")
     return AXES[use], tuple(getattr(shape, axis) for axis in AXES[use])
+
+
+def mesh_of(x: jax.Array) -> Mesh | None:
+    """The mesh that an array lies on; None if on a single device."""
+    sharding = x.sharding
+    return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None

@@ -129,6 +129,10 @@ class Stretch(NamedTuple):
     segments: jax.Array | None  # int32 [B, N]
 
 
+def _packed(stretch: Stretch, segments: jax.Array | None) -> xla.Packed | None:
+    return None if stretch.segments is None or segments is None else xla.Packed(stretch.segments, segments)
+
+
 def _next(tree: Any, over: Axes) -> Any:
     """What the device before has of the same."""
     n = size_of(over)
@@ -161,7 +165,7 @@ def _ring_forward(
         first, visible = _at(step, q, offset, stretch, over)
 
         def more(out: jax.Array, log_sum: jax.Array) -> tuple[jax.Array, jax.Array]:
-            packed = None if stretch.segments is None else xla.Packed(stretch.segments, segments)
+            packed = _packed(stretch, segments)
             part, part_sum = xla.forward(q, stretch.k, stretch.v, first, packed, Q_BLOCK, K_BLOCK)
             new = jnp.logaddexp(log_sum, part_sum)
             weight, part_weight = (jnp.exp(a - jnp.where(jnp.isneginf(new), 0.0, new)) for a in (log_sum, part_sum))
@@ -200,7 +204,7 @@ def _ring_bwd(over: Axes, residuals: Residuals, d_out: jax.Array) -> tuple[jax.A
         first, visible = _at(step, q, offset, stretch, over)
 
         def attend(d_q: jax.Array, d_k: jax.Array, d_v: jax.Array) -> tuple[jax.Array, ...]:
-            packed = None if stretch.segments is None else xla.Packed(stretch.segments, segments)
+            packed = _packed(stretch, segments)
             more = xla.backward(q, stretch.k, stretch.v, first, packed, out, log_sum, d_out, Q_BLOCK, K_BLOCK)
             return d_q + more[0], d_k + more[1], d_v + more[2]
 

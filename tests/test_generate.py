@@ -141,9 +141,9 @@ def test_thinking_budget(run: Run) -> None:
 
 def test_dtype_reaches_the_loader(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(modes, "load", lambda path, *how: asked.append(how) or load(path))
+    monkeypatch.setattr(modes, "load", lambda path, *how, **where: asked.append((*how, where)) or load(path))
     assert run("--prompt", "Hello", "--max-tokens", 2, "--dtype", "bfloat16", "--quantize", "int8").code == 0
-    assert asked == [("bfloat16", "int8")]
+    assert asked == [("bfloat16", "int8", {"mesh": None})]
 
 
 def test_stop(run: Run) -> None:

@@ -139,7 +139,7 @@ def test_softmax_attention_gradients() -> None:
         assert rms_error(a, b) < 1e-5
 
 
-# --- experts
+# --- experts: see test_experts.py
 
 
 def routing(seed: int, N: int, k: int, E: int, skew: bool) -> tuple[jax.Array, jax.Array]:
@@ -147,38 +147,6 @@ def routing(seed: int, N: int, k: int, E: int, skew: bool) -> tuple[jax.Array, j
     scores = rng.standard_normal((N, E)) + (4 * (np.arange(E) == 1) if skew else 0)
     weights = rng.random((N, k), dtype=np.float32)
     return jnp.asarray(np.argsort(-scores)[:, :k], jnp.int32), jnp.asarray(weights)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("N", "k", "skew"), [(1, 2, False), (3, 2, False), (8, 2, True), (61, 1, False), (200, 3, True)]
-)
-def test_experts(N: int, k: int, skew: bool, dtype: str) -> None:
-    L, E, F, M = 2, 6, 32, 256  # wide enough for the fused form
-    x = normal(0, N, M, dtype=dtype)
-    w13, w2 = normal(1, L, E, 2, F, M, dtype=dtype), normal(2, L, E, M, F, dtype=dtype)
-    w13, w2 = (w / np.sqrt(w.shape[-1]).astype(dtype) for w in (w13, w2))
-    chosen, weights = routing(N, N, k, E, skew)
-    chosen = chosen.at[N // 2 :: 3].set(E) if N > 2 else chosen  # padding
-    args = (x, w13, w2, chosen, weights)
-    want = experts(*args, layer=1, implementation="reference")
-    got = jax.jit(lambda *a: experts(*a, layer=1, implementation="xla"))(*args)
-    assert got.dtype == jnp.float32
-    assert rms_error(got, want) < TOLERANCE[dtype]
-    if N > 2:
-        assert not np.any(got[N // 2 :: 3])
-
-
-def test_experts_gradients() -> None:
-    N, E, F, M = 19, 4, 8, 12
-    x, w13, w2 = normal(0, N, M), normal(1, 1, E, 2, F, M), normal(2, 1, E, M, F)
-    chosen, weights = routing(3, N, 2, E, skew=True)
-    for got, want in zip(
-        gradients(lambda x, u, d, w: experts(x, u, d, chosen, w, implementation="xla"), x, w13, w2, weights),
-        gradients(lambda x, u, d, w: experts(x, u, d, chosen, w, implementation="reference"), x, w13, w2, weights),
-        strict=True,
-    ):
-        assert rms_error(got, want) < 1e-5
 
 
 # --- linear

@@ -28,7 +28,6 @@ from tests.tools import TINY, random_model, rms_error, variant
 
 KINDS = ["int8", "int4"]
 CONFIG = variant(layer_types=("lightning", "softmax"))
-TOLERANCE = {"float32": 3e-6, "bfloat16": 8e-3}
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -78,40 +77,14 @@ def test_what_cannot_be_quantised_is_named() -> None:
 # --- the op --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("N", [1, 7, 150])
-def test_the_op_is_the_op_on_dequantised_weights(N: int, kind: Any, dtype: str) -> None:
-    L, E, F, M, k = 2, 5, 64, 128, 2
-    rng = np.random.default_rng(N)
-    x = normal(0, N, M).astype(dtype)
-    w13, w2 = quantize(normal(1, L, E, 2, F, M) / 11, kind), quantize(normal(2, L, E, M, F) / 8, kind)
-    chosen = jnp.asarray(np.argsort(rng.random((N, E)))[:, :k], jnp.int32)
-    args = chosen.at[N // 2 :: 4].set(E) if N > 1 else chosen, jnp.asarray(rng.random((N, k), dtype=np.float32))
-    # bfloat16 x as it is, but the weights not rounded to it.
-    wide = x.astype(jnp.float32), dequantize(w13), dequantize(w2)
-    want = experts(*wide, *args, layer=1, implementation="reference")
-    for implementation in ("reference", "xla"):
-
-        def loop(x: jax.Array, w13: Quantized, w2: Quantized, how: Any = implementation) -> jax.Array:
-            return jax.lax.map(lambda i: experts(x, w13, w2, *args, layer=i, implementation=how), jnp.arange(2))[1]
-
-        assert rms_error(jax.jit(loop)(x, w13, w2), want) < TOLERANCE[dtype], implementation
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradient_of_x_only(kind: Any) -> None:
-    w13, w2 = quantize(normal(1, 1, 3, 2, 16, 32), kind), quantize(normal(2, 1, 3, 32, 16), kind)
+def test_scales_have_no_gradient() -> None:
+    w13, w2 = quantize(normal(1, 1, 3, 2, 16, 32), "int8"), quantize(normal(2, 1, 3, 32, 16), "int8")
     chosen, weights = jnp.asarray([[0, 1], [2, 1], [1, 0]], jnp.int32), normal(3, 3, 2)
 
-    def loss(x: jax.Array, w13: Any, w2: Any, how: Any) -> jax.Array:
-        return jnp.sum(experts(x, w13, w2, chosen, weights, implementation=how) ** 2)
+    def loss(scales: jax.Array) -> jax.Array:
+        return jnp.sum(experts(normal(0, 3, 32), Quantized(w13.values, scales), w2, chosen, weights) ** 2)
 
-    x = normal(0, 3, 32)
-    want = jax.grad(loss)(x, dequantize(w13), dequantize(w2), "reference")
-    assert rms_error(jax.grad(loss)(x, w13, w2, "xla"), want) < 1e-5
-    scales = jax.grad(lambda s: loss(x, Quantized(w13.values, s), w2, "xla"))(w13.scales)
-    assert not np.any(scales)
+    assert not np.any(jax.grad(loss)(w13.scales))
 
 
 def test_no_float_copy_of_the_stack() -> None:

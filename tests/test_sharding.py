@@ -84,7 +84,7 @@ def loss(model: M1, segments: np.ndarray | None) -> jax.Array:
 
 def training_loss(model: M1, segments: np.ndarray) -> jax.Array:
     hidden, routing = hidden_states(model, TOKENS, segments)
-    log_p, entropy = token_log_probs(hidden, head_weight(model), np.roll(TOKENS, -1, axis=1))
+    log_p, entropy = token_log_probs(hidden, head_weight(model), jnp.roll(TOKENS, -1, axis=1))
     valid = segments > 0
     # The entropy has no gradient, but must be right.
     return -jnp.sum(log_p * valid) + jnp.sum(entropy * valid) + 10 * balancing_loss(routing)

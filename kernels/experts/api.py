@@ -1,16 +1,17 @@
 """`experts`: the one function to call, on any device."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from m1jax.kernels.experts import gradient, reference, xla
+from m1jax.kernels.experts import gpu, gradient, reference, xla
 from m1jax.kernels.experts.quantized import Quantized, Weights
+from m1jax.kernels.gpu import refusal
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "triton", "triton_interpreted"]
 
 
 def experts(
@@ -32,13 +33,14 @@ def experts(
       chosen: int32 `[N, k]`, the experts of each token; E means none (padding), and costs nothing.
       weights: float32 `[N, k]`.
       layer: which layer of the stacks.
-      implementation: "reference" or "xla"; None chooses.
+      implementation: "reference", "xla", "triton" (Hopper GPUs), or "triton_interpreted" (its kernels on the CPU, for
+        tests); None chooses by the device.
 
     Returns:
       float32 `[N, M]`.
 
     Raises:
-      ValueError: a shape or dtype does not fit; named.
+      ValueError: a shape or dtype does not fit, or a named implementation cannot run; says which and why.
     """
     gate_up, down = _checked("gate_up", gate_up, x.dtype), _checked("down", down, x.dtype)
     L, E, _, F, M = gate_up.shape
@@ -48,14 +50,28 @@ def experts(
         raise ValueError(f"expected gate_up [L, E, 2, F, M] and down [L, E, M, F], got {gate_up.shape}, {down.shape}")
     if chosen.shape != weights.shape or chosen.ndim != 2 or chosen.shape[0] != x.shape[0]:
         raise ValueError(f"chosen, weights: expected [{x.shape[0]}, k], got {chosen.shape} and {weights.shape}")
-    if implementation == "reference":
+    form = _choose(implementation, gate_up, down)
+    if form == "reference":
         return reference.experts(x, gate_up, down, layer, chosen, weights)
-    if implementation in (None, "xla"):
-        rows = _rows(chosen.shape[0], chosen.shape[1], E)
-        if isinstance(gate_up, Quantized) or isinstance(down, Quantized):
-            return xla.blocked(x, gate_up, down, layer, chosen, weights, rows)
-        return gradient.blocked(x, gate_up, down, layer, chosen, weights, rows)
-    raise ValueError(f"implementation: unknown {implementation!r}: expected None, 'reference' or 'xla'")
+    if form != "xla":
+        return gpu.experts(x, gate_up, down, layer, chosen, weights, interpreted=form == "triton_interpreted")
+    rows = _rows(chosen.shape[0], chosen.shape[1], E)
+    if isinstance(gate_up, Quantized) or isinstance(down, Quantized):
+        return xla.blocked(x, gate_up, down, layer, chosen, weights, rows)
+    return gradient.blocked(x, gate_up, down, layer, chosen, weights, rows)
+
+
+def _choose(implementation: str | None, gate_up: Weights, down: Weights) -> str:
+    if implementation is None:
+        return "xla" if gpu.refusal(gate_up, down) or refusal() else "triton"
+    known = get_args(Implementation)
+    if implementation not in known:
+        raise ValueError(f"implementation: unknown {implementation!r}: expected None or one of {known}")
+    if implementation in ("triton", "triton_interpreted"):
+        reason = gpu.refusal(gate_up, down) or (refusal() if implementation == "triton" else None)
+        if reason:
+            raise ValueError(f"implementation: {implementation!r} cannot run: {reason}")
+    return implementation
 
 
 def _checked(name: str, weights: Weights, dtype: jnp.dtype) -> Weights:

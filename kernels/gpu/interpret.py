@@ -99,7 +99,19 @@ def _rounded(source: Any, kind: Any) -> Any:
     return _trunc(source, kind)
 
 
+_from_integers = interpreter.interpreter_builder.create_si_to_fp
+
+
+def _converted(source: Any, kind: Any) -> Any:
+    """Integers to bfloat16: Triton's own takes the integer for the bit pattern."""
+    if kind.scalar == triton.language.bfloat16:
+        return interpreter.TensorHandle(source.data.astype(ml_dtypes.bfloat16).view(np.uint16), kind.scalar)
+    return _from_integers(source, kind)
+
+
 interpreter.interpreter_builder.create_dot = _exact_dot
+interpreter.interpreter_builder.create_si_to_fp = _converted
+interpreter.interpreter_builder.create_ui_to_fp = _converted
 interpreter.interpreter_builder.create_fp_trunc = _rounded
 
 

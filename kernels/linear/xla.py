@@ -14,7 +14,9 @@ from m1jax.kernels.isolate import isolated
 Index = tuple[jax.Array | int, ...]
 
 LANE = 16  # floats of the widest vector register
-FEW_ROWS = {jnp.dtype("float32"): 4, jnp.dtype("bfloat16"): 1}  # of x: up to here the fused form beats copy and dot
+FEW_ROWS = 16  # of x: up to here the matrix is the left operand of a dot, which then is not repacked
+MANY_ROWS = 1024  # of x: from here on copying a matrix costs nothing beside the product
+TILE = 1 << 19  # elements of a matrix picked and multiplied at a time: the copy stays in a core's cache
 
 
 def product(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
@@ -24,20 +26,33 @@ def product(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
 
 def _on_cpu(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
     (N, I), O = x.shape, stack.shape[-2]
-    groups, terms = _groups(N, stack.dtype)
+    groups, terms = GROUPS_AND_TERMS[stack.dtype]
     fusable = O % groups == 0 and I % (terms * LANE) == 0
-    form = fused if fusable and FEW_ROWS[stack.dtype] >= N else _copied
-    if fusable and x.dtype != stack.dtype and N <= 8:  # float32 by bfloat16: the LM head while decoding
-        form = _row_by_row
-    elif x.dtype == jnp.float32 and stack.size == O * I:
+    if fusable and (N == 1 or (N == 2 and x.dtype == jnp.bfloat16)):
+        return isolated(_row_by_row, index[0], x, stack, index)
+    if x.dtype == jnp.float32 and stack.dtype == jnp.bfloat16 and N <= FEW_ROWS:  # the LM head while decoding
+        return isolated(_in_parts, index[0], x, stack, index)
+    if stack.dtype == jnp.bfloat16:
+        return isolated(_copied, index[0], x, stack, index)
+    if stack.size == O * I:
         return dot(x, stack.reshape(O, I))  # nothing to pick, nothing to copy
-    if form is _copied and stack.dtype == jnp.float32:
-        return _copied(x, stack, index)  # a dot reads and writes whole buffers as it is
-    return isolated(form, index[0], x, stack, index)
+    tiles = _divisor(O, max(1, O * I // TILE))
+    return _tiled(x, stack, index, O // tiles) if FEW_ROWS < N < MANY_ROWS and tiles > 1 else _copied(x, stack, index)
 
 
 def _row_by_row(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
-    return lax.map(lambda row: fused(row[None], stack, index)[0], x)
+    return jnp.concatenate([fused(x[n : n + 1], stack, index) for n in range(x.shape[0])])
+
+
+def _in_parts(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
+    """Exact float32 x by bfloat16: the 24 bits of x are three bfloat16 of 8 bits, whose products float32 holds."""
+    parts = []
+    for _ in range(3):
+        parts.append(lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))  # a cast would be optimised away
+        x = x - parts[-1]
+    out = dot(jnp.concatenate(parts).astype(jnp.bfloat16), pick(stack, index))
+    high, middle, low = jnp.split(out, 3)
+    return high + (middle + low)
 
 
 def _copied(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
@@ -46,7 +61,20 @@ def _copied(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
     return dot(jnp.pad(x, ((0, rows - x.shape[0]), (0, 0))), pick(stack, index))[: x.shape[0]]
 
 
-def pick(stack: jax.Array, index: Index, first: int = 0, rows: int | None = None) -> jax.Array:
+def _tiled(x: jax.Array, stack: jax.Array, index: Index, rows: int) -> jax.Array:
+    def tile(out: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
+        return lax.dynamic_update_slice(out, dot(x, pick(stack, index, first, rows)), (0, first)), None
+
+    O = stack.shape[-2]
+    return lax.scan(tile, jnp.zeros((x.shape[0], O), jnp.float32), jnp.arange(0, O, rows))[0]
+
+
+def _divisor(n: int, least: int) -> int:
+    """The smallest divisor of n that is at least `least`."""
+    return next(d for d in range(least, n + 1) if n % d == 0)
+
+
+def pick(stack: jax.Array, index: Index, first: jax.Array | int = 0, rows: int | None = None) -> jax.Array:
     """`stack[index][first : first + rows]` for a stack `[..., O, I]`."""
     O, I = stack.shape[-2:]
     rows = O if rows is None else rows
@@ -56,32 +84,29 @@ def pick(stack: jax.Array, index: Index, first: int = 0, rows: int | None = None
 def dot(x: jax.Array, w: jax.Array) -> jax.Array:
     """x `[N, I]` times the transpose of w `[O, I]`, up-cast to the dtype of x, summed in float32."""
     w = w.astype(x.dtype)
+    if x.shape[0] <= FEW_ROWS and x.dtype == jnp.float32:
+        return jnp.einsum("oi,ni->on", w, x, precision="highest", preferred_element_type=jnp.float32).T
     return jnp.einsum("ni,oi->no", x, w, precision="highest", preferred_element_type=jnp.float32)
 
 
-def _groups(N: int, dtype: jnp.dtype) -> tuple[int, int]:
-    """(row groups of W taken together, terms of the inner sum): measured best; with more, LLVM no longer unrolls."""
-    if dtype == jnp.bfloat16:
-        return 2, 16
-    return (2, 8) if N == 1 else (1, 8)
+# (row groups of W taken together, terms of the inner sum): measured best; with more, LLVM no longer unrolls.
+GROUPS_AND_TERMS = {jnp.dtype("float32"): (2, 8), jnp.dtype("bfloat16"): (2, 16)}
 
 
 def fused(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
-    """One pass over the matrix where it lies: each row as `terms` pieces of contiguous lanes, summed lane by lane.
+    """One row `[1, I]`, one pass over the matrix where it lies: each of its rows as `terms` pieces of contiguous lanes.
 
-    All products of a pass are one variadic reduction, which XLA:CPU compiles to one vectorised loop.
+    All products of the pass are one variadic reduction, which XLA:CPU compiles to one vectorised loop.
     """
-    N, I = x.shape
-    groups, terms = _groups(N, stack.dtype)
-    rows, lanes = stack.shape[-2] // groups, I // terms
+    groups, terms = GROUPS_AND_TERMS[stack.dtype]
+    rows, lanes = stack.shape[-2] // groups, x.shape[1] // terms
     # bfloat16 is picked as bits: XLA:CPU slices, like all it does with bfloat16, by way of float32.
     bits = lax.bitcast_convert_type(stack, jnp.uint16) if stack.dtype == jnp.bfloat16 else stack
-    ws = [_wide(pick(bits, index, g * rows, rows)).reshape(rows, terms, lanes) for g in range(groups)]
-    xs = x.astype(jnp.float32).reshape(N, 1, terms, lanes)
-    products = tuple(w * xs[n] for n in range(N) for w in ws)
-    zeros = (jnp.float32(0),) * len(products)
+    wide = x.astype(jnp.float32).reshape(1, terms, lanes)
+    products = tuple(wide * _wide(pick(bits, index, g * rows, rows)).reshape(rows, terms, lanes) for g in range(groups))
+    zeros = (jnp.float32(0),) * groups
     sums = lax.reduce(products, zeros, lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)), (1,))
-    return jnp.stack([jnp.sum(s, axis=-1) for s in sums]).reshape(N, groups * rows)
+    return jnp.concatenate([jnp.sum(s, axis=-1) for s in sums])[None]
 
 
 def _wide(w: jax.Array) -> jax.Array:

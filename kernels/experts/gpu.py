@@ -1,0 +1,270 @@
+"""Experts on Hopper: how the Triton kernels of `kernels.py` are put together, and the rules for gradients.
+
+Two products: h = silu(W1 x) ⊙ W3 x for each assignment of a token to an expert, in the dtype of x, then W2 h in
+float32; the shares and the sum over a token's experts are left to XLA, which fuses them. Rows are picked and placed by
+the kernels, no sorted copies are made. All sums are float32; in bfloat16 h is rounded as in every other form.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from m1jax.kernels.experts.quantized import Quantized, Weights
+from m1jax.kernels.gpu import launch
+
+FEW = 256  # assignments, up to which each program finds its rows on its own
+CHUNK = 32_768  # tokens computed at once: h of more would fill the memory
+SPAN = 8  # tiles of one expert that share a block of weights through the cache
+MULTIPROCESSORS = 132  # of an H100 or H200
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """What a product is tuned by: rows, out and in channels of a tile, warps, pipeline stages, split of the sum."""
+
+    rows: int
+    out: int
+    inner: int
+    warps: int
+    stages: int
+    split: int = 1
+
+
+class Routing(NamedTuple):
+    """Where the rows of each expert are; `order`, `table` and `bounds` as the kernels want them."""
+
+    order: jax.Array  # int32 [N·k]: assignments sorted by expert; `chosen` itself if few
+    table: jax.Array  # int32 [tiles, 5]
+    bounds: jax.Array  # int32 [E + 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How to run: tiles of the two forward products and of the gradients, and whether in the interpreter."""
+
+    gate_up: Tiles
+    down: Tiles
+    rows_gradient: Tiles
+    weights_gradient: Tiles
+    interpreted: bool = False
+
+
+def bits_of(weights: Weights) -> int:
+    """Bits of a quantised weight; 0 for float weights."""
+    return int(weights.kind[3:]) if isinstance(weights, Quantized) else 0
+
+
+def default_form(assignments: int, E: int, dtype: Any, bits: int, interpreted: bool = False) -> Form:
+    """Tiles for a number of rows: wide where products are bound by arithmetic, narrow where by reading weights."""
+    each = assignments / E
+    if dtype == jnp.float32:
+        exact = Tiles(16, 64, 32, 4, 1)
+        return Form(exact, exact, exact, exact, interpreted)
+    if assignments <= FEW or each <= 12:
+        inner = {0: 64, 8: 128, 4: 128}[bits]
+        gate_up, down = Tiles(16, 64, inner, 4, 4), Tiles(16, 64, inner, 4, 4, 2)
+    elif each <= 96:
+        gate_up, down = Tiles(64, 64, 64, 4, 3), Tiles(64, 128, 64, 4, 3)
+    else:
+        gate_up, down = Tiles(64 if bits == 4 else 128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 4)
+    rows_gradient = Tiles(128, 64, 128, 8, 3) if each > 96 else Tiles(64, 64, 128, 4, 3)
+    return Form(gate_up, down, rows_gradient, Tiles(64, 128, 128, 8, 3), interpreted)
+
+
+def refusal(gate_up: Weights, down: Weights) -> str | None:
+    """Why these kernels do not take such weights; None if they do."""
+    for name, weights in (("gate_up", gate_up), ("down", down)):
+        if isinstance(weights, Quantized) and weights.kind == "int4" and weights.group < 32:
+            return f"{name} has int4 groups of {weights.group} in-channels, the kernels need 32, 64 or 128"
+    return None
+
+
+def experts(
+    x: jax.Array,
+    gate_up: Weights,
+    down: Weights,
+    layer: jax.Array | int,
+    chosen: jax.Array,
+    weights: jax.Array,
+    form: Form | None = None,
+    interpreted: bool = False,
+) -> jax.Array:
+    """Arguments as in `reference.experts`; `form` None chooses by shape."""
+    N, k = chosen.shape
+    if N > CHUNK and form is None:
+        return _in_chunks(x, gate_up, down, layer, chosen, weights, interpreted)
+    E = gate_up.shape[1]
+    if form is None:
+        form = default_form(N * k, E, x.dtype, bits_of(gate_up), interpreted)
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    h: Any = _product(form, True, k, x, gate_up, layer, chosen)
+    y: Any = _product(form, False, k, h, down, layer, chosen)  # [split, N·k, M]
+    y = jnp.where(chosen[..., None] < E, jnp.sum(y, axis=0).reshape(N, k, -1), 0.0)  # no kernel writes padding
+    return jnp.sum(y * weights[..., None], axis=1)
+
+
+def _in_chunks(
+    x: jax.Array,
+    gate_up: Weights,
+    down: Weights,
+    layer: jax.Array | int,
+    chosen: jax.Array,
+    weights: jax.Array,
+    interpreted: bool,
+) -> jax.Array:
+    N, E = x.shape[0], gate_up.shape[1]
+    chunks = -(-N // CHUNK)
+
+    def cut(a: jax.Array, padding: float = 0) -> jax.Array:
+        a = jnp.pad(a, ((0, chunks * CHUNK - N), (0, 0)), constant_values=padding)
+        return a.reshape(chunks, CHUNK, -1)
+
+    def one(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        x, chosen, weights = args
+        return experts(x, gate_up, down, layer, chosen, weights, interpreted=interpreted)
+
+    return lax.map(one, (cut(x), cut(chosen, E), cut(weights))).reshape(chunks * CHUNK, -1)[:N]
+
+
+def route(chosen: jax.Array, E: int, R: int) -> Routing:
+    """Sorts the assignments by expert and cuts each expert's into tiles of R; experts equal to E are left out."""
+    flat = chosen.reshape(-1)
+    n = flat.shape[0]
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    bounds = jnp.searchsorted(flat[order], jnp.arange(E + 1, dtype=flat.dtype)).astype(jnp.int32)
+    counts = bounds[1:] - bounds[:-1]
+    tiles = -(-counts // R)
+    last = jnp.cumsum(tiles)
+    index = jnp.arange(min(n, n // R + E), dtype=jnp.int32)
+    expert = jnp.minimum(jnp.searchsorted(last, index, side="right"), E - 1).astype(jnp.int32)
+    among = index - (last - tiles)[expert]
+    span = index - among % SPAN
+    size = jnp.minimum(SPAN, last[expert] - span)
+    needed = index < last[-1]
+    rows = jnp.clip(counts[expert] - among * R, 0, R)
+    entry = (expert, bounds[expert] + among * R, rows, span, size)
+    spare = (jnp.zeros_like(index), jnp.zeros_like(index), jnp.zeros_like(index), index, jnp.ones_like(index))
+    table = jnp.stack([jnp.where(needed, a, b) for a, b in zip(entry, spare, strict=True)], axis=1)
+    return Routing(order, table.astype(jnp.int32), bounds)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(
+    form: Form, gated: bool, k: int, x: jax.Array, weights: Weights, layer: jax.Array, chosen: jax.Array
+) -> jax.Array:
+    """[N·k, F] in the dtype of x from tokens if gated, else float32 [split, N·k, M] from such rows."""
+    return _forward(form, gated, k, x, weights, layer, chosen, raw=False)[0]
+
+
+def _product_forward(
+    form: Form, gated: bool, k: int, x: jax.Array, weights: Weights, layer: jax.Array, chosen: jax.Array
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    if isinstance(weights, Quantized):  # registers for what is written besides
+        form = dataclasses.replace(
+            form, gate_up=dataclasses.replace(form.gate_up, rows=max(form.gate_up.rows // 2, 16))
+        )
+    out = _forward(form, gated, k, x, weights, layer, chosen, raw=gated)
+    return out[0], (x, weights, layer, chosen, *out[1:])
+
+
+def _product_backward(form: Form, gated: bool, k: int, residuals: tuple[Any, ...], d: jax.Array) -> tuple[Any, ...]:
+    x, weights, layer, chosen, *raw = residuals
+    E = weights.shape[1]
+    n = chosen.size
+    if gated:
+        gate, up = raw[0][:, 0].astype(jnp.float32), raw[0][:, 1].astype(jnp.float32)
+        _, undo = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+        d = jnp.concatenate(undo(d.astype(jnp.float32)), axis=1)
+    else:
+        d = d[0]  # the parts of a split sum all have the same gradient
+    d = d.astype(x.dtype)  # [N·k, O]
+    rows = _rows_gradient(form, d, weights, layer, route(chosen, E, form.rows_gradient.rows))
+    rows = jnp.where((chosen.reshape(-1) < E)[:, None], rows, 0.0)  # of padding, which no kernel wrote
+    d_x = jnp.sum(rows.reshape(-1, k, x.shape[1]), axis=1) if gated else rows
+    d_weights = None
+    if not isinstance(weights, Quantized):
+        d_weights = _weights_gradient(form, gated, k, d, x, weights, layer, route(chosen, E, n))
+    return d_x.astype(x.dtype), d_weights, None, None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _stored(weights: Weights, layer: jax.Array) -> tuple[dict[str, Any], jax.Array, jax.Array]:
+    """Constants that tell a kernel how weights are stored, values, and scales (anything, if there are none)."""
+    bits = bits_of(weights)
+    if isinstance(weights, Quantized):
+        return {"BITS": bits, "GROUP": weights.group}, weights.values, weights.scales
+    return {"BITS": 0, "GROUP": 0}, weights, layer
+
+
+def _precision(dtype: Any) -> str:
+    return "ieee" if dtype == jnp.float32 else "tf32"  # of float32 products; bfloat16 ones are exact
+
+
+def _forward(
+    form: Form, gated: bool, k: int, x: jax.Array, weights: Weights, layer: jax.Array, chosen: jax.Array, raw: bool
+) -> list[jax.Array]:
+    from m1jax.kernels.experts import kernels
+
+    E, I = weights.shape[1], x.shape[1]
+    O = weights.shape[3] if gated else weights.shape[2]
+    n = chosen.size
+    tiles = form.gate_up if gated else form.down
+    few = n <= FEW
+    if few:
+        order = table = chosen.reshape(-1)
+        count = n
+    else:
+        order, table, _ = route(chosen, E, tiles.rows)
+        count = table.shape[0]
+    stored, values, scales = _stored(weights, layer)
+    split = 1 if gated else tiles.split
+    out = [jax.ShapeDtypeStruct((n, O) if gated else (split, n, O), x.dtype if gated else jnp.float32)]
+    constants: dict[str, Any] = {} if raw else {"raw": None}
+    if raw:
+        out.append(jax.ShapeDtypeStruct((n, 2, O), x.dtype))
+    return launch(
+        kernels.forward, x, values, scales, layer, table, order, out=out, grid=(count * -(-O // tiles.out), split),
+        warps=tiles.warps, stages=tiles.stages, interpreted=form.interpreted, **constants, **stored,
+        O=O, I=I, E=E, k=k, N=n, POWER=1 << (n - 1).bit_length() if few else 1, GATED=gated, BY_TOKEN=gated, FEW=few,
+        RAW=raw, SPLIT=split, R=tiles.rows, BO=tiles.out, BI=tiles.inner, PRECISION=_precision(x.dtype),
+    )  # fmt: skip
+
+
+def _rows_gradient(form: Form, d: jax.Array, weights: Weights, layer: jax.Array, routing: Routing) -> jax.Array:
+    """d [N·k, O] times the matrix of each row's expert: float32 [N·k, I]."""
+    from m1jax.kernels.experts import kernels
+
+    tiles, I = form.rows_gradient, weights.shape[-1]
+    stored, values, scales = _stored(weights, layer)
+    inner = stored["GROUP"] if stored["BITS"] == 4 else tiles.inner
+    (out,) = launch(
+        kernels.backward_rows, d, values, scales, layer, routing.table, routing.order,
+        out=[jax.ShapeDtypeStruct((d.shape[0], I), jnp.float32)], grid=(routing.table.shape[0] * -(-I // inner),),
+        warps=tiles.warps, stages=tiles.stages, interpreted=form.interpreted, **stored,
+        O=d.shape[1], I=I, E=weights.shape[1], R=tiles.rows, BO=tiles.out, BI=inner, PRECISION=_precision(d.dtype),
+    )  # fmt: skip
+    return out
+
+
+def _weights_gradient(
+    form: Form, gated: bool, k: int, d: jax.Array, x: jax.Array, weights: jax.Array, layer: jax.Array, routing: Routing
+) -> jax.Array:
+    from m1jax.kernels.experts import kernels
+
+    tiles, (O, I), E = form.weights_gradient, (d.shape[1], x.shape[1]), weights.shape[1]
+    (out,) = launch(
+        kernels.backward_weights, d, x, routing.order, routing.bounds,
+        out=[jax.ShapeDtypeStruct((1, *weights.shape[1:]), weights.dtype)],
+        grid=(-(-O // tiles.out) * -(-I // tiles.inner), E),
+        warps=tiles.warps, stages=tiles.stages, interpreted=form.interpreted,
+        O=O, I=I, k=k, BY_TOKEN=gated, R=tiles.rows, BO=tiles.out, BI=tiles.inner, PRECISION=_precision(x.dtype),
+    )  # fmt: skip
+    if weights.shape[0] == 1:
+        return out
+    return lax.dynamic_update_slice_in_dim(jnp.zeros_like(weights), out, layer[0], 0)

@@ -1,0 +1,140 @@
+"""The experts: one suite over every implementation that runs here, against `reference.py`; relative RMS error."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m1jax.kernels.experts import Quantized, dequantize, experts, gpu, quantize
+from m1jax.kernels.experts.gpu import route
+from tests.tools import rms_error
+
+IMPLEMENTATIONS = ["xla", "triton_interpreted"]
+TOLERANCE = {"float32": 3e-6, "bfloat16": 8e-3}
+L, E, F, M = 2, 6, 96, 256  # int4 groups of 32 and 128; F is no multiple of the tiles
+
+
+def normal(seed: int, *shape: int, dtype: str = "float32") -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)).astype(dtype)
+
+
+def weights_of(dtype: str) -> Any:
+    """gate_up and down in a float dtype, or quantised."""
+    w13, w2 = normal(1, L, E, 2, F, M) / np.sqrt(M), normal(2, L, E, M, F) / np.sqrt(F)
+    if dtype in ("int8", "int4"):
+        return quantize(w13, dtype), quantize(w2, dtype)
+    return w13.astype(dtype), w2.astype(dtype)
+
+
+def routing(N: int, k: int, skew: bool, experts: int = E) -> Any:
+    """Experts of each token, every third without any; with skew one expert has most tokens and some have none."""
+    rng = np.random.default_rng(N)
+    scores = rng.standard_normal((N, experts))
+    if skew:
+        scores += 9.0 * (np.arange(experts) == 1) - 99.0 * (np.arange(experts) >= experts - 2)
+    chosen = np.argsort(-scores)[:, :k].astype(np.int32)
+    if N > 2:
+        chosen[N // 2 :: 3] = experts
+    return jnp.asarray(chosen), jnp.asarray(rng.random((N, k), dtype=np.float32))
+
+
+def exact(x: jax.Array, weights: Any, *args: Any) -> jax.Array:
+    """The reference on the numbers that the weights stand for, in float32 throughout."""
+    w13, w2 = map(dequantize, weights)
+    return experts(x.astype(jnp.float32), w13, w2, *args, layer=1, implementation="reference")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("stored", ["float", "int8", "int4"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("N", "k", "skew"), [(1, 2, False), (8, 2, True), (200, 2, True)])
+def test_forward(N: int, k: int, skew: bool, dtype: str, stored: str, implementation: Any) -> None:
+    x, weights = normal(0, N, M, dtype=dtype), weights_of(dtype if stored == "float" else stored)
+    args = routing(N, k, skew)
+    got = jax.jit(lambda x, w: experts(x, *w, *args, layer=1, implementation=implementation))(x, weights)
+    assert got.dtype == jnp.float32
+    assert rms_error(got, exact(x, weights, *args)) < TOLERANCE[dtype]
+    if N > 2:
+        assert not np.any(got[N // 2 :: 3])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8", "int4"])
+def test_gradients(stored: str, implementation: Any) -> None:
+    N, x = 40, normal(0, 40, M, dtype="bfloat16" if stored == "bfloat16" else "float32")
+    quantized = stored in ("int8", "int4")
+    chosen, share = routing(N, 2, True)
+    into = normal(5, N, M)
+
+    def loss(x: jax.Array, share: jax.Array, weights: Any, how: str) -> jax.Array:
+        if how == "reference":
+            return jnp.vdot(into, exact(x, weights, chosen, share))
+        return jnp.vdot(into, experts(x, weights[0], weights[1], chosen, share, layer=1, implementation=how))  # pyright: ignore
+
+    def gradients(how: str) -> list[jax.Array]:
+        weights = weights_of(stored)
+        parts = jax.grad(loss, argnums=(0, 1) if quantized else (0, 1, 2))(x, share, weights, how)
+        return jax.tree.leaves(parts)
+
+    for got, want in zip(gradients(implementation), gradients("reference"), strict=True):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        assert rms_error(got, want) < (1e-5 if x.dtype == jnp.float32 else 1.5e-2)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "int8", "int4"])
+def test_split_sums_and_many_rows(stored: str) -> None:
+    """The tiles of prefill and of decode agree, whichever finds the rows, and an uneven split of the sum."""
+    N, weights, x = 140, weights_of(stored), normal(0, 140, M, dtype="bfloat16")
+    args = routing(N, 2, False)
+    want = exact(x, weights, *args)
+    few = gpu.default_form(1, E, x.dtype, gpu.bits_of(weights[0]), True)
+    for tiles in (few.down, dataclasses.replace(few.down, split=3), gpu.Tiles(128, 128, 64, 8, 1)):
+        form = dataclasses.replace(few, gate_up=dataclasses.replace(tiles, split=1), down=tiles)
+        got = gpu.experts(x, *weights, 1, *args, form=form)
+        assert rms_error(got, want) < TOLERANCE["bfloat16"], tiles
+
+
+def test_chunks_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "CHUNK", 16)
+    x, weights, args = normal(0, 37, M), weights_of("float32"), routing(37, 2, False)
+    got = experts(x, *weights, *args, layer=1, implementation="triton_interpreted")
+    assert rms_error(got, exact(x, weights, *args)) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("skew", [False, True])
+def test_route(skew: bool) -> None:
+    """Every assignment is in one tile of its expert, and the programs of a span are those of its tiles."""
+    N, R, blocks = 500, 16, 3
+    chosen, _ = routing(N, 2, skew)
+    order, table, bounds = (np.asarray(a) for a in route(chosen, E, R))
+    flat = np.asarray(chosen).reshape(-1)
+    seen: list[int] = []
+    for expert, first, count, _, _ in table:
+        rows = order[first : first + count]
+        assert np.all(flat[rows] == expert) and count <= R
+        seen += list(rows)
+    assert sorted(seen) == list(np.flatnonzero(flat < E))
+    assert np.array_equal(np.diff(bounds), np.bincount(flat, minlength=E + 1)[:E])
+    visited = set()
+    for program in range(len(table) * blocks):
+        start, size = table[program // blocks][3:]
+        local = program - start * blocks
+        assert 1 <= size <= gpu.SPAN and table[start + local % size][0] == table[start][0]
+        visited.add((start + local % size, local // size))
+    assert visited == {(tile, block) for tile in range(len(table)) for block in range(blocks)}
+
+
+def test_what_the_kernels_cannot_do_is_named() -> None:
+    args = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1))
+    narrow = quantize(jnp.ones((1, 2, 2, 8, 32)), "int4"), quantize(jnp.ones((1, 2, 32, 8)), "int4")
+    with pytest.raises(ValueError, match="down has int4 groups of 8"):
+        experts(jnp.ones((1, 32)), *narrow, *args, implementation="triton_interpreted")
+    wide = jnp.ones((1, 2, 2, 8, 32)), jnp.ones((1, 2, 32, 8))
+    with pytest.raises(ValueError, match="'triton' cannot run: needs a CUDA device"):
+        experts(jnp.ones((1, 32)), *wide, *args, implementation="triton")
+    with pytest.raises(ValueError, match="unknown 'cuda'"):
+        experts(jnp.ones((1, 32)), *wide, *args, implementation="cuda")  # pyright: ignore[reportArgumentType]
+    assert isinstance(narrow[0], Quantized)
