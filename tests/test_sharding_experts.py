@@ -35,9 +35,15 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("routing", ROUTING)
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("few", [0, 512], ids=["exchange", "gather"])
+APART = ("apart", "apart along two axes", "apart and together", "rows and experts")
+CASES = [
+    *((mesh, routing, 0) for mesh in APART for routing in ROUTING),  # exchanged
+    *((mesh, "skewed", 512) for mesh in APART),  # gathered
+    *((mesh, routing, 0) for mesh in MESHES if mesh not in APART for routing in ("skewed", "nothing but padding")),
+]
+
+
+@pytest.mark.parametrize(("mesh", "routing", "few"), CASES)
 def test_every_form_equals_one_device(mesh: str, routing: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "FEW", few)
     monkeypatch.setattr(parallel, "CHUNK", 7)  # several chunks, the last one smaller
