@@ -23,6 +23,7 @@ from m1jax.kernels.gpu import Case, aot, deviceless
 from m1jax.kernels.gpu.target import missing
 from m1jax.model import abstract, period
 from m1jax.presets import find_config
+from m1jax.sharding.mesh import MeshShape, make_mesh
 
 OPS = ("lightning_attention", "experts")
 
@@ -84,7 +85,7 @@ def main() -> int:
     if reason := missing():
         raise UserError(f"compiling Triton kernels {reason}")
     try:
-        mesh = deviceless.mesh({"x": 1})
+        mesh = make_mesh(MeshShape(), devices=list(deviceless.mesh({"device": 1}).devices.flat))
     except ImportError as error:
         raise UserError(str(error)) from error
     with jax.set_mesh(mesh):

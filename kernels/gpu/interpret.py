@@ -16,9 +16,10 @@ if "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import triton
+from triton import knobs
 from triton.runtime import interpreter
 
-if not triton.knobs.runtime.interpret:
+if not knobs.runtime.interpret:
     raise ImportError("triton was imported for compilation: set TRITON_INTERPRET=1 before it is")
 
 _NAMES = {
@@ -92,11 +93,11 @@ def _exact_dot(a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_a
 _trunc = interpreter.interpreter_builder.create_fp_trunc
 
 
-def _rounded(source: Any, kind: Any) -> Any:
+def _rounded(src: Any, dst_type: Any) -> Any:
     """float32 to bfloat16, to nearest as GPUs do: Triton's own cuts off."""
-    if source.dtype.scalar == triton.language.float32 and kind.scalar == triton.language.bfloat16:
-        return interpreter.TensorHandle(source.data.astype(ml_dtypes.bfloat16).view(np.uint16), kind.scalar)
-    return _trunc(source, kind)
+    if src.dtype.scalar == triton.language.float32 and dst_type.scalar == triton.language.bfloat16:
+        return interpreter.TensorHandle(src.data.astype(ml_dtypes.bfloat16).view(np.uint16), dst_type.scalar)
+    return _trunc(src, dst_type)
 
 
 _from_integers = interpreter.interpreter_builder.create_si_to_fp
