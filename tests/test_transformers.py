@@ -4,13 +4,19 @@ That is: rotary_dim = head_dim, heads a power of two, whole prompts, `position_i
 1 - i/(L-1+1e-5) + 1e-5 where the official one is 1 - i/(L-1) + 1e-5: the test gives it the official one.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import m1jax
+from m1jax.params import flatten
+from m1jax.train.step import accumulated, cross_entropy
+from m1jax.weights import expected
 from tests.tools import rms_error
 
 torch = pytest.importorskip("torch", reason="the extra `parity` is not installed")
@@ -70,3 +76,41 @@ def test_logits_and_decode(folder: Path) -> None:
     assert np.array_equal(np.argmax(logits, -1), nxt.numpy()[:, 0])
     logits, _ = ours.step(nxt.numpy(), state, logits="last")
     assert rms_error(logits, one.logits[:, 0].numpy()) < 3e-6
+
+
+def test_loss_and_gradients_with_the_balancing_loss(folder: Path) -> None:
+    """Every parameter's gradient, float32; rows of different lengths, padding excluded from both losses."""
+    theirs = official_decay(transformers.MiniMaxForCausalLM.from_pretrained(folder))
+    theirs.train()
+    ids = np.random.default_rng(1).integers(0, 96, (2, 140))
+    valid = np.arange(140) < np.asarray([[140], [97]])
+    out = theirs(
+        torch.tensor(ids),
+        attention_mask=torch.tensor(valid.astype(np.int64)),
+        position_ids=torch.arange(140)[None].expand(2, -1),
+        labels=torch.tensor(np.where(valid, ids, -100)),
+        output_router_logits=True,
+        use_cache=False,
+    )
+    out.loss.backward()
+
+    ours = m1jax.load(folder)
+    coefficient = theirs.config.router_aux_loss_coef
+    targets, weights = np.roll(ids, -1, 1), (valid & np.roll(valid, -1, 1) & (np.arange(140) < 139)).astype(np.float32)
+    batch = {
+        "tokens": jnp.asarray(ids, jnp.int32),
+        "targets": jnp.asarray(targets, jnp.int32),
+        "weights": jnp.asarray(weights),
+        "segments": jnp.asarray(valid, jnp.int32),
+    }
+    loss = cross_entropy("float32", "layer", coefficient)
+    gradient, metrics = jax.jit(functools.partial(accumulated, loss))(ours, {k: v[None] for k, v in batch.items()})
+    assert float(metrics["loss"]) == pytest.approx(out.loss.item(), rel=1e-6)
+    assert float(metrics["balance"]) == pytest.approx(out.aux_loss.item(), rel=1e-6)
+    found = flatten(gradient)
+    slots = expected(ours.config, "fused")
+    theirs_by_name = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
+    assert theirs_by_name.keys() == slots.keys()
+    for name, slot in slots.items():
+        mine = np.asarray(found[slot.target])[slot.index].reshape(slot.shape)
+        assert rms_error(mine, theirs_by_name[name]) < 1e-5, name
