@@ -1,5 +1,6 @@
 """Packed rows against separate ones, and gradients against references: ops, model, and transformers' own."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,12 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m1jax.kernels.experts import gradient as experts_gradient
+from m1jax.kernels.experts import reference as experts_reference
 from m1jax.kernels.lightning_attention import lightning_attention, log_decay
 from m1jax.kernels.softmax_attention import softmax_attention
 from m1jax.kernels.softmax_attention import xla as softmax_xla
+from m1jax.model import head
 from m1jax.params import flatten
+from m1jax.train import loss
+from m1jax.train.forward import hidden_states
+from m1jax.train.loss import CHUNK, token_log_probs
+from m1jax.train.step import accumulated, cross_entropy
 from tests import numpy_m1
-from tests.test_kernels import normal
+from tests.test_kernels import gradients, normal, routing
 from tests.tools import SMALL, random_model, rms_error, variant
 
 # Lengths of the sequences in each row of 300; the rest of a row is padding, 0 is padding between two sequences.
@@ -130,6 +138,136 @@ def test_packed_rows_match_float64(config: Any) -> None:
     for b, first, last in pieces(PACKED):
         want, _ = numpy_m1.forward(config, flatten(model), tokens[b, first:last])
         assert rms_error(logits[b, first:last], want) < 3e-6
+
+
+def biggest(fn: Any, *args: Any) -> int:
+    """Elements of the largest array that a function makes, in loops and branches too."""
+
+    def of(jaxpr: Any) -> int:
+        sizes = [0]
+        for eqn in jaxpr.eqns:
+            sizes += [v.aval.size for v in eqn.outvars if hasattr(v.aval, "size")]
+            for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    sizes.append(of(inner))
+        return max(sizes)
+
+    return of(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def test_gradients_keep_no_scores_and_no_states() -> None:
+    """What autodiff would store: T × T scores of softmax attention, a D × D state for each chunk of lightning's."""
+    T, H, D = 4096, 1, 64
+    q, k = jnp.zeros((1, T, H, D)), jnp.zeros((1, H, T, D))
+    softmax = jax.grad(lambda q, k: jnp.sum(softmax_attention(q, k, k)), (0, 1))
+    assert biggest(softmax, q, k) <= max(T * H * D, 256 * 512)
+    qkv, decay = jnp.zeros((1, T, H, 3, D)), jnp.zeros(H)
+    lightning = jax.grad(lambda x: jnp.sum(lightning_attention(x, decay)[0]))
+    assert biggest(lightning, qkv) <= qkv.size
+    wide = jax.make_jaxpr(lightning)(qkv).jaxpr
+    assert not any(v.aval.shape[-2:] == (D, D) and v.aval.size > D * D for e in wide.eqns for v in e.outvars)
+
+
+def test_cross_entropy_never_holds_all_logits() -> None:
+    B, T, M, V = 2, 3000, 8, 50_000
+    hidden, head = normal(0, B, T, M), normal(1, V, M)
+    targets = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, T)))
+    gradient = jax.grad(lambda h, w: jnp.sum(token_log_probs(h, w, targets)[0]), (0, 1))
+    assert biggest(gradient, hidden, head) <= CHUNK < B * T * V
+
+
+def test_cross_entropy_in_pieces_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 16 * 40)
+    hidden, head = normal(0, 2, 21, 8), normal(1, 40, 8)
+    targets, weight = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 21))), normal(2, 2, 21)
+
+    def whole(h: jax.Array, w: jax.Array) -> Any:
+        log_p = jax.nn.log_softmax(jnp.einsum("btm,vm->btv", h, w, precision="highest") / 0.7)
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p, -1)
+        return jnp.vdot(jnp.take_along_axis(log_p, targets[..., None], 2)[..., 0], weight), entropy
+
+    def pieces(h: jax.Array, w: jax.Array) -> Any:
+        log_p, entropy = token_log_probs(h, w, targets, 0.7)
+        return jnp.vdot(log_p, weight) + jnp.sum(entropy), entropy
+
+    (value, entropy), got = jax.value_and_grad(pieces, (0, 1), has_aux=True)(hidden, head)
+    (want, want_entropy), gradient = jax.value_and_grad(whole, (0, 1), has_aux=True)(hidden, head)
+    assert float(value - jnp.sum(entropy)) == pytest.approx(float(want), rel=1e-4)
+    assert rms_error(entropy, want_entropy) < 2e-6
+    for a, b in zip(got, gradient, strict=True):
+        assert rms_error(a, b) < 1e-5
+
+
+def packed_batch(rows: list[list[int]], width: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The same sequences packed, and in a row each."""
+    rng, segments = np.random.default_rng(seed), segments_of(rows, width)
+    packed = {
+        name: rng.integers(0, SMALL.vocab_size, segments.shape).astype(np.int32) for name in ("tokens", "targets")
+    }
+    packed |= {"segments": segments, "weights": rng.random(segments.shape, np.float32) * (segments > 0)}
+    alone = {name: np.zeros((len(pieces(rows)), width), x.dtype) for name, x in packed.items()}
+    for row, (b, first, last) in enumerate(pieces(rows)):
+        for name, x in packed.items():
+            alone[name][row, : last - first] = x[b, first:last] if name != "segments" else 1
+    return packed, alone
+
+
+@pytest.mark.parametrize("remat", ["none", "projections", "layer"])
+def test_packing_gives_the_loss_and_gradients_of_separate_rows(remat: Any) -> None:
+    config = variant(layer_types=("lightning", "lightning", "softmax") * 2, shared_intermediate_size=20)
+    model = random_model(config)
+    fn = jax.jit(functools.partial(accumulated, cross_entropy("float32", remat, 0.5)))
+    packed, alone = packed_batch(PACKED, 22, 0)
+    gradient, metrics = fn(model, {name: x[None] for name, x in packed.items()})
+    want_gradient, want = fn(model, {name: x[None] for name, x in alone.items()})
+    for name in metrics:
+        assert rms_error(metrics[name], want[name]) < 2e-6, name
+    for path, leaf in flatten(gradient).items():
+        assert rms_error(leaf, flatten(want_gradient)[path]) < 1e-5, path
+
+
+def test_the_training_form_is_the_model() -> None:
+    """Hidden states and gradients as by the plain forward pass; routers' sums as by its router logits."""
+    config = variant(layer_types=("softmax", "lightning", "lightning"), tie_word_embeddings=True)
+    model, (packed, _) = random_model(config), packed_batch(PACKED, 22, 1)
+    tokens, segments, k = packed["tokens"], packed["segments"], config.num_experts_per_tok
+    hidden, routing = jax.jit(functools.partial(hidden_states, remat="none"))(model, tokens, segments)
+    trace, valid = model.trace(tokens, segments), segments > 0
+    assert rms_error(hidden[valid], trace.final[valid]) < 1e-6
+    p = np.asarray(jax.nn.softmax(trace.router_logits))[:, valid]  # [L, N, E]
+    assert rms_error(routing.probability, p.sum(1)) < 1e-6
+    assert rms_error(routing.entropy, -(p * np.log(p)).sum((1, 2))) < 1e-6
+    best = np.argsort(-p, axis=-1)[..., :k]
+    want = np.stack([[np.bincount(layer[:, j], minlength=p.shape[2]) for j in range(k)] for layer in best])
+    assert np.array_equal(routing.chosen, want)
+    assert list(routing.tokens) == [valid.sum()] * 3
+
+    weight = normal(3, *tokens.shape, config.vocab_size) * valid[..., None]
+    got = jax.jit(jax.grad(lambda m: jnp.vdot(head(m, hidden_states(m, tokens, segments)[0]), weight)))(model)
+    plain = jax.jit(jax.grad(lambda m: jnp.vdot(m(tokens, segments), weight)))(model)
+    for path, leaf in flatten(got).items():
+        assert rms_error(leaf, flatten(plain)[path]) < 1e-5, path
+
+
+@pytest.mark.parametrize("rows", [4, 64])
+def test_experts_gradients_in_bfloat16_and_without_padding(rows: int) -> None:
+    """Also with experts that nobody chose, tokens that chose nobody, and a layer in the middle of a stack."""
+    N, E, F, M = 70, 6, 16, 12
+    x, w13, w2 = normal(0, N, M), normal(1, 3, E, 2, F, M) / 4, normal(2, 3, E, M, F) / 4
+    chosen, weights = routing(3, N, 2, 4, skew=True)
+    chosen = chosen.at[::5].set(E)
+
+    def run(form: Any, dtype: str) -> list[jax.Array]:
+        return gradients(
+            lambda x, u, d, w: form(*(a.astype(dtype) for a in (x, u, d)), 1, chosen, w), x, w13, w2, weights
+        )
+
+    want = run(experts_reference.experts, "float32")
+    for dtype, limit in (("float32", 1e-5), ("bfloat16", 2e-2)):
+        got = run(lambda *args: experts_gradient.blocked(*args, rows), dtype)
+        for a, b in zip(got, want, strict=True):
+            assert rms_error(a, b) < limit
 
 
 def test_bad_segments_are_named() -> None:
