@@ -23,9 +23,9 @@ from tests import numpy_m1
 from tests.test_kernels import gradients, normal, routing
 from tests.tools import SMALL, random_model, rms_error, variant
 
-# Lengths of the sequences in each row of 300; the rest of a row is padding, 0 is padding between two sequences.
-ROWS = [[130, 1, 100, 69], [5, 250]]
-WIDTH = 300
+# Lengths of the sequences in each row of 200; the rest of a row is padding, 0 is padding between two sequences.
+ROWS = [[130, 1, 69], [5, 150]]
+WIDTH = 200
 
 
 def segments_of(rows: list[list[int]], width: int) -> np.ndarray:
@@ -64,8 +64,8 @@ def test_lightning_attention_of_packed_rows(implementation: Any) -> None:
             outs.append(out[0])
         return total, outs
 
-    (value, (out, _)), gradient = jax.value_and_grad(packed, has_aux=True)(qkv)
-    (want, outs), want_gradient = jax.value_and_grad(separate, has_aux=True)(qkv)
+    (value, (out, _)), gradient = jax.jit(jax.value_and_grad(packed, has_aux=True))(qkv)
+    (want, outs), want_gradient = jax.jit(jax.value_and_grad(separate, has_aux=True))(qkv)
     for (b, first, last), piece in zip(pieces(ROWS), outs, strict=True):
         assert rms_error(out[b, first:last], piece) < 2e-6
     assert value == pytest.approx(float(want), rel=1e-5)
@@ -111,8 +111,8 @@ def test_softmax_attention_of_packed_rows(form: str) -> None:
             total += jnp.vdot(out, weight[b, first:last])
         return total
 
-    value, got = jax.value_and_grad(lambda *a: jnp.vdot(forms[form](*a), weight), (0, 1, 2))(*arrays)
-    want_value, want = jax.value_and_grad(separate, (0, 1, 2))(*arrays)
+    value, got = jax.jit(jax.value_and_grad(lambda *a: jnp.vdot(forms[form](*a), weight), (0, 1, 2)))(*arrays)
+    want_value, want = jax.jit(jax.value_and_grad(separate, (0, 1, 2)))(*arrays)
     assert value == pytest.approx(float(want_value), rel=1e-5)
     for a, b in zip(got, want, strict=True):
         assert rms_error(a, b) < 1e-5
@@ -121,7 +121,7 @@ def test_softmax_attention_of_packed_rows(form: str) -> None:
 def test_softmax_attention_of_packed_rows_from_an_offset() -> None:
     """Queries in the middle of a row read their segment's keys before them."""
     q, k, v = normal(0, 2, 40, 4, 8), normal(1, 2, 2, WIDTH, 8), normal(2, 2, 2, WIDTH, 8)
-    segments, offset = jnp.asarray(segments_of(ROWS, WIDTH)), jnp.asarray([110, 200])
+    segments, offset = jnp.asarray(segments_of(ROWS, WIDTH)), jnp.asarray([110, 150])
     want = softmax_attention(q, k, v, offset=offset, segments=segments, implementation="reference")
     assert rms_error(softmax_xla.direct(q, k, v, offset, segments), want) < 2e-6
     assert rms_error(softmax_xla.blocked(q, k, v, offset, 16, 24, segments), want) < 2e-6
@@ -200,8 +200,9 @@ def test_cross_entropy_in_pieces_is_that_of_the_whole(monkeypatch: pytest.Monkey
 
 
 def packed_batch(rows: list[list[int]], width: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The same sequences packed, and in a row each."""
-    rng, segments = np.random.default_rng(seed), segments_of(rows, width)
+    """The same sequences packed, with empty rows, and in a row each: of one shape."""
+    rng = np.random.default_rng(seed)
+    segments = np.pad(segments_of(rows, width), ((0, len(pieces(rows)) - len(rows)), (0, 0)))
     packed = {
         name: rng.integers(0, SMALL.vocab_size, segments.shape).astype(np.int32) for name in ("tokens", "targets")
     }
@@ -213,23 +214,25 @@ def packed_batch(rows: list[list[int]], width: int, seed: int) -> tuple[dict[str
     return packed, alone
 
 
-@pytest.mark.parametrize("remat", ["none", "projections", "layer"])
-def test_packing_gives_the_loss_and_gradients_of_separate_rows(remat: Any) -> None:
-    config = variant(layer_types=("lightning", "lightning", "softmax") * 2, shared_intermediate_size=20)
-    model = random_model(config)
+@pytest.mark.parametrize(
+    ("remat", "kinds"),
+    [("layer", ("lightning", "lightning", "softmax") * 2), ("none", ("softmax",)), ("projections", ("lightning",) * 2)],
+)
+def test_packing_gives_the_loss_and_gradients_of_separate_rows(remat: Any, kinds: tuple[str, ...]) -> None:
+    model = random_model(variant(layer_types=kinds, shared_intermediate_size=20))
     fn = jax.jit(functools.partial(accumulated, cross_entropy("float32", remat, 0.5)))
     packed, alone = packed_batch(PACKED, 22, 0)
     gradient, metrics = fn(model, {name: x[None] for name, x in packed.items()})
     want_gradient, want = fn(model, {name: x[None] for name, x in alone.items()})
     for name in metrics:
-        assert rms_error(metrics[name], want[name]) < 2e-6, name
+        assert rms_error(metrics[name], want[name]) < 3e-6, name
     for path, leaf in flatten(gradient).items():
-        assert rms_error(leaf, flatten(want_gradient)[path]) < 1e-5, path
+        assert not leaf.size or rms_error(leaf, flatten(want_gradient)[path]) < 1e-5, path
 
 
 def test_the_training_form_is_the_model() -> None:
     """Hidden states and gradients as by the plain forward pass; routers' sums as by its router logits."""
-    config = variant(layer_types=("softmax", "lightning", "lightning"), tie_word_embeddings=True)
+    config = variant(layer_types=("softmax", "lightning"), tie_word_embeddings=True)
     model, (packed, _) = random_model(config), packed_batch(PACKED, 22, 1)
     tokens, segments, k = packed["tokens"], packed["segments"], config.num_experts_per_tok
     hidden, routing = jax.jit(functools.partial(hidden_states, remat="none"))(model, tokens, segments)
@@ -241,7 +244,7 @@ def test_the_training_form_is_the_model() -> None:
     best = np.argsort(-p, axis=-1)[..., :k]
     want = np.stack([[np.bincount(layer[:, j], minlength=p.shape[2]) for j in range(k)] for layer in best])
     assert np.array_equal(routing.chosen, want)
-    assert list(routing.tokens) == [valid.sum()] * 3
+    assert list(routing.tokens) == [valid.sum()] * 2
 
     weight = normal(3, *tokens.shape, config.vocab_size) * valid[..., None]
     got = jax.jit(jax.grad(lambda m: jnp.vdot(head(m, hidden_states(m, tokens, segments)[0]), weight)))(model)

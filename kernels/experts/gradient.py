@@ -6,6 +6,7 @@ For a row x of expert e with share p, h = silu(w1 x) ⊙ (w3 x) and g the gradie
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ Index = jax.Array | int
 Residuals = tuple[jax.Array, jax.Array, jax.Array, Index, jax.Array, jax.Array]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def blocked(
     x: jax.Array,
     gate_up: jax.Array,
@@ -27,91 +29,123 @@ def blocked(
     rows: int,
 ) -> jax.Array:
     """`xla.blocked` with a gradient to `x`, `gate_up`, `down` and `weights`."""
-
-    @jax.custom_vjp
-    def run(
-        x: jax.Array, gate_up: jax.Array, down: jax.Array, layer: Index, chosen: jax.Array, weights: jax.Array
-    ) -> jax.Array:
-        return xla.blocked(x, gate_up, down, layer, chosen, weights, rows)
-
-    def forward(*args: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        return run(*args), args
-
-    def backward(residuals: Residuals, g: jax.Array) -> tuple[jax.Array | None, ...]:
-        return _backward(*residuals, g, rows)
-
-    run.defvjp(forward, backward)
-    return run(x, gate_up, down, layer, chosen, weights)
+    return xla.blocked(x, gate_up, down, layer, chosen, weights, rows)
 
 
-def _backward(
+class Sorted(NamedTuple):
+    """The rows of all experts, one expert after the other, and the blocks that they are computed in."""
+
+    blocks: tuple[jax.Array, jax.Array, jax.Array]  # expert, first row, rows
+    tokens: jax.Array  # [N·k + R]
+    share: jax.Array  # [N·k + R]
+    place: jax.Array  # [N, k], where the rows of a token are
+    somebody: jax.Array  # bool [N, k]
+
+
+def _sort(chosen: jax.Array, weights: jax.Array, experts: int, rows: int) -> Sorted:
+    flat, k = chosen.reshape(-1), chosen.shape[1]
+    order = jnp.argsort(flat, stable=True)
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(flat.shape[0], dtype=order.dtype), unique_indices=True)
+    return Sorted(
+        xla._blocks(flat, experts, rows),
+        jnp.pad(order // k, (0, rows)),
+        jnp.pad(weights.reshape(-1)[order], (0, rows)),
+        place.reshape(chosen.shape),
+        chosen < experts,
+    )
+
+
+def _this(gate_up: jax.Array, down: jax.Array, layer: Index) -> tuple[jax.Array, jax.Array]:
+    """This layer's weights alone: what a loop takes from the whole stack would be copied again and again."""
+    w13, w2 = (lax.dynamic_index_in_dim(w, layer, keepdims=False) for w in (gate_up, down))
+    return w13.reshape(w13.shape[0], -1, w13.shape[-1]), w2
+
+
+def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Summed in float32, `a` rounded to the dtype of b."""
+    return jnp.einsum(spec, a.astype(b.dtype), b, precision="highest", preferred_element_type=jnp.float32)
+
+
+def _switch(block: Any, nothing: Any, rows: int, inputs: tuple[jax.Array, ...]) -> Any:
+    """The smallest compiled size that holds the rows; fewer sizes than in inference, to compile fast."""
+    sizes = sorted({-(-rows // 2), rows})
+    smallest = jnp.searchsorted(jnp.asarray((0, *sizes)), inputs[2])
+    return lax.switch(smallest, [nothing, *(functools.partial(block, size) for size in sizes)], *inputs)
+
+
+def _forward(
     x: jax.Array,
     gate_up: jax.Array,
     down: jax.Array,
     layer: Index,
     chosen: jax.Array,
     weights: jax.Array,
-    g: jax.Array,
     rows: int,
-) -> tuple[jax.Array | None, ...]:
-    N, k = chosen.shape
-    _, E, _, F, M = gate_up.shape
-    f32, dtype = jnp.float32, x.dtype
-    flat = chosen.reshape(-1)
-    order = jnp.argsort(flat, stable=True)  # [N·k]
-    experts, firsts, counts = xla._blocks(flat, E, rows)
-    tokens = jnp.pad(order // k, (0, rows))
-    share = jnp.pad(weights.reshape(-1)[order], (0, rows))
-    # This layer's weights alone: what the loop takes from the whole stack would be copied again and again.
-    w13 = lax.dynamic_index_in_dim(gate_up, layer, keepdims=False).reshape(E, 2 * F, M)
-    w2 = lax.dynamic_index_in_dim(down, layer, keepdims=False)
+) -> tuple[jax.Array, Residuals]:
+    (N, k), M = chosen.shape, x.shape[1]
+    sorted_ = _sort(chosen, weights, gate_up.shape[1], rows)
+    w13, w2 = _this(gate_up, down, layer)
 
-    def dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.einsum(spec, a.astype(dtype), b, precision="highest", preferred_element_type=f32)
+    def block(size: int, e: jax.Array, first: jax.Array, _: jax.Array) -> jax.Array:
+        rows_x = x[lax.dynamic_slice_in_dim(sorted_.tokens, first, size)]
+        gate, up = jnp.split(_dot("nm,fm->nf", rows_x, w13[e]), 2, axis=1)
+        y = _dot("nf,mf->nm", jax.nn.silu(gate) * up, w2[e])
+        y *= lax.dynamic_slice_in_dim(sorted_.share, first, size)[:, None]
+        return jnp.pad(y, ((0, rows - size), (0, 0)))
+
+    def body(out: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        y = _switch(block, lambda *_: jnp.zeros((rows, M), jnp.float32), rows, inputs)
+        return lax.dynamic_update_slice(out, y, (inputs[1], 0)), None
+
+    out, _ = lax.scan(body, jnp.zeros((N * k + rows, M), jnp.float32), sorted_.blocks)
+    y = jnp.sum(jnp.where(sorted_.somebody[..., None], out[sorted_.place], 0.0), axis=1)
+    return y, (x, gate_up, down, layer, chosen, weights)
+
+
+def _backward(rows: int, residuals: Residuals, g: jax.Array) -> tuple[jax.Array | None, ...]:
+    x, gate_up, down, layer, chosen, weights = residuals
+    (N, k), f32, dtype = chosen.shape, jnp.float32, x.dtype
+    _, E, _, F, M = gate_up.shape
+    sorted_ = _sort(chosen, weights, E, rows)
+    w13, w2 = _this(gate_up, down, layer)
 
     def block(size: int, e: jax.Array, first: jax.Array, count: jax.Array) -> tuple[jax.Array, ...]:
-        at = lax.dynamic_slice_in_dim(tokens, first, size)
+        at = lax.dynamic_slice_in_dim(sorted_.tokens, first, size)
         inside = jnp.arange(size) < count  # the rows beyond belong to the next expert
-        p = jnp.where(inside, lax.dynamic_slice_in_dim(share, first, size), 0.0)[:, None]
+        p = jnp.where(inside, lax.dynamic_slice_in_dim(sorted_.share, first, size), 0.0)[:, None]
         x_block, g_block, w13_e, w2_e = x[at], g[at], w13[e], w2[e]
-        gate, up = jnp.split(dot("nm,fm->nf", x_block, w13_e), 2, axis=1)
+        gate, up = jnp.split(_dot("nm,fm->nf", x_block, w13_e), 2, axis=1)
         active, undo = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
         h = active.astype(dtype)
-        through = dot("nm,mf->nf", g_block, w2_e)  # g w2
+        through = _dot("nm,mf->nf", g_block, w2_e)  # g w2
         d_share = jnp.where(inside, jnp.sum(h.astype(f32) * through, axis=1), 0.0)
         d_13 = jnp.concatenate(undo(p * through), axis=1).astype(dtype)
-        d_x = dot("nf,fm->nm", d_13, w13_e)
-        d_w13, d_w2 = dot("nf,nm->fm", d_13, x_block), dot("nm,nf->mf", p * g_block, h)
-        return jnp.pad(d_x, ((0, rows - size), (0, 0))), jnp.pad(d_share, (0, rows - size)), d_w13, d_w2
+        d_x = jnp.pad(_dot("nf,fm->nm", d_13, w13_e), ((0, rows - size), (0, 0)))
+        d_w13, d_w2 = _dot("nf,nm->fm", d_13, x_block), _dot("nm,nf->mf", p * g_block, h)
+        return d_x, jnp.pad(d_share, (0, rows - size)), d_w13, d_w2
 
     def nothing(*_: jax.Array) -> tuple[jax.Array, ...]:
         return jnp.zeros((rows, M), f32), jnp.zeros(rows, f32), jnp.zeros((2 * F, M), f32), jnp.zeros((M, F), f32)
 
-    sizes = sorted({-(-rows // 2), rows})
-    branches = [nothing, *(functools.partial(block, size) for size in sizes)]
-
     def body(sums: tuple[jax.Array, ...], inputs: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
-        e, first, count = inputs
+        e, first, _ = inputs
         d_x, d_share, d_w13, d_w2 = sums
-        smallest = jnp.searchsorted(jnp.asarray((0, *sizes)), count)
         # The sums stay outside the branches, which would copy them whole.
-        rows_x, rows_share, more_13, more_2 = lax.switch(smallest, branches, e, first, count)
+        rows_x, rows_share, more_13, more_2 = _switch(block, nothing, rows, inputs)
         d_x = lax.dynamic_update_slice(d_x, rows_x, (first, 0))
         d_share = lax.dynamic_update_slice(d_share, rows_share, (first,))
         return (d_x, d_share, d_w13.at[e].add(more_13), d_w2.at[e].add(more_2)), None
 
-    zeros = (
-        jnp.zeros((N * k + rows, M), f32),
-        jnp.zeros(N * k + rows, f32),
-        jnp.zeros((E, 2 * F, M), f32),
-        jnp.zeros((E, M, F), f32),
-    )
-    (d_x, d_share, d_w13, d_w2), _ = lax.scan(body, zeros, (experts, firsts, counts))
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(N * k, dtype=order.dtype), unique_indices=True)
-    d_x = jnp.sum(jnp.where((flat < E)[:, None], d_x[place], 0.0).reshape(N, k, M), axis=1)
-    d_share = jnp.where(flat < E, d_share[place], 0.0).reshape(N, k)
-    d_gate_up, d_down = d_w13.reshape(E, 2, F, M), d_w2
-    return d_x.astype(dtype), _in_stack(d_gate_up, gate_up, layer), _in_stack(d_down, down, layer), None, None, d_share
+    shapes = ((N * k + rows, M), (N * k + rows,), (E, 2 * F, M), (E, M, F))
+    sums, _ = lax.scan(body, tuple(jnp.zeros(shape, f32) for shape in shapes), sorted_.blocks)
+    d_x, d_share, d_w13, d_w2 = sums
+    d_x = jnp.sum(jnp.where(sorted_.somebody[..., None], d_x[sorted_.place], 0.0), axis=1)
+    d_share = jnp.where(sorted_.somebody, d_share[sorted_.place], 0.0)
+    d_gate_up = _in_stack(d_w13.reshape(E, 2, F, M), gate_up, layer)
+    return d_x.astype(dtype), d_gate_up, _in_stack(d_w2, down, layer), None, None, d_share
+
+
+blocked.defvjp(_forward, _backward)
 
 
 def _in_stack(gradient: jax.Array, stack: jax.Array, layer: Index) -> jax.Array:

@@ -1,0 +1,319 @@
+"""The trainer's parts: settings, data, the step. Runs of the command are in `test_train_run.py`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from m1jax.errors import UserError
+from m1jax.params import flatten
+from m1jax.tokenizer import Tokenizer
+from m1jax.train import data
+from m1jax.train.settings import DataSettings, GuardSettings, OptimizerSettings, Settings, parse, read
+from m1jax.train.step import accumulated, adamw, computing, cross_entropy, init_state, make_step, schedule
+from tests.tools import DATA, SMALL, random_model, rms_error, variant
+
+HELLO = DATA / "m1_hello"
+TABLE: dict[str, Any] = {"stage": "sft", "out": "run", "steps": 10, "model": {"path": "somewhere"}}
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": {"learning_rat": 1.0}}, "unknown key optimizer.learning_rat: did you mean optimizer.learning_r"),
+        ({"step": 3}, "unknown key step: did you mean steps"),
+        ({"qqq": 3}, "unknown key qqq: known are stage, out, steps"),
+        ({"stage": "dpo"}, "stage = 'dpo' must be one of pretrain, sft, rl"),
+        ({"steps": "ten"}, "steps = 'ten' must be a int"),
+        ({"steps": True}, "steps = True must be a int"),
+        ({"steps": 0}, "steps = 0 must be 1 or more"),
+        ({"data": 3}, "data = 3 must be a table"),
+        ({"data": {"rows": 0}}, "data.rows = 0 must be 1 or more"),
+        ({"data": {"files": 3}}, "data.files = 3 must be a list"),
+        ({"optimizer": {"b2": 1.0}}, "optimizer.b2 = 1.0 must be at least 0 and less than 1"),
+        ({"optimizer": {"decay": 11}}, "optimizer.decay = 11 must be at most the number of steps"),
+        ({"model": {}}, "needs either path"),
+    ],
+)
+def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        parse(Settings, TABLE | change)
+
+
+def test_settings_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text('stage = "rl"\nout = "x"\nsteps = 3\nmodel.config = "c"\ndata.files = "a"\n[rl]\ncap = 5\n')
+    settings = read(file)
+    assert settings.data.files == ("a",) and settings.rl == {"cap": 5} and settings.optimizer.b2 == 0.95
+    for text, message in (("stage = ", "is not a TOML file"), ('stage = "rl"', "out is missing")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read(file)
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        read(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "scripts" / "configs").glob("*.toml")))
+def test_the_example_settings_are_read(file: Path) -> None:
+    assert read(file).stage in file.stem
+
+
+# --- data
+
+
+def write(path: Path, *lines: Any) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def encoder(length: int = 8, vocab: int = 512, end: int | None = None) -> data.Encoder:
+    return data.Encoder(Tokenizer.load(HELLO), length, vocab, end)
+
+
+def test_long_documents_are_cut_so_that_every_token_is_predicted_once(tmp_path: Path) -> None:
+    text = "The quick brown fox jumps over the lazy dog, again and again. " * 3
+    ids = Tokenizer.load(HELLO).encode(text)
+    documents = data.Documents([write(tmp_path / "a.jsonl", {"text": text})], 8)
+    samples = encoder(end=3)(documents[0])
+    assert [int(t) for s in samples for t in s["targets"]] == [*ids[1:], 3]
+    assert all(len(s["tokens"]) <= 8 and np.array_equal(s["tokens"][1:], s["targets"][:-1]) for s in samples)
+    tokens = tmp_path / "a.npy"
+    np.save(tokens, np.asarray(ids, np.uint16))
+    stored = data.Documents([str(tokens)], 8)
+    assert [int(t) for i in range(len(stored)) for s in encoder()(stored[i]) for t in s["targets"]] == ids[1:]
+
+
+def test_only_the_assistants_turns_are_learnt(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(HELLO)
+    turns = [("user", "Hello!"), ("assistant", "One."), ("user", "And now?"), ("assistant", "Two.")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    tokens, weights = data.chat_tokens(tokenizer, messages)
+    learnt = tokenizer.decode([int(t) for t, w in zip(tokens, weights, strict=True) if w], keep=None)
+    assert learnt == "One.<end_of_sentence>Two.<end_of_sentence>"
+    whole = tokenizer.decode(map(int, tokens), keep=None)
+    assert whole.index("Hello!") < whole.index("One.") < whole.index("And now?") < whole.index("Two.")
+    line = {"prompt": "Hello!", "response": "One."}
+    documents = data.Documents([write(tmp_path / "a.jsonl", line, {"messages": messages[:2]})], 64)
+    one, other = (encoder(64)(documents[i])[0] for i in range(2))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    # The weight stands with the token that is predicted, not with the one that is read.
+    assert tokenizer.decode([int(t) for t in one["targets"][one["weights"] > 0]], keep=None) == "One.<end_of_sentence>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "a.jsonl is empty"),
+        ("a.txt", b"", "a.txt is empty"),
+        ("a.txt", b"fine\n\xff\n", "a.txt is not UTF-8 .line 2, byte 5"),
+        ("a.jsonl", b'{"text": "x"}\n{"text\n', "a.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", b'\n["text"]\n', "a.jsonl, line 2: expected an object"),
+        ("a.jsonl", b'{"txt": "x"}\n', "a.jsonl, line 1: has neither text, messages, nor prompt and response, but txt"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: text is not a string"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}\n', "no assistant's message"),
+        ("a.jsonl", b'{"prompt": "x", "response": "far too long for eight"}\n', "tokens: raise data.length"),
+        ("a.csv", b"x", "unknown kind '.csv'"),
+        ("a.npy", b"x", "is not a NumPy file"),
+    ],
+)
+def test_bad_data_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        documents = data.Documents([str(tmp_path / "*")], 8)
+        for i in range(len(documents)):
+            encoder()(documents[i])
+
+
+def test_data_that_gives_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="matches no file"):
+        data.Documents([str(tmp_path / "*.txt")], 8)
+    with pytest.raises(UserError, match="is empty: name the files"):
+        data.Documents([], 8)
+    documents = data.Documents([write(tmp_path / "a.jsonl", {"text": "a"})], 8)
+    with pytest.raises(UserError, match="no document has two tokens"):
+        data.batches(documents, encoder(), DataSettings(rows=1), 0)
+    with pytest.raises(UserError, match="outside the model's vocabulary of 9"):
+        encoder(vocab=9)(data.Documents([write(tmp_path / "b.jsonl", {"text": "Hello there"})], 8)[0])
+
+
+SETTINGS = DataSettings(length=12, rows=2, accumulate=2, bins=4)
+
+
+def corpus(tmp_path: Path, count: int = 40) -> data.Documents:
+    lines = [{"text": f"{i} and {i + 1} " * (1 + i % 3)} for i in range(count)]
+    return data.Documents([write(tmp_path / "corpus.jsonl", *lines)], 12)
+
+
+def test_batches_are_the_same_again_and_go_on_from_a_saved_position(tmp_path: Path) -> None:
+    documents = corpus(tmp_path)
+
+    def some(n: int, seed: int = 0, position: Any = None) -> list[dict[str, np.ndarray]]:
+        source = data.batches(documents, encoder(12), SETTINGS, seed)
+        if position is not None:
+            source.set_state(position)
+        out = [next(source) for _ in range(n)]
+        source.close()
+        return out
+
+    def same(a: Any, b: Any) -> bool:
+        return all(np.array_equal(x[name], y[name]) for x, y in zip(a, b, strict=True) for name in x)
+
+    source, first, positions = data.batches(documents, encoder(12), SETTINGS, 0), [], []
+    for _ in range(12):  # two epochs
+        positions.append(json.loads(json.dumps(source.get_state())))
+        first.append(next(source))
+    source.close()
+    assert same(some(12), first) and not same(some(12, seed=1), first)
+    for at in (1, 5, 9):
+        assert same(some(12 - at, position=positions[at]), first[at:])
+    for batch in first:
+        assert batch["tokens"].shape == (2, 2, 12)
+        starts = np.diff(batch["segments"], axis=-1, prepend=-1) != 0
+        inside = (batch["segments"] > 0) & ~starts
+        assert np.array_equal(batch["tokens"][inside], np.roll(batch["targets"], 1, -1)[inside])
+        assert not batch["weights"][batch["segments"] == 0].any()
+
+
+def test_processes_share_the_documents(tmp_path: Path) -> None:
+    documents = corpus(tmp_path, 6)
+    settings = DataSettings(length=64, rows=2, bins=1)
+    seen: list[set[int]] = []
+    for process in range(2):
+        read_by: list[int] = []
+        source = data.batches(Spy(documents, read_by), encoder(64), settings, 0, process, 2)  # pyright: ignore
+        read_by.clear()  # less what was looked at before the first batch
+        assert next(source)["tokens"].shape == (1, 1, 64)
+        next(source)
+        source.close()
+        seen.append(set(read_by))
+    assert seen[0] == {0, 2, 4} and seen[1] == {1, 3, 5}
+    with pytest.raises(UserError, match="does not divide among 3 processes"):
+        data.batches(documents, encoder(), settings, 0, 0, 3)
+    with pytest.raises(UserError, match="6 documents for 8 processes"):
+        data.batches(documents, encoder(), DataSettings(rows=8), 0, 0, 8)
+
+
+class Spy:
+    """Documents that note which of them are read."""
+
+    def __init__(self, documents: data.Documents, read_by: list[int]) -> None:
+        self._documents, self._read = documents, read_by
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: Any) -> Any:
+        self._read.append(int(index))
+        return self._documents[index]
+
+
+# --- the step
+
+CONFIG = variant(layer_types=("lightning",))
+
+
+def batch(seed: int, accumulate: int = 1) -> dict[str, np.ndarray]:
+    rng, shape = np.random.default_rng(seed), (accumulate, 2, 10)
+    out = {name: rng.integers(0, CONFIG.vocab_size, shape).astype(np.int32) for name in ("tokens", "targets")}
+    segments = np.ones(shape, np.int32)
+    segments[:, 1, 5:] = [2, 2, 2, 0, 0]
+    return out | {"segments": segments, "weights": (rng.random(shape) < 0.7).astype(np.float32) * (segments > 0)}
+
+
+def test_accumulated_gradients_are_those_of_one_batch() -> None:
+    model, several = random_model(CONFIG), batch(0, accumulate=3)
+    one = {name: x.reshape(1, 6, 10) for name, x in several.items()}
+    loss = cross_entropy("float32", "layer", 0.0)  # the balancing loss is each batch's own
+    (got, metrics), (want, wanted) = (jax.jit(lambda b: accumulated(loss, model, b))(b) for b in (several, one))
+    for path, leaf in flatten(got).items():
+        assert not leaf.size or rms_error(leaf, flatten(want)[path]) < 1e-5, path
+    for name in ("loss", "cross_entropy", "entropy", "load", "router_entropy"):
+        assert rms_error(metrics[name], wanted[name]) < 2e-6, name
+
+
+def test_adamw_as_written_down() -> None:
+    """Two steps by hand: clipping, both moments with their bias, decay of matrices and not of norms, the rate."""
+    settings = OptimizerSettings(learning_rate=0.1, warmup=2, eps=1e-15, weight_decay=0.3, clip=0.5)
+    optimizer, model = adamw(CONFIG, settings, 10), random_model(CONFIG)
+    state = optimizer.init(model)  # pyright: ignore[reportArgumentType]
+    names = ("moe.router", "norm")
+    weights = {name: np.asarray(flatten(model)[name], np.float64) for name in names}
+    m, v = ({name: np.zeros_like(weights[name]) for name in names} for _ in range(2))
+    for t in (1, 2):
+        gradient = jax.tree.map(lambda a, t=t: 1e-3 * a * t, model)
+        norm = float(optax.tree.norm(gradient))
+        update, state = optimizer.update(gradient, state, model)  # pyright: ignore[reportArgumentType]
+        model = jax.tree.map(jnp.add, model, update)
+        for name in names:
+            g = np.asarray(flatten(gradient)[name], np.float64) * min(1, 0.5 / norm)
+            m[name], v[name] = 0.9 * m[name] + 0.1 * g, 0.95 * v[name] + 0.05 * g * g
+            step = (m[name] / (1 - 0.9**t)) / (np.sqrt(v[name] / (1 - 0.95**t)) + 1e-15)
+            weights[name] = weights[name] - 0.1 * t / 2 * (step + (0.3 if name != "norm" else 0) * weights[name])
+            assert rms_error(flatten(model)[name], weights[name]) < 1e-6, (name, t)
+
+
+def test_adamw_moves_at_the_gradients_of_rl() -> None:
+    """Gradients down to 1e-18: with eps 1e-15 their direction still counts, with 1e-8 nothing moves."""
+    model = random_model(CONFIG)
+    moved = {}
+    for eps in (1e-15, 1e-8):
+        optimizer = adamw(CONFIG, OptimizerSettings(learning_rate=1.0, warmup=0, weight_decay=0.0, eps=eps), 10)
+        state = optimizer.init(model)  # pyright: ignore[reportArgumentType]
+        update, _ = optimizer.update(jax.tree.map(lambda a: 1e-13 * a, model), state, model)  # pyright: ignore
+        moved[eps] = float(jnp.mean(jnp.abs(flatten(update)["moe.router"])))
+    assert moved[1e-15] > 0.9 and moved[1e-8] < 1e-4
+
+
+def test_the_schedule_warms_up_stays_and_decays() -> None:
+    rate = schedule(OptimizerSettings(learning_rate=2.0, warmup=4, decay=5, final=0.1), 20)
+    got = [float(np.asarray(rate(i))) for i in range(20)]
+    assert got[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    assert got[4:15] == pytest.approx([2.0] * 11)
+    assert got[15:] == pytest.approx([1.64, 1.28, 0.92, 0.56, 0.2])
+    constant = schedule(OptimizerSettings(learning_rate=2.0, warmup=0), 5)
+    assert [float(np.asarray(constant(i))) for i in range(5)] == pytest.approx([2.0] * 5)
+
+
+def test_bfloat16_computes_with_float32_weights_head_and_router() -> None:
+    model = random_model(SMALL)
+    compute = flatten(computing(model, "bfloat16"))
+    assert {path for path, leaf in compute.items() if leaf.dtype == jnp.float32} == {"moe.router", "lm_head"}
+    assert np.array_equal(compute["lm_head"], flatten(model)["lm_head"])
+
+
+def test_a_bad_step_changes_nothing_but_the_count() -> None:
+    optimizer = adamw(CONFIG, OptimizerSettings(learning_rate=1e-2, warmup=0), 200)
+
+    def loss(model: Any, batch: Any, total: Any) -> Any:
+        fake = batch["value"][0, 0] * jnp.mean(model.norm[...])
+        return fake, {}
+
+    step, state = make_step(loss, optimizer, GuardSettings(spike=5.0)), init_state(random_model(CONFIG), optimizer)
+
+    def at(value: float) -> Any:
+        shaped = {name: x for name, x in batch(0).items()}
+        return shaped | {"value": np.full((1, 2, 10), value, np.float32)}
+
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        state, metrics = step(state, at(1 + 0.01 * rng.standard_normal()))
+        assert metrics["good"]
+    for value, good in ((np.nan, False), (np.inf, False), (50.0, False), (1.0, True)):
+        before = jax.tree.map(np.array, state)
+        state, metrics = step(state, at(value))
+        assert bool(metrics["good"]) == good, value
+        assert int(state.step) == int(before.step) + 1
+        same = all(
+            np.array_equal(a, b)
+            for name in ("model", "optimizer", "accepted", "mean", "variance")
+            for a, b in zip(*(jax.tree.leaves(getattr(s, name)) for s in (before, state)), strict=True)
+        )
+        assert same != good
