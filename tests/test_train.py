@@ -267,9 +267,9 @@ def test_adamw_moves_at_the_gradients_of_rl() -> None:
     for eps in (1e-15, 1e-8):
         optimizer = adamw(CONFIG, OptimizerSettings(learning_rate=1.0, warmup=0, weight_decay=0.0, eps=eps), 10)
         state = optimizer.init(model)  # pyright: ignore[reportArgumentType]
-        update, _ = optimizer.update(jax.tree.map(lambda a: 1e-13 * a, model), state, model)  # pyright: ignore
+        update, _ = optimizer.update(jax.tree.map(lambda a: 1e-11 * a, model), state, model)  # pyright: ignore
         moved[eps] = float(jnp.mean(jnp.abs(flatten(update)["moe.router"])))
-    assert moved[1e-15] > 0.9 and moved[1e-8] < 1e-4
+    assert moved[1e-15] > 0.95 and moved[1e-8] < 1e-3
 
 
 def test_the_schedule_warms_up_stays_and_decays() -> None:
@@ -299,8 +299,7 @@ def test_a_bad_step_changes_nothing_but_the_count() -> None:
     step, state = make_step(loss, optimizer, GuardSettings(spike=5.0)), init_state(random_model(CONFIG), optimizer)
 
     def at(value: float) -> Any:
-        shaped = {name: x for name, x in batch(0).items()}
-        return shaped | {"value": np.full((1, 2, 10), value, np.float32)}
+        return batch(0) | {"value": np.full((1, 2, 10), value, np.float32)}
 
     rng = np.random.default_rng(0)
     for _ in range(60):

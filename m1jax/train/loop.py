@@ -1,5 +1,6 @@
 """The run: reads settings, steps until the end, goes on where a run that was killed left off."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -111,29 +112,28 @@ def run(settings: Settings, profile: bool = False) -> None:
     documents = data.Documents(settings.data.files, settings.data.length)
     end = _end_token(settings, parts.tokenizer)
     encoder = data.Encoder(parts.tokenizer, settings.data.length, parts.config.vocab_size, end)
-    source = data.batches(documents, encoder, settings.data, settings.seed, jax.process_index(), jax.process_count())
     d = settings.data
     identity = saving.identity(parts.config, documents.fingerprint, d.length, d.rows, d.accumulate)
-    checkpoints = saving.Checkpoints(out, settings.checkpoint.keep, identity)
-    state, first = parts.state, 0
-    if checkpoints.latest is not None:
-        first = checkpoints.latest
-        state, position = checkpoints.load(state)
-        source.set_state(position)
-    report = Report(settings, parts.config, first)
-    if first:
-        report.say(f"going on from step {first} of {settings.steps}")
-    finished = False
-    try:
+    with contextlib.ExitStack() as stack:
+        processes = jax.process_index(), jax.process_count()
+        source = data.batches(documents, encoder, d, settings.seed, *processes)
+        stack.callback(source.close)
+        checkpoints = saving.Checkpoints(out, settings.checkpoint.keep, identity)
+        stack.callback(checkpoints.close)
+        state, first = parts.state, 0
+        if checkpoints.latest is not None:
+            first = checkpoints.latest
+            state, position = checkpoints.load(state)
+            source.set_state(position)
+        report = stack.enter_context(Report(settings, parts.config, first))
+        if first:
+            report.say(f"going on from step {first} of {settings.steps}")
         with disk_errors(out):
             state = _steps(parts, state, source, checkpoints, report, first, profile)
-        finished = True
-    finally:
-        source.close()
+        report.draw()
         problem = checkpoints.close()
-        report.close(draw=finished)
-    if problem:
-        raise UserError(f"{problem}: make room, then run again: it goes on from there")
+        if problem:
+            raise UserError(f"{problem}: make room, then run again: it goes on from there")
     folder = Path(parts.tokenizer.folder) if parts.tokenizer is not None else None
     saving.write_model(state.model, out / MODEL, folder, settings.model.dtype)
 

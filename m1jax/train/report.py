@@ -98,14 +98,18 @@ class Report:
         """A line on stderr, above the bar."""
         tqdm.write(text, file=sys.stderr)
 
-    def close(self, draw: bool) -> None:
-        """Ends the bar and closes the files; draws the curves if asked to."""
+    def draw(self) -> None:
+        """Draws the curves of all steps so far."""
+        curves(self._file, self._out / CURVES)
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
         self._stream.close()
         if self._board is not None:
             self._board.close()
-        if draw:
-            curves(self._file, self._out / CURVES)
 
 
 def _finite(value: float) -> float | None:

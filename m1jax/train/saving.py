@@ -1,6 +1,7 @@
 """What a run leaves on disk: checkpoints to go on from, and the trained model in the form that `m1jax.load` reads."""
 
 import dataclasses
+import gc
 import json
 import logging
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ class Checkpoints:
         self._folder, self._keep, self._identity = out / FOLDER, keep, dict(identity)
         self._pending: Any = None
         self._step = -1
+        self._problem: str | None = None
         with disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
         self._open()
@@ -62,7 +64,7 @@ class Checkpoints:
           Why the one before, or the start of this one, failed; None if all is well. The newest whole checkpoint stays.
         """
         problem = self.wait()
-        self._step = step
+        self._step, self._problem = step, None
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         note = {"identity": self._identity, "position": position}
         with _quiet():
@@ -95,7 +97,8 @@ class Checkpoints:
             self._open()
         latest = self.latest
         last = "there is none yet" if latest is None else f"the last good one is that of step {latest}"
-        return f"the checkpoint of step {self._step} was not written ({checkpoint.short(error)}): {last}"
+        self._problem = f"the checkpoint of step {self._step} was not written ({checkpoint.short(error)}): {last}"
+        return self._problem
 
     def load(self, state: Any) -> tuple[Any, Any]:
         """State and position of the newest checkpoint; `state` gives shapes, dtypes and places.
@@ -103,7 +106,13 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint belongs to another model or to other data, or it is damaged.
         """
-        note: Any = self._checkpointer.metadata(self.latest).custom_metadata
+        damaged = f"{self._folder}/{self.latest} cannot be read"
+        remedy = "delete it to go on from the one before"
+        with _quiet():
+            try:
+                note: Any = self._checkpointer.metadata(self.latest).custom_metadata
+            except Exception as error:
+                raise UserError(f"{damaged} ({checkpoint.short(error)}): {remedy}") from error
         found = note.get("identity", {}) if isinstance(note, dict) else {}
         differing = [
             f"{name} {found.get(name)!r}, not {value!r}"
@@ -119,16 +128,13 @@ class Checkpoints:
             try:
                 return self._checkpointer.load(self.latest, abstract), note["position"]
             except Exception as error:
-                raise UserError(
-                    f"{self._folder}/{self.latest} cannot be read ({checkpoint.short(error)}): delete it to go on "
-                    "from the one before"
-                ) from error
+                raise UserError(f"{damaged} ({checkpoint.short(error)}): {remedy}") from error
 
     def close(self) -> str | None:
         """Waits, then lets go of the folder; why the last checkpoint failed, or None."""
-        problem = self.wait()
+        self.wait()
         self._checkpointer.close()
-        return problem
+        return self._problem
 
 
 def identity(config: M1Config, fingerprint: str, length: int, rows: int, accumulate: int) -> dict[str, Any]:
@@ -173,7 +179,7 @@ def write_model(model: M1, folder: Path, tokenizer: Path | None, dtype: str) -> 
 
 
 class _quiet:
-    """Keeps Orbax from logging a traceback from each of its threads before it raises."""
+    """Keeps Orbax from logging a traceback from each of its threads before it raises, and from tasks that it forgot."""
 
     def __enter__(self) -> None:
         self._loggers = {name: logging.getLogger(name) for name in ("absl", "asyncio")}
@@ -182,5 +188,6 @@ class _quiet:
             logger.setLevel(logging.CRITICAL + 1)
 
     def __exit__(self, *_: object) -> None:
+        gc.collect()  # a forgotten task speaks when it is collected
         for name, logger in self._loggers.items():
             logger.setLevel(self._levels[name])

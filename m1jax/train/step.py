@@ -40,8 +40,9 @@ class TrainState:
 
 def init_state(model: M1, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step of a float32 model."""
-    zero, none = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-    return TrainState(model, optimizer.init(model), zero, zero, none, none)  # pyright: ignore[reportArgumentType]
+    # Buffers of their own: the step gives each of them away.
+    counts, figures = ([jnp.zeros((), kind) for _ in range(2)] for kind in (jnp.int32, jnp.float32))
+    return TrainState(model, optimizer.init(model), *counts, *figures)  # pyright: ignore[reportArgumentType]
 
 
 def schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:

@@ -1,0 +1,306 @@
+"""Whole runs of `python -m m1jax.train`: killed and continued, stopped by NaN, by a full disk, by bad input."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import m1jax
+from m1jax.errors import UserError
+from m1jax.export import export
+from m1jax.model import build
+from m1jax.params import flatten
+from m1jax.tokenizer import Tokenizer
+from m1jax.train import __main__ as command
+from m1jax.train import loop, saving
+from m1jax.train import settings as s
+from tests.checkpoints import run as run_command
+from tests.tools import DATA, rms_error, variant
+
+HELLO = DATA / "m1_hello"
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"  # as in conftest
+ENVIRONMENT = os.environ | {
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+}
+CONFIG = variant(layer_types=("lightning", "softmax"), vocab_size=512, hidden_size=16, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config and a corpus."""
+    path = tmp_path_factory.mktemp("train")
+    (path / "config.json").write_text(json.dumps(CONFIG.to_official()))
+    lines = [json.dumps({"text": f"{i} + {i} = {2 * i}. " * (1 + i % 2)}) for i in range(64)]
+    (path / "corpus.jsonl").write_text("\n".join(lines))
+    return path
+
+
+def toml(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    """A table of settings: 8 steps of two small rows, a checkpoint every second."""
+    table: dict[str, Any] = {
+        "stage": "pretrain",
+        "out": str(out),
+        "steps": 8,
+        "model": {"config": str(folder / "config.json"), "tokenizer": str(HELLO), "dtype": "float32"},
+        "data": {"files": [str(folder / "corpus.jsonl")], "length": 24, "rows": 2, "accumulate": 2, "bins": 4},
+        "optimizer": {"learning_rate": 1e-2, "warmup": 2, "decay": 2},
+        "checkpoint": {"every": 2, "keep": 2},
+        "log": {"tensorboard": False},
+        "guard": {},
+    }
+    for name, value in changes.items():
+        table[name] = table[name] | value if isinstance(value, dict) else value
+    return table
+
+
+def write_toml(table: dict[str, Any], file: Path) -> Path:
+    def line(key: str, value: Any) -> str:
+        return f"{key} = {json.dumps(value)}\n"
+
+    text = "".join(line(k, v) for k, v in table.items() if not isinstance(v, dict))
+    for name, part in table.items():
+        if isinstance(part, dict):
+            text += f"[{name}]\n" + "".join(line(k, v) for k, v in part.items())
+    file.write_text(text)
+    return file
+
+
+def settings(folder: Path, out: Path, **changes: Any) -> s.Settings:
+    return s.parse(s.Settings, toml(folder, out, **changes))
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[tuple[int, float, float]]:
+    """Bit by bit: JSON holds every digit."""
+    return [(row["step"], row["loss"], row["gradient_norm"]) for row in rows(out)]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """A run that nobody interrupted."""
+    out = folder / "whole"
+    loop.run(settings(folder, out, log={"tensorboard": True}))
+    return out
+
+
+def test_a_run_leaves_metrics_curves_and_a_model_that_loads(whole: Path, tmp_path: Path) -> None:
+    found = rows(whole)
+    assert [row["step"] for row in found] == list(range(1, 9))
+    assert found[-1]["loss"] < found[0]["loss"]
+    for row in found:
+        assert row["good"] == 1 and row["dropped"] == 0 and row["load_max"] >= 1 >= row["load_min"]
+        load = np.asarray(row["load"])
+        assert load.shape == (2, 4) and np.allclose(load.mean(1), 1, atol=1e-5)
+        assert 0 < row["router_entropy_mean"] <= np.log(4) and row["tokens_per_second"] > 0
+        assert row["loss"] == pytest.approx(row["cross_entropy"] + CONFIG.router_aux_loss_coef * row["balance"], 1e-5)
+    assert (whole / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(list((whole / "tensorboard").glob("events.*"))) == 1
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["6", "8"]
+    model = m1jax.load(whole / "model")
+    assert Tokenizer.load(whole / "model").encode("1 + 1") and model.config == CONFIG
+    export(whole / "model", tmp_path / "official")
+    back = m1jax.load(tmp_path / "official")
+    for path, leaf in flatten(back).items():
+        assert np.array_equal(leaf, flatten(model)[path])
+
+
+def test_killed_at_any_moment_it_goes_on_bit_by_bit(folder: Path, whole: Path) -> None:
+    """A process of its own, killed while it writes the first checkpoint, and while it writes a later one."""
+    out = folder / "killed"
+    file = write_toml(toml(folder, out), folder / "killed.toml")
+    arguments = [sys.executable, "-m", "m1jax.train", "--config", str(file)]
+
+    def killed_when(reached: Any) -> None:
+        process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 240
+        while not reached() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    def found(pattern: str) -> bool:
+        return any((out / "checkpoints").glob(pattern))
+
+    killed_when(lambda: found("*tmp*"))
+    assert not found("[0-9]")
+    killed_when(lambda: found("[0-9]") and found("*tmp*"))
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stderr
+    assert losses(out) == losses(whole)
+    ours, theirs = (flatten(m1jax.load(p / "model")) for p in (out, whole))
+    assert all(np.array_equal(ours[path], theirs[path]) for path in ours)
+
+
+def test_other_devices_give_the_same_losses_up_to_rounding(folder: Path, whole: Path) -> None:
+    """The run's checkpoint of step 6, gone on from on two devices."""
+    out = folder / "two"
+    (out / "checkpoints").mkdir(parents=True)
+    subprocess.run(["cp", "-r", str(whole / "checkpoints" / "6"), str(out / "checkpoints")], check=True)
+    file = write_toml(toml(folder, out, mesh="data=2"), folder / "two.toml")
+    env = ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "2"}
+    arguments = [sys.executable, "-m", "m1jax.train", "--config", str(file)]
+    done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [row[0] for row in losses(out)] == [7, 8]
+    assert rms_error([row[1:] for row in losses(out)], [row[1:] for row in losses(whole)[6:]]) < 1e-5
+
+
+def spoilt(folder: Path, path: str) -> Path:
+    """A model with a NaN in one parameter."""
+    dst = folder / f"spoilt {path}"
+    if not dst.exists():
+        model = build(CONFIG, lambda _, spec: jnp.full(spec.shape, 0.1))
+        arrays = flatten(model)
+        arrays[path] = arrays[path].at[-1].set(jnp.nan)
+        saving.write_model(build(CONFIG, lambda name, _: arrays[name]), dst, HELLO, "float32")
+    return dst
+
+
+def test_nan_stops_the_run_and_names_the_layer(folder: Path, tmp_path: Path) -> None:
+    model = {"config": "", "path": str(spoilt(folder, "softmax.o_proj"))}
+    with pytest.raises(UserError, match=r"step 1: NaN or infinity first appears in layer 1 \(softmax\); the weights"):
+        loop.run(settings(folder, tmp_path / "out", model=model))
+    assert not any((tmp_path / "out" / "checkpoints").iterdir()) and not (tmp_path / "out" / "model").exists()
+
+
+def test_skipped_steps_are_named_until_there_are_too_many(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = {"config": "", "path": str(spoilt(folder, "softmax.o_proj"))}
+    guard = {"action": "skip", "skips": 3}
+    with pytest.raises(UserError, match=r"step 3: .* that was the 3th in a row"):
+        loop.run(settings(folder, tmp_path / "out", model=model, guard=guard))
+    text = capsys.readouterr().err
+    assert text.count("the step is skipped") == 3 and "layer 1 (softmax)" in text
+    assert [row["good"] for row in rows(tmp_path / "out")] == [0, 0, 0]
+
+
+def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training goes on, and ends with exit code 2 if the last checkpoint is missing."""
+    out, full = tmp_path / "out", {4, 8}
+    original = saving.Checkpoints.save
+
+    def save(self: saving.Checkpoints, step: int, state: Any, position: Any) -> str | None:
+        with monkeypatch.context() as patch:
+            if step in full:
+                patch.setattr(saving, "check_space", no_room)
+            return original(self, step, state, position)
+
+    def no_room(folder: Path, needed: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    monkeypatch.setattr(saving.Checkpoints, "save", save)
+    with pytest.raises(UserError, match=r"step 8 was not written .No space left on device.: the last good one is.* 6"):
+        loop.run(settings(folder, out))
+    assert "warning: the checkpoint of step 4 was not written" in capsys.readouterr().err
+    assert losses(out) == losses(whole)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["2", "6"]
+    full.clear()
+    loop.run(settings(folder, out))
+    assert losses(out) == losses(whole)
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(folder: Path, tmp_path: Path) -> None:
+    """The limit on the size of files stands in for the disk: writes fail in Orbax's threads."""
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from m1jax.train import saving
+import jax.numpy as jnp
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+out, state = Path(sys.argv[1]), {"w": jnp.arange(200_000.0)}
+checkpoints = saving.Checkpoints(out, 2, {})
+assert checkpoints.save(1, state, 0) is None and checkpoints.wait() is None
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+problem = checkpoints.save(2, state, 0) or checkpoints.wait()
+assert "step 2 was not written" in problem and "last good one is that of step 1" in problem, problem
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+assert checkpoints.latest == 1
+loaded, position = checkpoints.load(state)
+assert (loaded["w"] == state["w"]).all() and position == 0
+assert checkpoints.save(3, state, 0) is None and checkpoints.close() is None
+assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["1", "3"]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_checkpoint_of_another_model_or_of_other_data_is_refused(folder: Path, whole: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(dataclasses.replace(CONFIG, hidden_size=32).to_official()))
+    with pytest.raises(UserError, match="was written with hidden_size 16, not 32: choose another out"):
+        loop.run(settings(folder, whole, model={"config": str(config)}))
+    with pytest.raises(UserError, match=r"was written with data.length 24, not 32"):
+        loop.run(settings(folder, whole, data={"length": 32}))
+
+
+# Orbax gives up at the first error, while its other reads go on and find its event loop closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_is_named(folder: Path, whole: Path, tmp_path: Path) -> None:
+    subprocess.run(["cp", "-r", str(whole), str(tmp_path / "out")], check=True)
+    for file in (tmp_path / "out" / "checkpoints" / "8").glob("**/d/*"):
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match=r"checkpoints/8 cannot be read .*: delete it to go on from the one before"):
+        loop.run(settings(folder, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"row": 3}}, "unknown key data.row: did you mean data.rows?"),
+        ({"data": {"files": ["none/*.txt"]}}, "none/*.txt matches no file"),
+        ({"model": {"tokenizer": "none"}}, "none has no tokenizer.json"),
+        ({"mesh": "data=3"}, "needs 3 devices"),
+        ({"mesh": "datum=1"}, "unknown axis 'datum'"),
+        ({"data": {"end_token": "<none>"}}, "'<none>' is no token of"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    folder: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = write_toml(toml(folder, tmp_path / "out", **changes), tmp_path / "a.toml")
+    assert run_command(command, "--config", file, monkeypatch=monkeypatch) == 2
+    text = capsys.readouterr().err
+    assert message in text and text.startswith("error: ") and text.count("\n") == 1
+
+
+def test_profile_writes_a_trace(folder: Path, tmp_path: Path) -> None:
+    loop.run(settings(folder, tmp_path / "out"), profile=True)
+    assert list((tmp_path / "out" / "profile").glob("**/*.xplane.pb"))
+
+
+def test_the_gradient_that_is_not_finite_is_named(folder: Path) -> None:
+    parts = loop.prepare(settings(folder, folder / "unused"))
+    model = parts.state.model
+
+    def loss(model: Any, batch: Any, total: Any) -> Any:
+        return jnp.sum(jnp.sqrt(jnp.abs(model.softmax.o_proj[...] - model.softmax.o_proj[...]))), {}
+
+    batch = {name: jnp.ones((1, 2, 4), jnp.int32) for name in ("tokens", "segments")} | {"weights": jnp.ones((1, 2, 4))}
+    assert loop.bad_gradients(loss, model, batch) == "softmax.o_proj[0]"
