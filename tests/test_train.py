@@ -116,7 +116,11 @@ def test_only_the_assistants_turns_are_learnt(tmp_path: Path) -> None:
         ("a.txt", b"fine\n\xff\n", "a.txt is not UTF-8 .line 2, byte 5"),
         ("a.jsonl", b'{"text": "x"}\n{"text\n', "a.jsonl, line 2: not valid JSON"),
         ("a.jsonl", b'\n["text"]\n', "a.jsonl, line 2: expected an object"),
-        ("a.jsonl", b'{"txt": "x"}\n', "a.jsonl, line 1: has neither text, messages, nor prompt and response, but txt"),
+        (
+            "a.jsonl",
+            b'{"txt": "x"}\n',
+            "a.jsonl, line 1: has neither text, tokens, messages, nor prompt and response, but txt",
+        ),
         ("a.jsonl", b'{"text": 3}\n', "line 1: text is not a string"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}\n', "no assistant's message"),
         ("a.jsonl", b'{"prompt": "x", "response": "far too long for eight"}\n', "tokens: raise data.length"),
