@@ -64,6 +64,9 @@ def test_gradients() -> None:
         assert rms_error(got, want) < 1e-5
     with pytest.raises(ValueError, match="offset: cuDNN attention into a cache has no gradient"):
         gradients(lambda *a: gpu.cudnn(*a, jnp.zeros(2, jnp.int32), None, library="xla"))
+    with pytest.raises(ValueError, match="'pallas' decodes and has no gradient"):
+        q, k, v = inputs(1, 256)
+        jax.grad(lambda q: jnp.sum(softmax_attention(q, k, v, implementation="pallas_interpreted")))(q)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))

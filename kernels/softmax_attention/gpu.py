@@ -1,7 +1,9 @@
 """Softmax attention on GPUs through libraries: cuDNN for many queries, jax's Pallas flash-decoding kernel for one."""
 
+import functools
 import importlib
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -51,7 +53,8 @@ def cudnn(
     """Shapes as in `reference.softmax_attention`; offset None is zero, and then only has a gradient."""
     T = q.shape[1]
     if offset is not None:
-        return _without_gradient(q, k, v, offset, library)
+        why = "offset: cuDNN attention into a cache has no gradient; train without a state"
+        return _forward_only(functools.partial(_into_cache, library=library), why)(q, k, v, offset)
     k, v = (a[:, :, :T].swapaxes(1, 2) for a in (k, v))
     mask = None
     if segments is not None:
@@ -60,19 +63,18 @@ def cudnn(
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=library)
 
 
-@jax.custom_vjp
-def _forward_only(x: jax.Array) -> jax.Array:
-    return x
+def _forward_only(fn: Callable[..., jax.Array], why: str) -> Callable[..., jax.Array]:
+    """`fn` of arrays, whose gradient raises `ValueError`."""
+    out = jax.custom_vjp(fn)
+
+    def backward(*_: Any) -> Any:
+        raise ValueError(why)
+
+    out.defvjp(lambda *arrays: (fn(*arrays), None), backward)
+    return out
 
 
-def _forward_only_backward(_: None, __: jax.Array) -> tuple[jax.Array]:
-    raise ValueError("offset: cuDNN attention into a cache has no gradient; train without a state")
-
-
-_forward_only.defvjp(lambda x: (x, None), _forward_only_backward)
-
-
-def _without_gradient(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, library: Library) -> jax.Array:
+def _into_cache(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, library: Library) -> jax.Array:
     """Queries from position offset[b] on: attention to all keys before, and causal attention among the new tokens.
 
     cuDNN's causal mask starts at the first key. So the two parts are computed apart and put together by the logarithms
@@ -94,17 +96,21 @@ def _without_gradient(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Arra
     share = jnp.where(some, jax.nn.sigmoid(log_before - log_among), 0.0)[..., None]
     before = jnp.where(some[..., None], before, 0).astype(jnp.float32)
     out = before * share + among.astype(jnp.float32) * (1 - share)
-    return _forward_only(out.astype(v.dtype))
+    return out.astype(v.dtype)
 
 
 def pallas(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, interpreted: bool = False) -> jax.Array:
     """One query a row, keys split among programs; shapes as in `reference.softmax_attention`."""
-    with warnings.catch_warnings():
-        # Pallas' Triton backend is deprecated; this is the one kernel of its kind that jax has.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        kernel: Any = importlib.import_module("jax.experimental.pallas.ops.gpu.decode_attention")
-        out = kernel.gqa(
-            q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), kv_seq_len=offset + 1, k_splits=_SPLITS,
-            block_k=min(_BLOCK, k.shape[2] // _SPLITS), interpret=interpreted,
-        )  # fmt: skip
-    return out[:, None].astype(v.dtype)
+    kernel: Any = importlib.import_module("jax.experimental.pallas.ops.gpu.decode_attention")
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array) -> jax.Array:
+        with warnings.catch_warnings():
+            # Pallas' Triton backend is deprecated; this is the one kernel of its kind that jax has.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return kernel.gqa(
+                q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), kv_seq_len=offset + 1, k_splits=_SPLITS,
+                block_k=min(_BLOCK, k.shape[2] // _SPLITS), interpret=interpreted,
+            )  # fmt: skip
+
+    why = "implementation: 'pallas' decodes and has no gradient: choose another"
+    return _forward_only(run, why)(q, k, v, offset)[:, None].astype(v.dtype)

@@ -1,0 +1,1 @@
+"""The stages of `scripts/bench_gpu.py`."""

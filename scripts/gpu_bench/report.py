@@ -1,0 +1,89 @@
+"""Rows of the report: printed as they come, written as JSON and as a table after every stage."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+BANDWIDTH = 4.3e12  # bytes a second of an H200, as a copy reaches them
+PEAKS = {"measured": 790e12, "data sheet": 989e12}  # bfloat16 FLOP a second
+
+
+@dataclasses.dataclass
+class Report:
+    """Where results go. `rows` are dictionaries with stage, what, and figures; times are in microseconds."""
+
+    path: Path
+    dry: bool
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    stage: str = ""
+
+    def add(self, what: str, **figures: Any) -> None:
+        """Adds a row."""
+        row = {"stage": self.stage, "what": what} | figures
+        self.rows.append(row)
+        print(" | ".join([self.stage, what, *(f"{key} {_text(value)}" for key, value in figures.items())]), flush=True)
+
+    def timed(
+        self, what: str, seconds: float, floor: float | None = None, must: float | None = None, **more: Any
+    ) -> None:
+        """Adds a row of a time; `floor` and `must` are in seconds."""
+        out: dict[str, Any] = {"us": seconds * 1e6}
+        if floor:
+            out |= {"floor_us": floor * 1e6, "times_floor": seconds / floor}
+        if must:
+            out |= {"must_us": must * 1e6, "reached": bool(seconds <= must)}
+        self.add(what, **out, **more)
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Turns what cannot run here (memory, a missing library, a refused shape) into a row that says so."""
+        try:
+            yield
+        except (ValueError, ImportError, NotImplementedError, RuntimeError, MemoryError) as error:
+            self.add(what, skipped=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+
+    def write(self) -> None:
+        """Writes the JSON file and, beside it, the table."""
+        head = {
+            "date": str(datetime.date.today()),
+            "device": jax.devices()[0].device_kind,
+            "dry": self.dry,
+            "versions": versions(),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps({**head, "rows": self.rows}, indent=1) + "\n")
+        self.path.with_suffix(".md").write_text("\n".join(_table(head, self.rows)) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what is measured and what it is measured with."""
+    found = {}
+    for name in ("jax", "jaxlib", "jax-triton", "triton", "torch", "flash-linear-attention"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(head: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield f"{head['device']}, {head['date']}, {', '.join(f'{k} {v}' for k, v in head['versions'].items())}"
+    if head["dry"]:
+        yield "\nA dry run at tiny shapes: the times mean nothing."
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        mine = [row for row in rows if row["stage"] == stage]
+        columns = list(dict.fromkeys(key for row in mine for key in row if key != "stage"))
+        yield f"\n## {stage}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+        for row in mine:
+            yield f"| {' | '.join(_text(row.get(column, '')) for column in columns)} |"

@@ -1,0 +1,40 @@
+"""The GPU benchmark's dry run: all of its code, at tiny shapes, with the kernels in the interpreter."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_gpu.py"
+
+
+def bench(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *args], capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [("check",), ("forward", "backward", "decode", "softmax"), ("experts", "experts-decode"), ("sweep", "model")],
+)
+def test_dry_run(tmp_path: Path, stages: tuple[str, ...]) -> None:
+    file = tmp_path / "out.json"
+    done = bench("--dry-run", "--out", str(file), "--only", *stages)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(file.read_text())
+    assert report["dry"] and {row["stage"] for row in report["rows"]} == set(stages)
+    assert {row["what"].split()[0] for row in report["rows"] if "skipped" in row} <= {"fla"}
+    assert all(row["us"] > 0 for row in report["rows"] if "us" in row and "operation" not in row)
+    assert not any(row.get("wrong") for row in report["rows"])
+    table = file.with_suffix(".md").read_text()
+    assert "A dry run" in table and all(f"## {stage}" in table for stage in stages)
+
+
+def test_bad_use(tmp_path: Path) -> None:
+    done = bench("--dry-run", "--only", "everything", "--out", str(tmp_path / "x.json"))
+    assert done.returncode == 2 and "no stage everything" in done.stderr
+    file = tmp_path / "gpu.json"
+    file.write_text('{"device": "NVIDIA H200", "dry": false, "rows": []}')
+    done = bench("--dry-run", "--only", "check", "--out", str(file))
+    assert done.returncode == 2 and "NVIDIA H200" in done.stderr
