@@ -1,5 +1,6 @@
 """Stage `rl` of `python -m m1jax.train`: steps of `m1jax.rl.learner`, with the trainer's checkpoints and report."""
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Mapping
@@ -45,24 +46,22 @@ def run(settings: Settings, profile: bool = False) -> None:
     if parts.tokenizer is None:
         raise UserError(f"{settings.model.path} has no tokenizer: add its files, or set model.tokenizer")
     identity = saving.identity(parts.config, _fingerprint(settings, rl), rl.row_tokens, rl.questions, rl.updates)
-    checkpoints = saving.Checkpoints(out, settings.checkpoint.keep, identity)
-    state, first = parts.state, 0
-    if checkpoints.latest is not None:
-        first = checkpoints.latest
-        state, _ = checkpoints.load(state)
-    report = Report(settings, parts.config, first)
-    if first:
-        report.say(f"going on from step {first} of {settings.steps}")
-    finished = False
-    try:
+    with contextlib.ExitStack() as stack:
+        checkpoints = saving.Checkpoints(out, settings.checkpoint.keep, identity)
+        stack.callback(checkpoints.close)
+        state, first = parts.state, 0
+        if checkpoints.latest is not None:
+            first = checkpoints.latest
+            state, _ = checkpoints.load(state)
+        report = stack.enter_context(Report(settings, parts.config, first))
+        if first:
+            report.say(f"going on from step {first} of {settings.steps}")
         with disk_errors(out), jax.set_mesh(parts.mesh):
             state = _steps(settings, rl, parts, state, checkpoints, report, first, profile)
-        finished = True
-    finally:
+        report.draw()
         problem = checkpoints.close()
-        report.close(draw=finished)
-    if problem:
-        raise UserError(f"{problem}: make room, then run again: it goes on from there")
+        if problem:
+            raise UserError(f"{problem}: make room, then run again: it goes on from there")
     saving.write_model(state.model, out / MODEL, Path(parts.tokenizer.folder), settings.model.dtype)
 
 
