@@ -1,5 +1,6 @@
 """The rl stage: experience, the update, the agreement of log-probabilities, and whole runs of a small model."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -25,7 +26,7 @@ from m1jax.train.step import TrainState, adamw, init_state, make_step
 from tests.tools import DATA, variant
 
 HELLO = DATA / "m1_hello"
-SMALL_RUN = {
+SMALL_RUN: dict[str, Any] = {
     "tasks": ["addition"],
     "difficulty": 0.25,
     "questions": 8,
@@ -128,7 +129,7 @@ def settings(out: Path, steps: int = 2, dtype: str = "float32", **rl: Any) -> Se
         "out": str(out),
         "steps": steps,
         "model": {"path": str(HELLO), "dtype": dtype, "remat": "none"},
-        "optimizer": {"learning_rate": 1e-5, "warmup": 0, "eps": 1e-15},
+        "optimizer": {"learning_rate": 1e-5, "warmup": 0},
         "checkpoint": {"every": 1},
         "log": {"tensorboard": False},
         "rl": SMALL_RUN | rl,
@@ -220,6 +221,23 @@ def test_bad_settings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'addition'"):
         stage.run(settings(tmp_path, tasks=["additon"]))
     assert TASKS["addition"].difficulty * SMALL_RUN["difficulty"] == 1
+
+
+def test_the_optimizer_is_the_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW with β 0.9 and 0.95, eps 1e-15 unless given; its schedule counts updates."""
+    found: list[Settings] = []
+
+    def stop(settings: Settings) -> Any:
+        found.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "prepare", stop)
+    run = settings(tmp_path, steps=3)
+    for eps in (0.0, 1e-9):
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, eps=eps)))
+    assert [s.optimizer.eps for s in found] == [1e-15, 1e-9]
+    assert (found[0].optimizer.b1, found[0].optimizer.b2, found[0].steps) == (0.9, 0.95, 3 * SMALL_RUN["updates"])
 
 
 def test_losses_by_their_settings() -> None:

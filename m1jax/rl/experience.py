@@ -87,7 +87,7 @@ def stacked(parts: Sequence[Experience], accumulate: int) -> list[dict[str, np.n
     The number of rows is rounded up, with one in 16 to spare, so that few shapes are ever compiled.
     """
     need = -(-max(len(part.tokens) for part in parts) * 17 // 16)
-    step = max(1, 2 ** (need.bit_length() - 3))
+    step = max(1, 2 ** (need.bit_length() - 2))
     rows = -(-need // step) * step
     rows = -(-rows // accumulate) * accumulate
 

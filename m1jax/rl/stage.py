@@ -42,7 +42,9 @@ def run(settings: Settings, profile: bool = False) -> None:
     out = Path(settings.out)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    parts = prepare(dataclasses.replace(settings, steps=settings.steps * rl.updates))
+    # Gradients of RL are 1e-18 to 1e-5: a larger eps would drown them.
+    optimizer = dataclasses.replace(settings.optimizer, eps=settings.optimizer.eps or 1e-15)
+    parts = prepare(dataclasses.replace(settings, optimizer=optimizer, steps=settings.steps * rl.updates))
     if parts.tokenizer is None:
         raise UserError(f"{settings.model.path} has no tokenizer: add its files, or set model.tokenizer")
     identity = saving.identity(parts.config, _fingerprint(settings, rl), rl.row_tokens, rl.questions, rl.updates)

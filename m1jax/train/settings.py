@@ -48,7 +48,7 @@ class OptimizerSettings:
     final: float = 0.1  # of the learning rate
     b1: float = 0.9
     b2: float = 0.95
-    eps: float = 1e-8
+    eps: float = 0.0  # 0: 1e-8, in stage rl the paper's 1e-15
     weight_decay: float = 0.1  # not of norms
     clip: float = 1.0  # global norm of the gradient; 0: no clipping
     balance: float = -1.0  # weight of the routers' balancing loss; negative: that of the model's config
@@ -109,7 +109,7 @@ class Settings:
             "optimizer.learning_rate": (o.learning_rate, o.learning_rate > 0, "more than 0"),
             "optimizer.b1": (o.b1, 0 <= o.b1 < 1, "at least 0 and less than 1"),
             "optimizer.b2": (o.b2, 0 <= o.b2 < 1, "at least 0 and less than 1"),
-            "optimizer.eps": (o.eps, o.eps > 0, "more than 0"),
+            "optimizer.eps": (o.eps, o.eps >= 0, "0 or more"),
             "optimizer.clip": (o.clip, o.clip >= 0, "0 or more"),
             "optimizer.final": (o.final, 0 <= o.final <= 1, "between 0 and 1"),
             "optimizer.warmup": (o.warmup, o.warmup >= 0, "0 or more"),

@@ -63,7 +63,7 @@ def adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.Gr
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
     return optax.chain(
         clip,
-        optax.scale_by_adam(settings.b1, settings.b2, settings.eps),
+        optax.scale_by_adam(settings.b1, settings.b2, settings.eps or 1e-8),
         optax.add_decayed_weights(settings.weight_decay, decayed),
         optax.scale_by_learning_rate(schedule(settings, steps)),
     )
