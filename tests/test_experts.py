@@ -87,13 +87,13 @@ def test_gradients(stored: str, implementation: Any) -> None:
 @pytest.mark.parametrize("stored", ["bfloat16", "int8", "int4"])
 def test_split_sums_and_many_rows(stored: str) -> None:
     """The tiles of prefill and of decode agree, whichever finds the rows, and an uneven split of the sum."""
-    N, weights, x = 140, weights_of(stored), normal(0, 140, M, dtype="bfloat16")
-    args = routing(N, 2, False)
-    want = exact(x, weights, *args)
+    weights, x = weights_of(stored), normal(0, 140, M, dtype="bfloat16")
+    chosen, shares = routing(140, 2, False)
+    want = exact(x, weights, chosen, shares)
     few = gpu.default_form(1, E, x.dtype, gpu.bits_of(weights[0]), True)
     for tiles in (few.down, dataclasses.replace(few.down, split=3), gpu.Tiles(128, 128, 64, 8, 1)):
         form = dataclasses.replace(few, gate_up=dataclasses.replace(tiles, split=1), down=tiles)
-        got = gpu.experts(x, *weights, 1, *args, form=form)
+        got = gpu.experts(x, weights[0], weights[1], 1, chosen, shares, form=form)
         assert rms_error(got, want) < TOLERANCE["bfloat16"], tiles
 
 

@@ -17,7 +17,8 @@ from tests.tools import rms_error
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3}
 H, K, D = 6, 2, 32
 
-reference = functools.partial(softmax_attention, implementation="reference")
+reference: Any = functools.partial(softmax_attention, implementation="reference")
+cudnn: Any = functools.partial(gpu.cudnn, library="xla")  # the same arguments for another library
 
 
 def inputs(T: int, N: int, dtype: str = "float32") -> list[jax.Array]:
@@ -31,7 +32,7 @@ def inputs(T: int, N: int, dtype: str = "float32") -> list[jax.Array]:
 def test_library_calls(T: int, N: int, offset: Any, dtype: str) -> None:
     arrays = inputs(T, N, dtype)
     at = None if offset is None else jnp.asarray(offset)
-    got = gpu.cudnn(*arrays, at, None, library="xla")
+    got = cudnn(*arrays, at, None)
     assert got.dtype == arrays[2].dtype
     assert rms_error(got, reference(*arrays, offset=at)) < TOLERANCE[dtype]
 
@@ -40,14 +41,14 @@ def test_padding_past_the_end_of_the_cache() -> None:
     """A chunk of 8 of which 3 are valid, at position 7 of a cache for 10."""
     q, k, v = inputs(8, 10)
     at = jnp.asarray([7, 0])
-    got, want = gpu.cudnn(q, k, v, at, None, library="xla"), reference(q, k, v, offset=at)
+    got, want = cudnn(q, k, v, at, None), reference(q, k, v, offset=at)
     assert rms_error(got[0, :3], want[0, :3]) < 2e-6 and rms_error(got[1], want[1]) < 2e-6
 
 
 def test_packed_rows() -> None:
     arrays = inputs(50, 50)
     segments = jnp.asarray([[1] * 20 + [2] * 25 + [0] * 5, [3] * 50])
-    got = gpu.cudnn(*arrays, None, segments, library="xla")
+    got = cudnn(*arrays, None, segments)
     want = reference(*arrays, segments=segments)
     assert rms_error(got[0, :45], want[0, :45]) < 2e-6 and rms_error(got[1], want[1]) < 2e-6
 
@@ -58,12 +59,10 @@ def test_gradients() -> None:
     def gradients(fn: Any) -> Any:
         return jax.grad(lambda *a: jnp.vdot(into, fn(*a)), argnums=(0, 1, 2))(*arrays)
 
-    for got, want in zip(
-        gradients(lambda *a: gpu.cudnn(*a, None, None, library="xla")), gradients(reference), strict=True
-    ):
+    for got, want in zip(gradients(lambda *a: cudnn(*a, None, None)), gradients(reference), strict=True):
         assert rms_error(got, want) < 1e-5
     with pytest.raises(ValueError, match="offset: cuDNN attention into a cache has no gradient"):
-        gradients(lambda *a: gpu.cudnn(*a, jnp.zeros(2, jnp.int32), None, library="xla"))
+        gradients(lambda *a: cudnn(*a, jnp.zeros(2, jnp.int32), None))
     with pytest.raises(ValueError, match="'pallas' decodes and has no gradient"):
         q, k, v = inputs(1, 256)
         jax.grad(lambda q: jnp.sum(softmax_attention(q, k, v, implementation="pallas_interpreted")))(q)

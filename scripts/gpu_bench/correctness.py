@@ -124,5 +124,6 @@ def _fla(report: Report, sizes: attention.Sizes) -> None:
     parts = [active[:, :, :, i] for i in range(3)]
     y, vjp = jax.vjp(out, *parts)
     want = [y, *vjp(into.astype(jnp.float32))]
-    got = fla.outputs(*(np.asarray(x) for x in parts), decay, np.asarray(into, np.float32))
+    q, k, v = (np.asarray(x) for x in parts)
+    got = fla.outputs(q, k, v, decay, np.asarray(into, np.float32))
     _compare(report, "fla chunk_simple_gla and gradients", "bfloat16", got, want)
