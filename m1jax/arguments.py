@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from m1jax import distributed
 from m1jax.errors import UserError
 
 
@@ -38,6 +39,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     )
     _add_prompt_arguments(parser.add_argument_group("what to generate from"))
     _add_generation_arguments(parser.add_argument_group("how to generate (defaults as recommended for M1)"))
+    distributed.add_arguments(parser)
     args = parser.parse_args(argv)
     _check_modes(args)
     return args

@@ -5,9 +5,14 @@ heartbeats and ends all of them when one is missing, naming it. Only process 0 p
 """
 
 import argparse
+import atexit
 import os
 import re
+import secrets
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 from m1jax import errors
 from m1jax.errors import UserError
@@ -67,10 +72,12 @@ def start(args: argparse.Namespace) -> int:
         raise UserError(f"{found} ({' '.join(str(error).split())[:200]})") from None
     index = jax.process_index()
     errors.several_processes(index)
+    # Gloo writes to stdout from C++: that goes to stderr, or nowhere, and this program's own text where it belongs.
+    sys.stdout.flush()
+    out = os.open(os.devnull, os.O_WRONLY) if index else os.dup(1)
+    os.dup2(out if index else 2, 1)
+    sys.stdout = os.fdopen(out, "w", encoding=sys.stdout.encoding, errors="replace")
     if index:
-        # What libraries write from C++ goes there as well.
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.__stdout__.fileno() if sys.__stdout__ else 1)
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
     return index
 
@@ -84,6 +91,32 @@ def is_first(args: argparse.Namespace) -> bool:
 
     jax.distributed.shutdown()  # nobody waits for anybody
     return index == 0
+
+
+def agreed_seed(seed: int | None) -> int | None:
+    """The seed, or where none is given one that process 0 draws for all."""
+    if seed is not None:
+        return seed
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbelow(1 << 31))))
+
+
+def own_output(file: Path | None) -> Path | None:
+    """Where this process writes what all of them write alike: process 0 to the file, the others to copies of it."""
+    if file is None:
+        return None
+    import jax
+
+    own = file
+    if jax.process_index():
+        own = Path(tempfile.mkdtemp(prefix="m1jax-")) / file.name
+        atexit.register(shutil.rmtree, own.parent, ignore_errors=True)
+        if file.exists():
+            shutil.copyfile(file, own)
+    wait("the output so far is read")
+    return own
 
 
 def wait(name: str) -> None:

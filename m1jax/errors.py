@@ -54,6 +54,5 @@ def _fail(message: str, code: int) -> NoReturn:
     print(message, file=stderr, flush=True)
     if _process is None:
         sys.exit(code)
-    if sys.__stdout__ is not None:
-        sys.__stdout__.flush()
+    sys.stdout.flush()
     os._exit(code)

@@ -10,6 +10,7 @@ Text goes to stdout, figures and errors to stderr. Exit code 2 is bad input, 130
 
 from collections.abc import Sequence
 
+from m1jax import distributed
 from m1jax.arguments import parse
 from m1jax.errors import UserError, main_guard
 from m1jax.runtime import Interrupts, memory_errors, open_streams, silence_stdout
@@ -34,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
     args = parse(argv, __doc__ or "")
+    distributed.check(args)
+    if args.coordinator is not None and (args.interactive or args.prompt == "-"):
+        raise UserError("several processes cannot share stdin: give --prompt, --prompt-file or --input")
+    distributed.start(args)
     # Importing jax takes seconds; --help comes before, and Ctrl-C is handled meanwhile.
     from m1jax import modes
     from m1jax.config import M1Config
@@ -41,6 +46,9 @@ def _run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
     from m1jax.prompt import Options, Prompter
     from m1jax.tokenizer import Tokenizer
 
+    if args.coordinator is not None:
+        args.seed = distributed.agreed_seed(args.seed)
+        args.output = distributed.own_output(args.output)
     options = Options.of(args)
     args.model = args.model or default_model()
     if not args.model.is_dir():

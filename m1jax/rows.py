@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from m1jax.model import M1, KVCache, M1State
 from m1jax.sampling import SamplingRows, sample
+from m1jax.sharding.region import everywhere
 
 NOT_A_NUMBER = -1  # stands for a token where the logits were not finite
 FREE = -1  # stands for a forced token where none is forced
@@ -75,7 +76,7 @@ def _choose(logits: jax.Array, rows: Rows, forced: jax.Array) -> tuple[jax.Array
     token = jnp.where(forced == FREE, token, forced)
     seen = rows.seen.at[jnp.arange(token.shape[0]), token].set(True)
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    return jnp.where(finite, token, NOT_A_NUMBER), dataclasses.replace(rows, token=token, seen=seen)
+    return everywhere(jnp.where(finite, token, NOT_A_NUMBER)), dataclasses.replace(rows, token=token, seen=seen)
 
 
 @jax.jit

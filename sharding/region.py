@@ -89,6 +89,11 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return lax.with_sharding_constraint(x, spec(mesh, "array", axes, x.shape))
 
 
+def everywhere(x: jax.Array) -> jax.Array:
+    """x, whole on every device of the mesh in use, so that every process can read it."""
+    return x if mesh_in_use() is None else lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def split_over(axis: str) -> Axes:
     """The mesh axes of more than one device that a logical axis is split over; empty outside `on_mesh`."""
     mesh = _region()

@@ -17,11 +17,11 @@ from m1jax import distributed
 from m1jax.errors import UserError
 from m1jax.params import flatten
 from tests.checkpoints import random_tensors, write_checkpoint
-from tests.tools import variant
+from tests.tools import DATA, variant
 
 CONFIG = variant(vocab_size=64, num_key_value_heads=4, num_local_experts=8)
 ROOT = Path(__file__).parents[1]
-LIMIT = 100  # seconds
+LIMIT = 240  # seconds
 
 
 class Ended(NamedTuple):
@@ -145,3 +145,15 @@ def test_bad_flags(coordinator: str | None, count: int | None, index: int | None
     args = argparse.Namespace(coordinator=coordinator, num_processes=count, process_id=index)
     with pytest.raises(UserError, match=message):
         distributed.check(args)
+
+
+@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2"])
+def test_generates_the_same_text_as_one_process(address: str, mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--model", DATA / "m1_hello", "--greedy", "--prompt", "Who are you?", "--max-tokens", "12"]
+    alone = run(address, 1, "m1jax.generate", [str(option) for option in options])
+    assert alone[0].code == 0, alone
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    ended = several(address, 4, "generate", *options, "--mesh", mesh)
+    assert [e.code for e in ended] == [0] * 4, ended
+    assert ended[0].out == alone[0].out and len(alone[0].out) > 10
+    assert [(e.out, e.err) for e in ended[1:]] == [("", "")] * 3
