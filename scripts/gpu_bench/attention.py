@@ -155,7 +155,7 @@ def softmax(report: Report, sizes: Sizes) -> None:
 def sweep(report: Report, sizes: Sizes) -> None:
     """Other tiles of the lightning forward sweep."""
     T, D = sizes.lengths[0], sizes.head_dim
-    default = gpu.default_form(D, jnp.bfloat16, sizes.triton == "triton_interpreted")
+    default = gpu.default_form(D, jnp.bfloat16, packed=False, interpreted=sizes.triton == "triton_interpreted")
     tiles = [
         (32, 64, 4, 2),
         (64, 32, 4, 2),
