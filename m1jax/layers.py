@@ -73,18 +73,22 @@ class Lightning(nnx.Module):
         x: jax.Array,
         n: jax.Array,
         log_decay: jax.Array,
-        state: jax.Array | None,
+        states: jax.Array | None,
         lengths: jax.Array,
         segments: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """x `[B, T, M]`, state float32 `[B, H, D, D]` or None; returns y `[B, T, M]` and the new state."""
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """x `[B, T, M]`, states float32 `[P, B, H, D, D]` or None; returns y `[B, T, M]` and the new states.
+
+        All layers' states go in, so that a GPU's kernel replaces the layer's in place.
+        """
         B, T, _ = x.shape
         H, _, D = self.qkv_proj[...].shape[1:4]
         qkv = project(x, self.qkv_proj, n).reshape(B, T, H, 3, D)
-        out, state = lightning_attention(qkv, log_decay, state=state, lengths=lengths, segments=segments)
+        layer = None if states is None else n
+        out, new = lightning_attention(qkv, log_decay, state=states, lengths=lengths, segments=segments, layer=layer)
         normed = rms_norm(out.reshape(B, T, H * D), self.norm[...][n].reshape(H * D), LIGHTNING_NORM_EPS, "heads")
         y = project(jax.nn.sigmoid(project(x, self.output_gate, n)) * normed, self.out_proj, n)
-        return total(y, "heads"), state
+        return total(y, "heads"), None if states is None else new
 
 
 @nnx.dataclass

@@ -282,10 +282,8 @@ def body(
     def layer(kind: str, carry: Carry, i: jax.Array, n: jax.Array) -> Carry:
         h = layers.rms_norm(carry.x, model.block.attn_norm[...][i], cfg.rms_norm_eps)
         if kind == LIGHTNING:
-            state = None if carry.s is None else carry.s[n]
-            y, state = model.lightning(h, n, decays[i], state, lengths, segments)
-            if carry.s is not None:
-                carry = carry._replace(s=carry.s.at[n].set(state))
+            y, s = model.lightning(h, n, decays[i], carry.s, lengths, segments)
+            carry = carry._replace(s=s)
             alpha, beta = cfg.lightning_alpha, cfg.lightning_beta
         else:
             y, k, v = model.softmax(h, n, rope, carry.k, carry.v, tokens_seen, segments)

@@ -31,6 +31,7 @@ def lightning_attention(
     state: jax.Array | None,
     lengths: jax.Array,
     segments: jax.Array | None,
+    layer: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As the kernel of this name; T, `lengths` and `segments` are this device's, `state` that of the whole sequence.
 
@@ -38,7 +39,12 @@ def lightning_attention(
     """
     over = split_over("sequence")
     if not over:
-        return lightning.lightning_attention(qkv, log_decay, state=state, lengths=lengths, segments=segments)
+        return lightning.lightning_attention(
+            qkv, log_decay, state=state, lengths=lengths, segments=segments, layer=layer
+        )
+    if state is not None and layer is not None:
+        out, after = lightning_attention(qkv, log_decay, state=state[layer], lengths=lengths, segments=segments)
+        return out, state.at[layer].set(after)
     if state is None:
         B, _, H, _, D = qkv.shape
         state = jnp.zeros((B, H, D, D), jnp.float32)
