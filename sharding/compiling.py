@@ -13,6 +13,7 @@ from typing import Literal
 
 import jax
 import numpy as np
+from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from m1jax.config import M1Config
@@ -24,6 +25,15 @@ from m1jax.sharding.steps import Workload, make_step
 Platform = Literal["cpu", "cuda", "tpu"]
 
 _LIBTPU = "0.0.42.*"
+# What keeps libtpu from asking the cloud about the machine that it is on, and from complaining of the answer.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+_TPU_DIMENSIONS = {"v5p": 3, "v6e": 2}  # of the torus that the chips are wired in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +81,8 @@ def prepare(platform: Platform, devices: int) -> None:
     """What must be set before jax makes its first array: no accelerator is looked for, CPU devices are many."""
     check_backend(platform)
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    for name, value in _NO_TPU.items():
+        os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
     if platform == "cpu":
         jax.config.update("jax_num_cpu_devices", devices)
@@ -92,4 +102,16 @@ def _devices(platform: Platform, count: int, device: Device) -> list[jax.Device]
         from m1jax.kernels.gpu import deviceless
 
         return list(deviceless.mesh({"device": count}).devices.flat)
-    raise UserError("tpu")
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=tpu_topology(device, count)).devices)
+
+
+def tpu_topology(device: Device, count: int) -> str:
+    """The name of so many chips, as near to a cube or a square as powers of two come: 8 of v5p are v5p:2x2x2."""
+    dimensions, power = _TPU_DIMENSIONS[device.name], count.bit_length() - 1
+    if count != 1 << power or count < 1 << dimensions or count > device.node:
+        raise UserError(
+            f"--compile tpu: no slice of {count} {device.name} is known: choose a power of two from "
+            f"{1 << dimensions} to {1 << (device.node.bit_length() - 1)}"
+        )
+    sides = [1 << ((power + d) // dimensions) for d in range(dimensions)]
+    return f"{device.name}:{'x'.join(map(str, sides))}"

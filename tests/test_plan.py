@@ -162,6 +162,19 @@ def test_missing_wheels_and_wrong_devices(monkeypatch: pytest.MonkeyPatch) -> No
         compiling.compile_step(SMALL, Workload("serve", 16, 32), MeshShape(data=16), "cpu", H200)
 
 
+@pytest.mark.parametrize(
+    ("device", "count", "name"), [("v5p", 16, "v5p:2x2x4"), ("v5p", 512, "v5p:8x8x8"), ("v6e", 8, "v6e:2x4")]
+)
+def test_tpu_slices_have_names(device: str, count: int, name: str) -> None:
+    assert compiling.tpu_topology(DEVICES[device], count) == name
+
+
+@pytest.mark.parametrize(("device", "count"), [("v5p", 12), ("v5p", 4), ("v6e", 512)])
+def test_no_other_tpu_slices(device: str, count: int) -> None:
+    with pytest.raises(UserError, match=f"no slice of {count} {device} is known: choose a power of two from"):
+        compiling.tpu_topology(DEVICES[device], count)
+
+
 # --- command line --------------------------------------------------------------------------------------------------
 
 
