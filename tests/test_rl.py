@@ -168,6 +168,16 @@ def test_a_run_goes_on_bit_by_bit_after_it_was_broken_off(tmp_path: Path, monkey
     assert rows(tmp_path / "broken") == whole
 
 
+def test_a_run_on_a_mesh_is_that_of_one_device(tmp_path: Path) -> None:
+    stage.run(settings(tmp_path / "one", steps=1))
+    stage.run(dataclasses.replace(settings(tmp_path / "mesh", steps=1), mesh="fsdp=2,expert=2,tensor=2"))
+    (one,), (mesh,) = rows(tmp_path / "one"), rows(tmp_path / "mesh")
+    for name in ("reward", "reply_tokens", "groups", "informative"):
+        assert mesh[name] == one[name], name
+    for name in ("loss", "policy", "balance", "entropy", "ratio", "gradient_norm", "correlation_logp"):
+        np.testing.assert_allclose(mesh[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
 def test_a_run_in_bfloat16_with_evaluation(tmp_path: Path) -> None:
     """The model knows a dozen answers by heart and guesses here, a hundred tokens in all: the paper's 0.997 holds."""
     stage.run(settings(tmp_path, steps=1, dtype="bfloat16", evaluate_every=1, evaluate_problems=4))
@@ -211,13 +221,8 @@ def test_bad_settings(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             parse(RLSettings, SMALL_RUN | {key: value}, "rl.")
-    with pytest.raises(UserError, match="one device"):
-        stage.run(
-            parse(
-                Settings,
-                {"stage": "rl", "out": str(tmp_path), "steps": 1, "mesh": "data=2", "model": {"path": str(HELLO)}},
-            )
-        )
+    with pytest.raises(UserError, match=r"rl\.questions = 9 does not divide among 8 groups"):
+        stage.run(dataclasses.replace(settings(tmp_path, questions=9), mesh="data=4,expert=2"))
     with pytest.raises(UserError, match="did you mean 'addition'"):
         stage.run(settings(tmp_path, tasks=["additon"]))
     assert TASKS["addition"].difficulty * SMALL_RUN["difficulty"] == 1

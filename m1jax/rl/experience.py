@@ -81,15 +81,16 @@ def _write(out: Experience, row: int, segment: int, start: int, reply: Reply) ->
     out.advantage[row, predicts], out.weights[row, predicts] = reply.advantage, 1.0
 
 
-def stacked(parts: Sequence[Experience], accumulate: int) -> list[dict[str, np.ndarray]]:
+def stacked(parts: Sequence[Experience], accumulate: int, ways: int = 1) -> list[dict[str, np.ndarray]]:
     """Batches of one shape `[A, B, T]`, by name, for `m1jax.train.step`; rows of padding are added.
 
-    The number of rows is rounded up, with one in 16 to spare, so that few shapes are ever compiled.
+    The number of rows is rounded up, with one in 16 to spare, so that few shapes are ever compiled; B to a multiple
+    of `ways`.
     """
     need = -(-max(len(part.tokens) for part in parts) * 17 // 16)
     step = max(1, 2 ** (need.bit_length() - 2))
     rows = -(-need // step) * step
-    rows = -(-rows // accumulate) * accumulate
+    rows = -(-rows // (accumulate * ways)) * accumulate * ways
 
     def batch(x: np.ndarray) -> np.ndarray:
         return np.pad(x, ((0, rows - len(x)), (0, 0))).reshape(accumulate, -1, x.shape[1])

@@ -38,6 +38,7 @@ class Learner:
       steps: of the whole run, for the windows.
       update: one optimizer update.
       accumulate: batches whose gradients make one update.
+      ways: groups of devices that the rows of a batch are split over.
 
     Raises:
       UserError: a task is not there.
@@ -53,11 +54,13 @@ class Learner:
         steps: int,
         update: UpdateFunction,
         accumulate: int = 1,
+        ways: int = 1,
     ) -> None:
         self.settings, self.prompter, self.dtype = settings, prompter, dtype
         self.tasks = find(settings.tasks)
         self._eos = np.asarray(eos, np.int32)
-        self._seed, self._steps, self._update, self._accumulate = seed, steps, update, accumulate
+        self._seed, self._steps, self._update = seed, steps, update
+        self._accumulate, self._ways = accumulate, ways
 
     def step(self, state: TrainState, number: int) -> tuple[TrainState, Metrics]:
         """Generates a batch with the current policy and updates it."""
@@ -128,7 +131,7 @@ class Learner:
         random.Random(f"shuffle {self._seed} {number}").shuffle(order)
         updates = self.settings.updates
         parts = [[replies[n] for n in part] for k in range(updates) if (part := order[k::updates])]
-        batches = stacked([pack(part, self.settings.row_tokens) for part in parts], self._accumulate)
+        batches = stacked([pack(part, self.settings.row_tokens) for part in parts], self._accumulate, self._ways)
         told: list[Mapping[str, Any]] = []
         for batch in batches:
             state, metrics = self._update(state, batch)

@@ -15,6 +15,7 @@ from jax import lax
 
 from m1jax.model import M1, M1State
 from m1jax.sampling import Sampling, SamplingRows, sample
+from m1jax.sharding.region import everywhere
 
 SURE = 0.99  # the probability from which on a token counts as certain, in the search for repetition loops
 
@@ -101,7 +102,7 @@ def rollout(
         return jnp.any(carry.active) & (carry.step < window)
 
     start = _Carry(logits[source], state.take(source), jnp.ones((B,), bool), out.lengths, out, jnp.int32(0))
-    return lax.while_loop(going, one, start).out
+    return jax.tree.map(everywhere, lax.while_loop(going, one, start).out)
 
 
 def sampling_rows(seeds: Sequence[int], replies: int, temperature: float) -> SamplingRows:

@@ -15,8 +15,9 @@ from m1jax.prompt import Prompter
 from m1jax.rl.learner import Learner
 from m1jax.rl.policy import policy_gradient
 from m1jax.rl.settings import RLSettings
+from m1jax.sharding.rules import shards
 from m1jax.train import saving
-from m1jax.train.loop import MODEL, PROFILED, Guard, Parts, figures, prepare
+from m1jax.train.loop import MODEL, PROFILED, Guard, Parts, figures, prepare, spread
 from m1jax.train.report import Report
 from m1jax.train.settings import Settings, parse
 from m1jax.train.step import TrainState, make_step
@@ -35,8 +36,6 @@ def run(settings: Settings, profile: bool = False) -> None:
         full at the end.
     """
     rl = parse(RLSettings, settings.rl, "rl.")
-    if settings.mesh:
-        raise UserError("mesh: stage rl runs on one device: leave it out")
     if not settings.model.path:
         raise UserError("model.path is missing: stage rl goes on from a trained model")
     out = Path(settings.out)
@@ -45,6 +44,11 @@ def run(settings: Settings, profile: bool = False) -> None:
     # Gradients of RL are 1e-18 to 1e-5: a larger eps would drown them.
     optimizer = dataclasses.replace(settings.optimizer, eps=settings.optimizer.eps or 1e-15)
     parts = prepare(dataclasses.replace(settings, optimizer=optimizer, steps=settings.steps * rl.updates))
+    ways = shards(parts.mesh, "batch")
+    if rl.questions % ways:
+        raise UserError(
+            f"rl.questions = {rl.questions} does not divide among {ways} groups of devices: take a multiple"
+        )
     if parts.tokenizer is None:
         raise UserError(f"{settings.model.path} has no tokenizer: add its files, or set model.tokenizer")
     identity = saving.identity(parts.config, _fingerprint(settings, rl), rl.row_tokens, rl.questions, rl.updates)
@@ -89,7 +93,7 @@ def _steps(
     step, guard, current = make_step(loss, parts.optimizer, settings.guard), Guard(settings, loss), first
 
     def update(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Mapping[str, Any]]:
-        arrays = jax.device_put(dict(batch))
+        arrays = spread(batch, parts.mesh)
         state, metrics = step(state, arrays)
         values = jax.device_get(metrics)
         guard.look(current, state, arrays, values, report)
@@ -98,7 +102,15 @@ def _steps(
     prompter = Prompter(parts.tokenizer)
     eos = eos_ids(parts.config, parts.tokenizer)
     learner = Learner(
-        rl, prompter, eos, settings.model.dtype, settings.seed, settings.steps, update, settings.data.accumulate
+        rl,
+        prompter,
+        eos,
+        settings.model.dtype,
+        settings.seed,
+        settings.steps,
+        update,
+        settings.data.accumulate,
+        shards(parts.mesh, "batch"),
     )
     for current in range(first, settings.steps):
         if profile and current - first in (PROFILED[0], PROFILED[-1] + 1):

@@ -18,7 +18,7 @@ from m1jax.loading import open_parameters
 from m1jax.model import M1, build, init_params
 from m1jax.params import ParamSpec, flatten
 from m1jax.sharding.mesh import MeshShape, make_mesh
-from m1jax.sharding.rules import check, rules_of, shardings
+from m1jax.sharding.rules import check, rules_of, shardings, shards
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import data, saving
 from m1jax.train.report import Report
@@ -193,13 +193,22 @@ def _profile(folder: Path, begin: bool) -> None:
 
 def to_devices(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """A process's part of a batch `[A, rows, T]` as arrays of the mesh, split by rows. Raises `UserError`."""
-    axes = tuple(axis for axis in rules_of(mesh)["batch"] if mesh.shape[axis] > 1)
-    ways = int(np.prod([mesh.shape[axis] for axis in axes]))
+    ways = shards(mesh, "batch")
     rows = next(iter(batch.values())).shape[1] * jax.process_count()
     if rows % ways:
         raise UserError(f"data.rows = {rows} does not divide among {ways} groups of devices: take a multiple")
-    place = NamedSharding(mesh, PartitionSpec(None, axes or None))
-    return {name: jax.make_array_from_process_local_data(place, x) for name, x in batch.items()}
+    return {name: jax.make_array_from_process_local_data(_by_rows(mesh), x) for name, x in batch.items()}
+
+
+def spread(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch `[A, B, T]` that every process has whole, likewise; the rows must divide."""
+    place = _by_rows(mesh)
+    return {name: jax.make_array_from_callback(x.shape, place, lambda i, x=x: x[i]) for name, x in batch.items()}
+
+
+def _by_rows(mesh: Mesh) -> NamedSharding:
+    axes = tuple(axis for axis in rules_of(mesh)["batch"] if mesh.shape[axis] > 1)
+    return NamedSharding(mesh, PartitionSpec(None, axes or None))
 
 
 def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
