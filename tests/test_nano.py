@@ -149,3 +149,9 @@ def test_generate_without_a_model_takes_the_shipped_one(
     shutil.copytree(DATA / "m1_hello", tmp_path / "model")
     assert run("--prompt", "What is 27 + 58?", "--greedy") == 0
     assert capsys.readouterr().out.strip().endswith("</think>\n85")
+
+
+def test_the_shipped_model_thinks_and_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--prompt", "What is 27 + 58?", "--greedy") == 0
+    assert capsys.readouterr().out == "<think>\n7+8+0=15\n2+5+1=08\n</think>\n85\n"
+    assert sum(file.stat().st_size for file in nano.FOLDER.iterdir()) < 16e6

@@ -119,6 +119,7 @@ def install(model: Path, tokenizer: Path, folder: Path = FOLDER) -> None:
     tensors = {n: arrays[s.target][s.index].reshape(s.shape) for n, s in expected(trained.config).items()}
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # it is made for its owner's eyes only
     (folder / "config.json").write_text(json.dumps(trained.config.to_official(), indent=1) + "\n", encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tokenizer / name).read_bytes())
