@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from m1jax.kernels import experts as kernel
+from m1jax.kernels.experts.order import by_bucket
 from m1jax.sharding.flops import ONCE
 from m1jax.sharding.region import Axes, every_axis, index, size_of, split_over
 
@@ -149,14 +150,13 @@ def _exchanged(
     flat = chosen.reshape(-1)
     owner = places.owner(flat)
     local = jnp.where(owner < n, flat % E, E)
-    order = jnp.argsort(owner * (E + 1) + local, stable=True)  # by device, then expert
+    order, place, per_expert = by_bucket(jnp.where(owner < n, owner * E + local, n * E), n * E)
     rows, numbers = x[order // k], local[order]
-    counts = lax.all_gather(jnp.bincount(owner, length=n).astype(jnp.int32), places.apart)  # [from, to]
+    counts = lax.all_gather(jnp.sum(per_expert.reshape(n, E), axis=1), places.apart)  # [from, to]
     # The same on all devices, so that they take part in the same exchanges.
     rounds = jnp.maximum(-(-jnp.max(jnp.sum(counts, axis=0)) // _limit(A)), 1)
     rounds = lax.pmax(rounds, every_axis())
     y: Any = _all_rounds(places, rows, (gate_up, down), layer, numbers, counts, rounds)
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(A, dtype=order.dtype), unique_indices=True)
     parts = y[place].reshape(N, k, -1).astype(jnp.float32)
     return jnp.einsum("nkm,nk->nm", parts, weights, precision="highest").astype(x.dtype)
 

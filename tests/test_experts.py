@@ -10,6 +10,7 @@ import pytest
 
 from m1jax.kernels.experts import Quantized, dequantize, experts, gpu, quantize
 from m1jax.kernels.experts.gpu import route
+from m1jax.kernels.experts.order import by_bucket
 from tests.tools import rms_error
 
 IMPLEMENTATIONS = ["xla", "triton_interpreted"]
@@ -138,3 +139,12 @@ def test_what_the_kernels_cannot_do_is_named() -> None:
     with pytest.raises(ValueError, match="unknown 'cuda'"):
         experts(jnp.ones((1, 32)), *wide, *args, implementation="cuda")  # pyright: ignore[reportArgumentType]
     assert isinstance(narrow[0], Quantized)
+
+
+@pytest.mark.parametrize(("n", "buckets"), [(1, 4), (7, 1), (128, 32), (129, 5), (1000, 32)])
+def test_the_order_by_counting_is_that_of_a_stable_sort(n: int, buckets: int) -> None:
+    ids = jax.random.randint(jax.random.key(n), (n,), 0, buckets + 1)
+    found = by_bucket(ids, buckets)
+    expected = np.argsort(np.asarray(ids), stable=True)
+    assert np.array_equal(found.order, expected) and np.array_equal(found.place, np.argsort(expected))
+    assert np.array_equal(found.counts, np.bincount(ids, minlength=buckets + 1)[:buckets])

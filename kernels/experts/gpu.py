@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from m1jax.kernels.experts.order import by_bucket
 from m1jax.kernels.experts.quantized import Quantized, Weights
 from m1jax.kernels.gpu import launch
 
@@ -134,9 +135,8 @@ def route(chosen: jax.Array, E: int, R: int) -> Routing:
     """Sorts the assignments by expert and cuts each expert's into tiles of R; experts equal to E are left out."""
     flat = chosen.reshape(-1)
     n = flat.shape[0]
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    bounds = jnp.searchsorted(flat[order], jnp.arange(E + 1, dtype=flat.dtype)).astype(jnp.int32)
-    counts = bounds[1:] - bounds[:-1]
+    order, _, counts = by_bucket(flat, E)
+    bounds = jnp.pad(jnp.cumsum(counts), (1, 0))
     tiles = -(-counts // R)
     last = jnp.cumsum(tiles)
     index = jnp.arange(min(n, n // R + E), dtype=jnp.int32)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from m1jax.kernels.experts import xla
+from m1jax.kernels.experts.order import by_bucket
 
 Index = jax.Array | int
 Residuals = tuple[jax.Array, jax.Array, jax.Array, Index, jax.Array, jax.Array]
@@ -44,10 +45,9 @@ class Sorted(NamedTuple):
 
 def _sort(chosen: jax.Array, weights: jax.Array, experts: int, rows: int) -> Sorted:
     flat, k = chosen.reshape(-1), chosen.shape[1]
-    order = jnp.argsort(flat, stable=True)
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(flat.shape[0], dtype=order.dtype), unique_indices=True)
+    order, place, counts = by_bucket(flat, experts)
     return Sorted(
-        xla._blocks(flat, experts, rows),
+        xla.blocks_of(counts, flat.shape[0], rows),
         jnp.pad(order // k, (0, rows)),
         jnp.pad(weights.reshape(-1)[order], (0, rows)),
         place.reshape(chosen.shape),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from m1jax.kernels.experts.order import by_bucket
 from m1jax.kernels.experts.quantized import Weights, join_rows, product
 
 
@@ -26,8 +27,8 @@ def blocked(
     N, k = chosen.shape
     E, M = gate_up.shape[1], x.shape[1]
     flat = chosen.reshape(-1)
-    order = jnp.argsort(flat, stable=True)  # [N·k]
-    blocks = _blocks(flat, E, rows)
+    order, place, counts = by_bucket(flat, E)
+    blocks = blocks_of(counts, N * k, rows)
     # Rows of one block past the end stay inside the padding.
     tokens = jnp.pad(order // k, (0, rows))
     share = jnp.where(flat < E, weights.reshape(-1), 0.0)[order]  # the last block may reach into the padding
@@ -51,7 +52,6 @@ def blocked(
         return lax.dynamic_update_slice(out, lax.switch(smallest, branches, e, first), (first, 0)), None
 
     out, _ = lax.scan(body, jnp.zeros((N * k + rows, M), jnp.float32), blocks)
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(N * k, dtype=order.dtype), unique_indices=True)
     return jnp.sum(out[place].reshape(N, k, M), axis=1)
 
 
@@ -60,18 +60,19 @@ def _sizes(rows: int) -> tuple[int, ...]:
     return tuple(sorted({max(rows * eighths // 8, 1) for eighths in (1, 2, 4, 6, 8)}))
 
 
-def _blocks(flat: jax.Array, experts: int, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def blocks_of(counts: jax.Array, n: int, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Which expert each block belongs to, its first sorted row, and how many rows it needs (0: none); all `[blocks]`.
 
-    At most Nk/R + E blocks can be needed, or one for each row if that is fewer.
+    `counts` `[E]` are the rows of each expert, at most n in all, so that at most n/R + E blocks can be needed, or one
+    for each row if that is fewer.
     """
-    counts = jnp.bincount(flat, length=experts)  # entries equal to `experts` chose nobody and sort last
+    (experts,) = counts.shape
     per_expert = -(-counts // rows)
     last = jnp.cumsum(per_expert)
-    index = jnp.arange(min(flat.shape[0], flat.shape[0] // rows + experts))
+    index = jnp.arange(min(n, n // rows + experts))
     expert = jnp.minimum(jnp.searchsorted(last, index, side="right"), experts - 1)
     done = (index - (last - per_expert)[expert]) * rows  # rows of the expert in earlier blocks
     needed = index < last[-1]
     first = (jnp.cumsum(counts) - counts)[expert] + done
-    end = flat.shape[0]  # where what needs no block is written
-    return expert, jnp.where(needed, first, end), jnp.where(needed, jnp.minimum(counts[expert] - done, rows), 0)
+    # What needs no block is written past the end.
+    return expert, jnp.where(needed, first, n), jnp.where(needed, jnp.minimum(counts[expert] - done, rows), 0)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m1jax.errors import UserError
 from m1jax.evaluate import Local, score
 from m1jax.model import M1
 from m1jax.prompt import Options, Prompter
@@ -41,7 +42,7 @@ class Learner:
       ways: groups of devices that the rows of a batch are split over.
 
     Raises:
-      UserError: a task is not there.
+      UserError: a task is not there, or the questions do not divide among the groups of devices.
     """
 
     def __init__(
@@ -56,6 +57,10 @@ class Learner:
         accumulate: int = 1,
         ways: int = 1,
     ) -> None:
+        if settings.questions % ways:
+            raise UserError(
+                f"rl.questions = {settings.questions} does not divide among {ways} groups of devices: take a multiple"
+            )
         self.settings, self.prompter, self.dtype = settings, prompter, dtype
         self.tasks = find(settings.tasks)
         self._eos = np.asarray(eos, np.int32)

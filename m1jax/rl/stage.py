@@ -17,7 +17,7 @@ from m1jax.rl.policy import policy_gradient
 from m1jax.rl.settings import RLSettings
 from m1jax.sharding.rules import shards
 from m1jax.train import saving
-from m1jax.train.loop import MODEL, PROFILED, Guard, Parts, figures, prepare, spread
+from m1jax.train.loop import MODEL, PROFILED, Guard, Parts, by_rows, figures, prepare
 from m1jax.train.report import Report
 from m1jax.train.settings import Settings, parse
 from m1jax.train.step import TrainState, make_step
@@ -44,11 +44,6 @@ def run(settings: Settings, profile: bool = False) -> None:
     # Gradients of RL are 1e-18 to 1e-5: a larger eps would drown them.
     optimizer = dataclasses.replace(settings.optimizer, eps=settings.optimizer.eps or 1e-15)
     parts = prepare(dataclasses.replace(settings, optimizer=optimizer, steps=settings.steps * rl.updates))
-    ways = shards(parts.mesh, "batch")
-    if rl.questions % ways:
-        raise UserError(
-            f"rl.questions = {rl.questions} does not divide among {ways} groups of devices: take a multiple"
-        )
     if parts.tokenizer is None:
         raise UserError(f"{settings.model.path} has no tokenizer: add its files, or set model.tokenizer")
     identity = saving.identity(parts.config, _fingerprint(settings, rl), rl.row_tokens, rl.questions, rl.updates)
@@ -93,7 +88,7 @@ def _steps(
     step, guard, current = make_step(loss, parts.optimizer, settings.guard), Guard(settings, loss), first
 
     def update(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Mapping[str, Any]]:
-        arrays = spread(batch, parts.mesh)
+        arrays = jax.device_put(dict(batch), by_rows(parts.mesh))
         state, metrics = step(state, arrays)
         values = jax.device_get(metrics)
         guard.look(current, state, arrays, values, report)

@@ -197,16 +197,12 @@ def to_devices(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     rows = next(iter(batch.values())).shape[1] * jax.process_count()
     if rows % ways:
         raise UserError(f"data.rows = {rows} does not divide among {ways} groups of devices: take a multiple")
-    return {name: jax.make_array_from_process_local_data(_by_rows(mesh), x) for name, x in batch.items()}
+    place = by_rows(mesh)
+    return {name: jax.make_array_from_process_local_data(place, x) for name, x in batch.items()}
 
 
-def spread(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch `[A, B, T]` that every process has whole, likewise; the rows must divide."""
-    place = _by_rows(mesh)
-    return {name: jax.make_array_from_callback(x.shape, place, lambda i, x=x: x[i]) for name, x in batch.items()}
-
-
-def _by_rows(mesh: Mesh) -> NamedSharding:
+def by_rows(mesh: Mesh) -> NamedSharding:
+    """Where the arrays of a batch `[A, B, T]` lie."""
     axes = tuple(axis for axis in rules_of(mesh)["batch"] if mesh.shape[axis] > 1)
     return NamedSharding(mesh, PartitionSpec(None, axes or None))
 
