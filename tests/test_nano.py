@@ -66,11 +66,15 @@ def test_conversations_are_short_and_end(tokenizer: Tokenizer) -> None:
             assert tokenizer.encode(prompt) == tokens[: len(tokenizer.encode(prompt))]
 
 
-def test_documents_are_training_problems_and_sentences() -> None:
+def test_documents_are_training_problems_lists_to_recall_and_sentences() -> None:
     texts = list(itertools.islice(recipe.documents(seed=0), 400))
     assert texts == list(itertools.islice(recipe.documents(seed=0), 400))
     sentences = [text for text in texts if re.fullmatch(r"([A-Z][a-z ]+\.\s?)+", text)]
     assert 20 < len(sentences) < 90
+    lists = [text.split("\n") for text in texts if re.fullmatch(r"[a-z =\d,\n]+", text)]
+    assert 60 < len(lists) < 140
+    for listed, *again in lists:
+        assert again and set(again) <= set(listed.split(", "))
     held_out = {p.question for task in TASKS.values() for p in task.problems(100, seed=1)}
     assert not held_out & {text.split("\n")[0] for text in texts}
 

@@ -83,8 +83,8 @@ def expected(problem: Problem) -> str:
             assert found
             return str(eval(found[1]))
         case "retrieval":
-            name = re.findall(r"([a-z]\d\d)", question)[-1]
-            return dict(re.findall(r"([a-z]\d\d)=(\d+)", question))[name]
+            listed = dict(re.findall(r"(\w+ \w+)=(\d+)", question))
+            return next(value for name, value in listed.items() if question.endswith((f"{name}?", f"{name}.")))
     raise AssertionError(problem.task)
 
 
@@ -119,13 +119,24 @@ def test_other_thoughts_compute() -> None:
             re.sub(r"\d", "", forward) == word_of(problem) and f'"{re.sub(chr(92) + "d", "", back)}"' == problem.answer
         )
     for problem in sample(TASKS["sorting"]):
-        assert ", ".join(line.split(":")[1] for line in problem.thought.split("\n")) == problem.answer
+        lines = [(int(number), numbers(done)) for number, done in (x.split(":") for x in problem.thought.split("\n"))]
+        assert [number for number, _ in lines] == numbers(problem.question)
+        assert all(sorted(done) == sorted(n for n, _ in lines[: i + 1]) for i, (_, done) in enumerate(lines))
+        assert lines[-1][1] == numbers(problem.answer)
     for problem in sample(TASKS["logic"]):
         values = [line.split("=") for line in problem.thought.split("\n") if "=" in line]
         assert all(str(eval(left)) == right for left, right in values) and values[-1][1] == problem.answer
     for problem in sample(TASKS["comparison"]):
-        *same, last = problem.thought.split("\n")
-        assert all("=" in line for line in same) and re.fullmatch(r"\d+[<>]\d+", last)
+        lengths, *columns = problem.thought.split("\n")
+        first, second, orders, digits = zip(*columns, strict=True)
+        pair = [int("".join(first)), int("".join(second))]
+        assert pair == numbers(problem.question) and int("".join(digits)) == int(problem.answer)
+        assert eval(lengths.replace("=", "==")) and eval(f"{pair[0]}{orders[-1]}{pair[1]}")
+        assert all(
+            eval(f"{x}{o.replace('=', '==')}{y}")
+            for x, y, o, before in zip(first, second, orders, ("=", *orders), strict=False)
+            if before == "="
+        )
 
 
 @pytest.mark.parametrize("name", list(TASKS))

@@ -17,10 +17,11 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from m1jax.chat_template import ChatTemplate
 from m1jax.config import M1Config
 from m1jax.tasks import TASKS, Problem, Task, mixture
+from m1jax.tasks.retrieval import NAMES, THINGS, named_numbers
 
 TOKENIZER_CONFIG = Path(__file__).parent / "tokenizer_config.json"  # M1's own, with its chat template
 MARKS = ("<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>")
-VOCABULARY = 512
+VOCABULARY = 704
 END = "<end_of_sentence>"
 
 # Letters inside quotes are tokens of their own, as digits are: a letter is only known apart from its neighbours.
@@ -91,12 +92,22 @@ def sentence(rng: random.Random) -> str:
     return text[0].upper() + text[1:] + "."
 
 
+def recall(rng: random.Random) -> str:
+    """A list of named numbers, and some of them once more in another order: each teaches to find a name again."""
+    numbers = named_numbers(rng, rng.randint(1, 20), rng.choice((NAMES, THINGS)))
+    again = rng.sample(list(numbers), min(len(numbers), 12))
+    return "\n".join([", ".join(f"{name}={numbers[name]}" for name in numbers), *(f"{n}={numbers[n]}" for n in again)])
+
+
 def documents(seed: int, tasks: Sequence[Task] = tuple(TASKS.values())) -> Iterator[str]:
-    """Pretraining documents without end: problems as plain text, and one in eight a few simple sentences."""
+    """Pretraining documents without end: problems as plain text, lists to recall, a few simple sentences."""
     rng, problems = random.Random(f"documents {seed}"), mixture(tasks, seed)
     while True:
-        if rng.random() < 1 / 8:
+        kind = rng.random()
+        if kind < 1 / 8:
             yield " ".join(sentence(rng) for _ in range(rng.randint(1, 4)))
+        elif kind < 3 / 8:
+            yield recall(rng)
         else:
             yield plain(next(problems))
 

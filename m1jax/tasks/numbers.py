@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from typing import Any
 
 from m1jax.tasks.arithmetic import number
 from m1jax.tasks.task import Instance, Solution, Task
@@ -22,20 +23,24 @@ def _draw_two(rng: random.Random, difficulty: int) -> Instance:
     return {"a": pair[0], "b": pair[1], "wanted": rng.choice(("larger", "smaller"))}
 
 
-def compare(a: int, b: int) -> str:
-    """Lengths first, then digits from the left until two differ."""
-    pairs = list(zip(map(int, str(a)), map(int, str(b)), strict=False))
-    steps = [(len(str(a)), len(str(b)))]
-    if steps[0][0] == steps[0][1]:
-        differs = next((n for n, (x, y) in enumerate(pairs) if x != y), len(pairs) - 1)
-        steps += pairs[: differs + 1]
-    return "\n".join(f"{x}{'=' if x == y else '<' if x < y else '>'}{y}" for x, y in steps)
+def compare(a: int, b: int, answer: int) -> str:
+    """How long both are; then column by column from the left both digits, the order so far, the answer's digit."""
+    length = max(len(str(a)), len(str(b)))
+    lines, order = [f"{len(str(a))}{_order(len(str(a)), len(str(b)))}{len(str(b))}"], "="
+    for x, y, digit in zip(*(str(n).zfill(length) for n in (a, b, answer)), strict=True):
+        order = _order(x, y) if order == "=" else order
+        lines.append(f"{x}{y}{order}{digit}")
+    return "\n".join(lines)
+
+
+def _order(x: Any, y: Any) -> str:
+    return "=" if x == y else "<" if x < y else ">"
 
 
 def _solve_comparison(instance: Instance) -> Solution:
     a, b = instance["a"], instance["b"]
     answer = max(a, b) if instance["wanted"] == "larger" else min(a, b)
-    return Solution(compare(a, b), str(answer))
+    return Solution(compare(a, b, answer), str(answer))
 
 
 COMPARISON = Task(
@@ -55,21 +60,19 @@ COMPARISON = Task(
 
 def _draw_list(rng: random.Random, difficulty: int) -> Instance:
     return {
-        "numbers": tuple(rng.randrange(100) for _ in range(difficulty + 1)),
+        "numbers": tuple(rng.sample(range(100), difficulty + 1)),
         "order": rng.choice(("ascending", "descending")),
     }
 
 
 def _solve_sorting(instance: Instance) -> Solution:
-    """Takes the smallest (largest) of what is left, again and again."""
-    left, out, lines = list(instance["numbers"]), [], []
-    choose = min if instance["order"] == "ascending" else max
-    while left:
-        best = choose(left)
-        lines.append(f"{','.join(map(str, left))}:{best}")
-        left.remove(best)
-        out.append(best)
-    return Solution("\n".join(lines), ", ".join(map(str, out)))
+    """Puts one number after the other where it belongs among those before."""
+    done: list[int] = []
+    lines = []
+    for new in instance["numbers"]:
+        done = sorted([*done, new], reverse=instance["order"] == "descending")
+        lines.append(f"{new}:{','.join(map(str, done))}")
+    return Solution("\n".join(lines), ", ".join(map(str, done)))
 
 
 SORTING = Task(
