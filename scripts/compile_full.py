@@ -35,7 +35,7 @@ def cases() -> dict[str, tuple[Workload, MeshShape]]:
         experts = "int8" if n == 8 else None
         out[f"decode {n}"] = Workload("serve", n, 131072, quantize=experts), SERVE[n]
         out[f"prefill {n}"] = Workload("prefill", max(1, n // 8), 8192, quantize=experts), SERVE[n]
-        out[f"train {n}"] = Workload("train", max(8, n // 8), 4096), TRAIN[n]
+        out[f"train {n}"] = Workload("train", min(n, 64), 4096), TRAIN[n]
     return out
 
 
@@ -86,13 +86,14 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--platform", platform], check=True)
         return
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-    default = list(cases() if args.write else record.get(args.platform, {}))
+    known = record.get(args.platform, {})
+    default = list(cases() if args.write else known)
     found = compile_cases(args.platform, args.case or default)
     if args.write:
-        record[args.platform] = {**record.get(args.platform, {}), **found}
+        record[args.platform] = known | found
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         return
-    grown = check(found, record[args.platform], args.platform)
+    grown = check({name: sizes for name, sizes in found.items() if name in known}, known, args.platform)
     if grown:
         raise UserError("needs more memory than on record: " + "; ".join(grown) + ": if it must be, --write")
 

@@ -86,8 +86,14 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
     training.prepare(tmp_path, plan, ["addition", "logic"])
     assert (tmp_path / "config.json").read_text() == "kept"
     lines = [json.loads(line) for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
-    assert len(lines) == 1000
-    for line in lines[:50]:
+    assert len(lines) == 1000 + 1000 // 6
+    for line in lines[6:42:7]:  # lists to recall
+        text = tokenizer.decode(line["tokens"], keep=None)
+        listed, *again = text.split("\n")
+        assert set(again) <= set(listed.split(", "))
+        learnt = [token for token, weight in zip(line["tokens"], line["weights"], strict=True) if weight]
+        assert tokenizer.decode(learnt) == "".join(found.partition("=")[2] for found in again)
+    for line in (line for n, line in enumerate(lines[:50], 1) if n % 7):
         learnt = [token for token, weight in zip(line["tokens"], line["weights"], strict=True) if weight]
         text, reply = tokenizer.decode(line["tokens"], keep=None), tokenizer.decode(learnt, keep=None)
         assert text.endswith(reply) and text.count(recipe.END) == 2

@@ -92,11 +92,12 @@ def sentence(rng: random.Random) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def recall(rng: random.Random) -> str:
-    """A list of named numbers, and some of them once more in another order: each teaches to find a name again."""
+def recall(rng: random.Random) -> list[str]:
+    """A list of named numbers, then some of the names, each followed by its number: teaches to find a name again."""
     numbers = named_numbers(rng, rng.randint(1, 20), rng.choice((NAMES, THINGS)))
     again = rng.sample(list(numbers), min(len(numbers), 12))
-    return "\n".join([", ".join(f"{name}={numbers[name]}" for name in numbers), *(f"{n}={numbers[n]}" for n in again)])
+    listed = ", ".join(f"{name}={number}" for name, number in numbers.items())
+    return [listed, *(part for name in again for part in (f"\n{name}=", str(numbers[name])))]
 
 
 def documents(seed: int, tasks: Sequence[Task] = tuple(TASKS.values())) -> Iterator[str]:
@@ -107,7 +108,7 @@ def documents(seed: int, tasks: Sequence[Task] = tuple(TASKS.values())) -> Itera
         if kind < 1 / 8:
             yield " ".join(sentence(rng) for _ in range(rng.randint(1, 4)))
         elif kind < 3 / 8:
-            yield recall(rng)
+            yield "".join(recall(rng))
         else:
             yield plain(next(problems))
 

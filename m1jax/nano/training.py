@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "dtype": "float32",
         "rows": 16,
-        "steps": {"pretrain": 1200, "sft": 4500, "rl": 36},
+        "steps": {"pretrain": 1200, "sft": 3600, "rl": 36},
         "rate": {"pretrain": 3e-3, "sft": 2e-3, "rl": 3e-5},
         "passes": 1,
         "rl": {"questions": 64, "replies": 8, "updates": 4, "attempts": 2},
@@ -64,7 +65,8 @@ def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
     texts = itertools.islice(recipe.documents(1, chosen), max(1000, count["pretrain"] // 40))
     problems = itertools.islice(mixture(chosen, seed=2), max(1000, count["sft"] // 80))
     _write(out / "pretrain.jsonl", ({"text": text} for text in texts))
-    _write(out / "sft.jsonl", conversations(problems, Tokenizer.load(out / "tokenizer")))
+    tokenizer = Tokenizer.load(out / "tokenizer")
+    _write(out / "sft.jsonl", _among(conversations(problems, tokenizer), reminders(2, tokenizer), every=6))
 
 
 def conversations(problems: Iterable[Problem], tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
@@ -75,6 +77,24 @@ def conversations(problems: Iterable[Problem], tokenizer: Tokenizer) -> Iterator
         prompt = tokenizer.encode(before + problem.question + after)
         reply = tokenizer.encode(problem.reply + recipe.END)
         yield {"tokens": prompt + reply, "weights": [0] * len(prompt) + [1] * len(reply)}
+
+
+def reminders(seed: int, tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
+    """Lists to recall without end, as tokens and weights: of use are the numbers found again."""
+    rng = random.Random(f"reminders {seed}")
+    while True:
+        parts = [tokenizer.encode(part) for part in recipe.recall(rng)]
+        found = [len(part) * [int(n > 0 and n % 2 == 0)] for n, part in enumerate(parts)]
+        yield {"tokens": [t for part in parts for t in part], "weights": [w for part in found for w in part]}
+
+
+def _among(
+    rows: Iterable[dict[str, list[int]]], others: Iterator[dict[str, list[int]]], every: int
+) -> Iterator[dict[str, list[int]]]:
+    for n, row in enumerate(rows, 1):
+        yield row
+        if n % every == 0:
+            yield next(others)
 
 
 def _write(file: Path, values: Iterable[Any]) -> None:
