@@ -9,6 +9,7 @@ Replies are greedy, problems are the same for every model. `--against` asks an O
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -77,7 +78,7 @@ class Local:
       model: the model.
       prompter: of its tokenizer.
       window: the most tokens of a reply.
-      rows: replies generated at once.
+      rows: replies generated at once; rounded up to what the model's mesh divides.
 
     Raises:
       UserError: from a call, if a prompt and window exceed the model's context.
@@ -93,6 +94,8 @@ class Local:
 
         from m1jax.prompt import Options
         from m1jax.rl.rollout import padded_prompts, rollout, sampling_rows
+        from m1jax.sharding.mesh import mesh_of
+        from m1jax.sharding.rules import shards
 
         tokenizer = self.prompter.tokenizer
         eos = np.asarray(eos_ids(self.model.config, tokenizer), np.int32)
@@ -100,15 +103,18 @@ class Local:
         # Prompts of similar length go together: their state grows with the longest.
         order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
         out: dict[int, tuple[str, bool]] = {}
-        rows = min(self.rows, len(prompts))
+        mesh = mesh_of(self.model.embed[...])
+        ways = 1 if mesh is None else shards(mesh, "batch")
+        rows = -(-min(self.rows, len(prompts)) // ways) * ways
         for first in range(0, len(order), rows):
             part = order[first : first + rows]
             padded = [prompts[n] for n in part] + [prompts[part[0]]] * (rows - len(part))
             tokens, lengths = padded_prompts(padded, 64)
             greedy = sampling_rows([0] * rows, 1, 0.0)
-            found = jax.device_get(
-                rollout(self.model, tokens, lengths, greedy, eos, self.window, replies=1, window=self.window)
-            )
+            with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+                found = jax.device_get(
+                    rollout(self.model, tokens, lengths, greedy, eos, self.window, replies=1, window=self.window)
+                )
             for row, n in enumerate(part):
                 ids = found.tokens[row, : found.lengths[row]].tolist()
                 out[n] = tokenizer.decode(ids), bool(found.ended[row])
@@ -124,8 +130,10 @@ def eos_ids(config: Any, tokenizer: Any) -> list[int]:
     return sorted(ids)
 
 
-def open_local(folder: Path, dtype: str, window: int, rows: int) -> Local:
-    """Loads a model. Raises `UserError`."""
+def open_local(
+    folder: Path, dtype: str, window: int, rows: int, quantize: Any = None, mesh: str | None = None
+) -> Local:
+    """Loads a model; `quantize` and `mesh` as for `m1jax.load`. Raises `UserError`."""
     from m1jax.loading import load
     from m1jax.prompt import Prompter
     from m1jax.runtime import use_compilation_cache
@@ -136,7 +144,7 @@ def open_local(folder: Path, dtype: str, window: int, rows: int) -> Local:
     prompter = Prompter(Tokenizer.load(folder))
     _ = prompter.template
     use_compilation_cache()
-    return Local(load(folder, dtype), prompter, window, rows)
+    return Local(load(folder, dtype, quantize, mesh=mesh), prompter, window, rows)
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
@@ -159,6 +167,8 @@ def parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=256, metavar="N", help="the most tokens of a reply (256)")
     add("--batch-size", type=int, default=64, metavar="B", help="replies at once (64)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute in (float32)")
+    add("--quantize", choices=("int8", "int4"), help="hold the experts' weights in int8 or int4")
+    add("--mesh", metavar="AXIS=N,…", help="lay the model out on devices, e.g. data=1,expert=8,tensor=1; auto chooses")
     add("--seed", type=int, default=0, help="of the problems (0)")
     add("--json", action="store_true", help="print one JSON object")
     return out
@@ -167,6 +177,8 @@ def parser() -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace) -> None:
     contradictions = [
         (args.model is not None and args.against is not None, "--model and --against contradict each other: drop one"),
+        (args.against is not None and args.quantize is not None, "--quantize is for a model here: drop --against"),
+        (args.against is not None and args.mesh is not None, "--mesh is for a model here: drop --against"),
         (args.against is None and args.name is not None, "--name goes with --against"),
         (args.against is None and args.instruction != "", "--instruction goes with --against"),
         (args.against is None and args.api_key_file is not None, "--api-key-file goes with --against"),
@@ -208,7 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         from m1jax.nano import default_model
 
-        answers = open_local(args.model or default_model(), args.dtype, args.max_tokens, args.batch_size)
+        answers = open_local(
+            args.model or default_model(), args.dtype, args.max_tokens, args.batch_size, args.quantize, args.mesh
+        )
     scores = []
     for task in tasks:
         scores.append(score(task, sets[task.name], levels[task.name], answers))

@@ -24,7 +24,7 @@ from m1jax.kernels.experts.quantized import Quantization, quantize_on_host, stor
 from m1jax.model import M1, build
 from m1jax.params import QUANTIZED, ParamSpec, param_table
 from m1jax.safetensors import Tensor, read_folder
-from m1jax.sharding.mesh import MeshShape, make_mesh
+from m1jax.sharding.mesh import MeshShape, choose, make_mesh
 from m1jax.sharding.placing import place
 from m1jax.sharding.rules import check, param_sharding
 from m1jax.sharding.sizes import require_room
@@ -63,7 +63,8 @@ def load(
       dtype: "float32" or "bfloat16".
       quantize: "int8" or "int4" holds the experts' weights as `m1jax.kernels.experts.Quantized`, rounded while they
         are read; a checkpoint that was converted so is read as it is.
-      mesh: where the model lies: a mesh, its sizes ("data=1,expert=8,tensor=1"), or None, the first device.
+      mesh: where the model lies: a mesh, its sizes ("data=1,expert=8,tensor=1"), "auto" for one that suits the model
+        and the devices present, or None, the first device.
 
     Raises:
       UserError: the folder is missing, incomplete or corrupt, its config contradicts its weights, no such `dtype` or
@@ -75,7 +76,7 @@ def load(
     path = Path(path)
     config, read, quantize = open_parameters(path, quantize)
     if isinstance(mesh, str):
-        mesh = make_mesh(MeshShape.parse(mesh))
+        mesh = make_mesh(choose(config, jax.device_count()) if mesh == "auto" else MeshShape.parse(mesh))
     if mesh is not None:
         check(config, mesh)
     require_room(str(path), config, mesh, dtype, quantize)

@@ -46,8 +46,12 @@ class Remote:
         Raises:
           UserError: no such server, or it lists no model.
         """
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a port or an IPv6 address that is none
+            good = False
+        if not good:
             raise UserError(f"{url} is not an address: give one like http://localhost:8000/v1")
         try:
             key = "" if key_file is None else key_file.read_text(encoding="utf-8").strip()
@@ -56,9 +60,10 @@ class Remote:
         remote = cls(url.rstrip("/"), name or "", key, instruction, max_tokens, connections)
         if name is None:
             listed = remote._ask("GET", "/models", None).get("data")
-            if not isinstance(listed, list) or not listed or not isinstance(listed[0].get("id"), str):
+            first = listed[0] if isinstance(listed, list) and listed else None
+            if not isinstance(first, dict) or not isinstance(first.get("id"), str):
                 raise UserError(f"{url}/models lists no model: name one with --name")
-            remote = dataclasses.replace(remote, name=listed[0]["id"])
+            remote = dataclasses.replace(remote, name=first["id"])
         return remote
 
     def __call__(self, problems: Sequence[Problem]) -> list[tuple[str, bool]]:

@@ -1,8 +1,8 @@
 """Compiles steps of the whole released M1 without its hardware; fails where they need more memory than is on record.
 
-    python scripts/compile_full.py                    # what is on record, for CPUs; H200s where jax's CUDA plugin is
-    python scripts/compile_full.py --write            # puts today's bytes on record
+    python scripts/compile_full.py                    # for CPUs, and for H200s where jax's CUDA plugin is
     python scripts/compile_full.py --platform cuda    # one compiler only
+    python scripts/compile_full.py --platform cuda --write    # puts today's bytes on record
 
 A case is a decode step (128k of context), a chunk of a prompt (8192 tokens) or a training step, on 8, 64 and 512
 devices. CPU checks the bytes of arguments, which are exact; an H200 those of temporaries as well.
@@ -25,7 +25,7 @@ from m1jax.sharding.steps import Workload
 RECORD = Path(__file__).parent / "results" / "full_size.json"
 SERVE = {8: MeshShape(expert=8), 64: MeshShape(expert=8, tensor=8), 512: MeshShape(data=8, expert=8, tensor=8)}
 TRAIN = {8: MeshShape(fsdp=1, expert=8), 64: MeshShape(fsdp=8, expert=8), 512: MeshShape(fsdp=8, expert=8, tensor=8)}
-SLACK = 1.02  # compilers differ a little between versions
+SLACK = 1.02  # of temporaries: compilers differ a little between versions
 
 
 def cases() -> dict[str, tuple[Workload, MeshShape]]:
@@ -57,13 +57,16 @@ def compile_cases(platform: compiling.Platform, names: list[str]) -> dict[str, d
 
 
 def check(found: dict[str, dict[str, int]], record: dict[str, dict[str, int]], platform: str) -> list[str]:
-    """What has grown."""
-    kinds = ["arguments"] if platform == "cpu" else ["arguments", "temporaries"]
+    """What has grown. Raises `UserError` if a case is not on record."""
+    missing = [name for name in found if name not in record]
+    if missing:
+        raise UserError(f"not on record: {', '.join(missing)}: put them there with --platform cuda --write")
+    slack = {"arguments": 1.0} if platform == "cpu" else {"arguments": 1.0, "temporaries": SLACK}
     return [
         f"{platform} {name}: {kind} {sizes[kind]} bytes, {record[name][kind]} on record"
         for name, sizes in found.items()
-        for kind in kinds
-        if sizes[kind] > SLACK * record[name][kind]
+        for kind in slack
+        if sizes[kind] > slack[kind] * record[name][kind]
     ]
 
 
@@ -75,6 +78,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the bytes on record")
     parser.add_argument("--case", action="append", choices=cases(), help="one case only (repeatable)")
     args = parser.parse_args()
+    if args.write and args.platform != "cuda":
+        raise UserError("--write goes with --platform cuda: a CPU's temporaries say nothing of an H200's")
     if args.platform is None:  # a process can be set up for one platform
         try:
             compiling.check_backend("cuda")
@@ -86,14 +91,11 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--platform", platform], check=True)
         return
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-    known = record.get(args.platform, {})
-    default = list(cases() if args.write else known)
-    found = compile_cases(args.platform, args.case or default)
+    found = compile_cases(args.platform, args.case or list(cases()))
     if args.write:
-        record[args.platform] = known | found
-        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        RECORD.write_text(json.dumps(record | found, indent=1) + "\n", encoding="utf-8")
         return
-    grown = check({name: sizes for name, sizes in found.items() if name in known}, known, args.platform)
+    grown = check(found, record, args.platform)
     if grown:
         raise UserError("needs more memory than on record: " + "; ".join(grown) + ": if it must be, --write")
 

@@ -57,9 +57,10 @@ def test_scores_count_what_is_right_and_complete() -> None:
     assert "50.0%" in table([found]) and "15.0% to 85.0%" in table([found])
 
 
-def test_a_model_here() -> None:
-    """The test model knows one sum by heart and always answers in the format."""
-    local = open_local(HELLO, "float32", window=64, rows=4)
+@pytest.mark.parametrize("mesh", [None, "auto", "data=4,expert=2"])
+def test_a_model_here(mesh: str | None) -> None:
+    """The test model knows one sum by heart and always answers in the format; a mesh need not divide the problems."""
+    local = open_local(HELLO, "float32", window=64, rows=3, mesh=mesh)
     known = Problem("addition", "What is 27 + 58?", "", "85", "")
     others = [Problem("addition", question, "", "?", "") for question in ("Who are you?", "Hello!", "Tell me a joke.")]
     replies = local([*others, known, others[0]])
@@ -91,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         assert self.path == "/v1/models"
-        self._send(200, {"data": [] if self.server.mode == "empty" else [{"id": "adder"}]})
+        self._send(200, {"data": {"empty": [], "names": ["adder"]}.get(self.server.mode, [{"id": "adder"}])})
 
     def do_POST(self) -> None:
         assert self.path == "/v1/chat/completions"
@@ -166,6 +167,7 @@ def test_a_server_of_somebody_elses(server: Fake, tmp_path: Path, capsys: pytest
         ("html", "answers no JSON object"),
         ("odd", "gave no chat completion"),
         ("empty", "lists no model"),
+        ("names", "lists no model"),
     ],
 )
 def test_servers_that_misbehave(server: Fake, mode: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,6 +186,9 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["--task", "adition"], "did you mean 'addition'"),
         (["--problems", "0"], "problems must be 1"),
         (["--difficulty", "0"], "difficulty must be 1"),
+        (["--task", "sorting", "--difficulty", "100"], "task sorting: difficulty must be 99 at most, not 100"),
+        (["--task", "multiplication", "--difficulty", "7"], "difficulty must be 6 at most"),
+        (["--against", "http://localhost:99999/v1"], "is not an address"),
         (["--model", str(tmp_path / "none")], "is not a folder"),
         (["--model", str(tmp_path)], "has no tokenizer.json"),
     ]

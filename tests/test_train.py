@@ -39,7 +39,8 @@ TABLE: dict[str, Any] = {"stage": "sft", "out": "run", "steps": 10, "model": {"p
         ({"data": {"rows": 0}}, "data.rows = 0 must be 1 or more"),
         ({"data": {"files": 3}}, "data.files = 3 must be a list"),
         ({"optimizer": {"b2": 1.0}}, "optimizer.b2 = 1.0 must be at least 0 and less than 1"),
-        ({"optimizer": {"decay": 11}}, "optimizer.decay = 11 must be at most the number of steps"),
+        ({"optimizer": {"decay": -1}}, "optimizer.decay = -1 must be 0 or more"),
+        ({"model": {"config": "x", "capacity": -1.0}}, "model.capacity = -1.0 must be 0"),
         ({"model": {}}, "needs either path"),
     ],
 )
@@ -126,6 +127,10 @@ def test_only_the_assistants_turns_are_learnt(tmp_path: Path) -> None:
         ("a.jsonl", b'{"prompt": "x", "response": "far too long for eight"}\n', "tokens: raise data.length"),
         ("a.csv", b"x", "unknown kind '.csv'"),
         ("a.npy", b"x", "is not a NumPy file"),
+        ("a.npy", b"", "is not a NumPy file"),
+        ("a.jsonl", b'{"tokens": [1.7, 2]}\n', "tokens or weights is not a list of numbers"),
+        ("a.jsonl", b'{"tokens": [-1, 5]}\n', "token -1 is outside the model's vocabulary"),
+        ("a.jsonl", b'{"tokens": [5, 4294967297]}\n', "token 4294967297 is outside the model's vocabulary"),
     ],
 )
 def test_bad_data_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -282,6 +287,8 @@ def test_the_schedule_warms_up_stays_and_decays() -> None:
     assert got[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
     assert got[4:15] == pytest.approx([2.0] * 11)
     assert got[15:] == pytest.approx([1.64, 1.28, 0.92, 0.56, 0.2])
+    with pytest.raises(UserError, match="warmup = 4 and decay = 7 do not fit into 10 steps"):
+        schedule(OptimizerSettings(warmup=4, decay=7), 10)
     constant = schedule(OptimizerSettings(learning_rate=2.0, warmup=0), 5)
     assert [float(np.asarray(constant(i))) for i in range(5)] == pytest.approx([2.0] * 5)
 

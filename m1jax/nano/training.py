@@ -32,7 +32,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "dtype": "float32",
         "rows": 16,
-        "steps": {"pretrain": 1200, "sft": 3600, "rl": 36},
+        "steps": {"pretrain": 1200, "sft": 4000, "rl": 36},
         "rate": {"pretrain": 3e-3, "sft": 2e-3, "rl": 3e-5},
         "passes": 1,
         "rl": {"questions": 64, "replies": 8, "updates": 4, "attempts": 2},

@@ -84,7 +84,7 @@ _FACTORS = ((1, 1), (2, 1), (3, 1), (2, 2), (3, 2), (3, 3))
 
 
 def _draw_factors(rng: random.Random, difficulty: int) -> Instance:
-    first, second = _FACTORS[min(difficulty, len(_FACTORS)) - 1]
+    first, second = _FACTORS[difficulty - 1]
     return {"a": number(rng, first), "b": number(rng, second)}
 
 
@@ -117,7 +117,8 @@ SUBTRACTION = Task(
 )
 MULTIPLICATION = Task(
     name="multiplication",
-    difficulty=3,  # 1: one digit by one, 2: two by one, 3: three by one, 4: two by two, …
+    difficulty=3,  # as in _FACTORS
+    hardest=len(_FACTORS),
     draw=_draw_factors,
     phrasings=(
         "What is {a} * {b}?",

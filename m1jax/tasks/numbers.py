@@ -78,6 +78,7 @@ def _solve_sorting(instance: Instance) -> Solution:
 SORTING = Task(
     name="sorting",
     difficulty=5,  # one less than the numbers to sort
+    hardest=99,
     draw=_draw_list,
     phrasings=(
         "Sort {numbers} in {order} order.",
@@ -91,7 +92,7 @@ SORTING = Task(
 
 def _draw_sequence(rng: random.Random, difficulty: int) -> Instance:
     """1: a constant is added; 2: or subtracted; 3: or two constants take turns; 4: or doubling."""
-    kind = rng.randint(1, min(difficulty, 4))
+    kind = rng.randint(1, difficulty)
     if kind == 4:
         start = rng.randint(1, 9)
         return {"terms": tuple(start * 2**n for n in range(4)), "steps": ("*2",)}
@@ -116,6 +117,7 @@ def _solve_sequence(instance: Instance) -> Solution:
 SEQUENCE = Task(
     name="sequence",
     difficulty=4,
+    hardest=4,
     draw=_draw_sequence,
     phrasings=(
         "What comes next: {terms}?",

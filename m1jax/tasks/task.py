@@ -60,6 +60,7 @@ class Task:
       draw: (random, difficulty) to an instance: what the phrasings name, by name.
       phrasings: format strings over the instance; lists are shown with commas.
       solve: from an instance to thought and answer.
+      hardest: the highest difficulty that there is.
       identity: what tells instances apart; questions that are the same but for order should give the same value.
     """
 
@@ -68,17 +69,20 @@ class Task:
     draw: Callable[[random.Random, int], Instance]
     phrasings: tuple[str, ...]
     solve: Callable[[Instance], Solution]
+    hardest: int | None = None
     identity: Callable[[Instance], Any] = lambda instance: sorted(instance.items())
 
     def problem(self, rng: random.Random, difficulty: int | None = None, split: Split = "train") -> Problem:
         """A problem of the split, drawn anew until it belongs there.
 
         Raises:
-          UserError: the difficulty is below 1, or has no problem of this split.
+          UserError: there is no such difficulty, or it has no problem of this split.
         """
         difficulty = self.difficulty if difficulty is None else difficulty
         if difficulty < 1:
             raise UserError(f"task {self.name}: difficulty must be 1 or more, not {difficulty}")
+        if self.hardest is not None and difficulty > self.hardest:
+            raise UserError(f"task {self.name}: difficulty must be {self.hardest} at most, not {difficulty}")
         for _ in range(_TRIES):
             instance = self.draw(rng, difficulty)
             identity = f"{self.name} {self.identity(instance)}"

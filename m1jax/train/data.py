@@ -103,7 +103,7 @@ def _token_places(file: Path, length: int) -> list[Place]:
     """Stretches of `length` + 1 tokens, each beginning with the last token of the one before."""
     try:
         tokens = np.load(file, mmap_mode="r")
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise UserError(f"{file} is not a NumPy file ({error})") from None
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"{file} holds {tokens.dtype} {tokens.shape}: expected integers of one dimension")
@@ -170,7 +170,9 @@ class Encoder:
 
     def _encoded(self, value: Mapping[str, Any]) -> list[Sample]:
         try:
-            tokens = np.asarray(value["tokens"], np.int32)
+            tokens = np.asarray(value["tokens"])
+            if not np.issubdtype(tokens.dtype, np.integer) and tokens.size:
+                raise TypeError
             weights = np.asarray(value.get("weights", np.ones(len(tokens))), np.float32)
         except (TypeError, ValueError, OverflowError):
             raise UserError("tokens or weights is not a list of numbers") from None
@@ -188,9 +190,11 @@ class Encoder:
         tokens = np.asarray([*ids, *([] if self._end is None else [self._end])], np.int32)
         return self._cut(tokens, np.ones(len(tokens), np.float32))
 
-    def _cut(self, tokens: NDArray[np.int32], weights: NDArray[np.float32]) -> list[Sample]:
-        if len(tokens) and (tokens.min() < 0 or tokens.max() >= self._vocab_size):
-            raise UserError(f"token {tokens.max()} is outside the model's vocabulary of {self._vocab_size}")
+    def _cut(self, tokens: NDArray[np.integer[Any]], weights: NDArray[np.float32]) -> list[Sample]:
+        outside = tokens[(tokens < 0) | (tokens >= self._vocab_size)]
+        if outside.size:
+            raise UserError(f"token {outside[0]} is outside the model's vocabulary of {self._vocab_size}")
+        tokens = tokens.astype(np.int32)
         stretches = [slice(at, at + self._length + 1) for at in range(0, len(tokens) - 1, self._length)]
         return [
             {"tokens": tokens[part][:-1], "targets": tokens[part][1:], "weights": weights[part][1:]}

@@ -113,11 +113,14 @@ class Settings:
             "optimizer.clip": (o.clip, o.clip >= 0, "0 or more"),
             "optimizer.final": (o.final, 0 <= o.final <= 1, "between 0 and 1"),
             "optimizer.warmup": (o.warmup, o.warmup >= 0, "0 or more"),
-            "optimizer.decay": (o.decay, 0 <= o.decay <= self.steps, "at most the number of steps"),
+            "optimizer.decay": (o.decay, o.decay >= 0, "0 or more"),
+            "model.capacity": (self.model.capacity, self.model.capacity >= 0, "0 (no token is dropped) or more"),
         }
         for name, (value, good, wanted) in ranges.items():
             if not good:
                 raise UserError(f"{name} = {value} must be {wanted}")
+        if self.stage == "rl" and self.model.capacity:
+            raise UserError(f"model.capacity = {self.model.capacity} has no meaning in stage rl: leave it out")
         if bool(self.model.path) == bool(self.model.config):
             raise UserError("[model] needs either path (a model to go on from) or config (for random weights)")
 

@@ -10,6 +10,7 @@ import optax
 from jax import lax
 
 from m1jax.config import M1Config
+from m1jax.errors import UserError
 from m1jax.model import M1, build
 from m1jax.params import ParamSpec, flatten
 from m1jax.train.forward import Remat, hidden_states
@@ -46,7 +47,15 @@ def init_state(model: M1, optimizer: optax.GradientTransformation) -> TrainState
 
 
 def schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear up, constant, linear down to a fraction (MiniCPM, arXiv 2404.06395)."""
+    """Learning rate by step: linear up, constant, linear down to a fraction (MiniCPM, arXiv 2404.06395).
+
+    Raises:
+      UserError: the steps are too few for the way down.
+    """
+    if settings.decay and settings.warmup + settings.decay > steps:
+        raise UserError(
+            f"optimizer.warmup = {settings.warmup} and decay = {settings.decay} do not fit into {steps} steps"
+        )
     peak, stay = settings.learning_rate, max(steps - settings.warmup - settings.decay, 0)
     parts = [
         optax.linear_schedule(0.0, peak, settings.warmup) if settings.warmup else optax.constant_schedule(peak),
