@@ -13,7 +13,8 @@ def isolated(fn: Callable[..., Any], index: jax.Array | int, *operands: Any) -> 
 
     A branch reads and returns whole buffers. So what made an operand is not computed again for each element that uses
     it, a result is not computed twice, and bfloat16 weights are not converted to float32 ahead of the loop, all layers'
-    at once. `optimization_barrier` is dropped before these passes run. `index` is any non-negative integer of the loop.
+    at once. `optimization_barrier` is dropped before these passes run. `index` is any integer of the loop
+    that is not negative whatever the arguments are: with a negative one the result is zeros.
     """
 
     def in_branch(*operands: Any) -> Any:

@@ -12,10 +12,11 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import ArrayLike
@@ -143,19 +144,23 @@ class M1(nnx.Module):
           tokens: int32 `[B, T]`, padded on the right.
           state: what the tokens before left behind. The caller sees to it that `length + lengths` stays within
             `max_length`; keys and values beyond are dropped.
-          lengths: int32 `[B]`, how many of the T tokens of each row are valid; None is all.
+          lengths: integers `[B]` from 0 to T, how many of the T tokens of each row are valid; None is all. Those of a
+            `jax.Array` are not looked at, which would wait for the device: out of range they spoil their rows.
           logits: "all" or "last".
 
         Returns:
           Logits float32 `[B, T, V]` (undefined at padded tokens), or with "last" `[B, V]` at each row's last valid
           token; and the new state.
+
+        Raises:
+          ValueError: an argument has the wrong shape or dtype, or lengths on the host are out of range; says which.
         """
         tokens = _tokens(tokens)
         if state.length.shape[0] != tokens.shape[0]:
             raise ValueError(f"state: made for {state.length.shape[0]} rows, tokens have {tokens.shape[0]}")
-        if lengths is None:
-            lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
-        return _step(self, tokens, state, jnp.asarray(lengths, jnp.int32), logits)
+        if logits not in get_args(Logits):
+            raise ValueError(f"logits: expected one of {get_args(Logits)}, got {logits!r}")
+        return _step(self, tokens, state, _lengths(lengths, tokens), logits)
 
     def trace(self, tokens: ArrayLike, segments: ArrayLike | None = None) -> Trace:
         """Inner values of `model(tokens, segments)`."""
@@ -353,6 +358,19 @@ def _segments(segments: ArrayLike | None, tokens: jax.Array) -> jax.Array | None
     if segments.shape != tokens.shape or not jnp.issubdtype(segments.dtype, jnp.integer):
         raise ValueError(f"segments: expected integers {tokens.shape}, got {segments.dtype} {segments.shape}")
     return segments.astype(jnp.int32)
+
+
+def _lengths(lengths: ArrayLike | None, tokens: jax.Array) -> jax.Array:
+    B, T = tokens.shape
+    if lengths is None:
+        return jnp.full((B,), T, jnp.int32)
+    if not isinstance(lengths, jax.Array):  # on the host, where a look is free
+        lengths = np.asarray(lengths)
+    if lengths.shape != (B,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(f"lengths: expected integers {(B,)}, got {lengths.dtype} {lengths.shape}")
+    if isinstance(lengths, np.ndarray) and np.any((lengths < 0) | (lengths > T)):
+        raise ValueError(f"lengths: expected 0 to {T}, got {lengths.tolist()}")
+    return jnp.asarray(lengths, jnp.int32)
 
 
 def embed(model: M1, tokens: jax.Array) -> jax.Array:

@@ -141,6 +141,33 @@ def test_what_the_kernels_cannot_do_is_named() -> None:
     assert isinstance(narrow[0], Quantized)
 
 
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "reference"])
+@pytest.mark.parametrize("N", [8, 200])
+def test_numbers_that_are_no_experts_choose_nobody(N: int, implementation: Any) -> None:
+    x, (w13, w2) = normal(0, N, M), weights_of("float32")
+    chosen, shares = routing(N, 2, False)
+    want = exact(x, (w13, w2), chosen, shares)
+    strange = np.array(chosen)
+    strange[strange == E] = np.resize([-1, E + 1, -(2**31), 2**31 - 1, 99], np.sum(strange == E))
+    got = experts(x, w13, w2, jnp.asarray(strange), shares, layer=1, implementation=implementation)
+    assert rms_error(got, want) < TOLERANCE["float32"]
+
+
+def test_bad_arguments_are_named() -> None:
+    x, (w13, w2), (chosen, shares) = normal(0, 2, M), weights_of("float32"), routing(2, 2, False)
+    half = [w.astype(jnp.float16) for w in (w13, w2)]
+    bad: list[tuple[str, Any]] = [
+        (r"gate_up: expected \[L", lambda: experts(x, w13[0], w2, chosen, shares)),
+        ("x: expected float32 or bfloat16", lambda: experts(x.astype(jnp.float16), half[0], half[1], chosen, shares)),
+        ("x: expected", lambda: experts(chosen, w13, w2, chosen, shares)),
+        ("chosen: expected integers", lambda: experts(x, w13, w2, chosen.astype(jnp.float32), shares)),
+        ("weights: expected float32", lambda: experts(x, w13, w2, chosen, shares.astype(jnp.bfloat16))),
+    ]
+    for message, call in bad:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 @pytest.mark.parametrize(("n", "buckets"), [(1, 4), (7, 1), (128, 32), (129, 5), (1000, 32)])
 def test_the_order_by_counting_is_that_of_a_stable_sort(n: int, buckets: int) -> None:
     ids = jax.random.randint(jax.random.key(n), (n,), 0, buckets + 1)

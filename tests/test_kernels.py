@@ -177,6 +177,16 @@ def test_linear_gradients() -> None:
 # --- bad arguments
 
 
+def test_a_negative_length_under_jit_spoils_no_other_row() -> None:
+    qkv, decay, state = normal(0, 2, 1, 2, 3, 8), jnp.full(2, -0.1), normal(1, 2, 2, 8, 8)
+    lengths = jnp.asarray([-1, 1])
+    step = jax.jit(lambda n: lightning_attention(qkv, decay, state=state, lengths=n, implementation="xla"))
+    want, after = lightning_attention(qkv[1:], decay, state=state[1:], implementation="reference")
+    got, new = step(lengths)
+    assert rms_error(got[1:], want) < 2e-6 and rms_error(new[1:], after) < 2e-6
+    assert np.array_equal(new[0], state[0])
+
+
 def test_bad_arguments_are_named() -> None:
     qkv, decay, picks = normal(0, 1, 4, 2, 3, 8), jnp.zeros(2), routing(0, 2, 1, 2, False)
     bad: list[tuple[str, Any]] = [
@@ -184,6 +194,8 @@ def test_bad_arguments_are_named() -> None:
         ("log_decay", lambda: lightning_attention(qkv, decay[:1])),
         ("state", lambda: lightning_attention(qkv, decay, state=jnp.zeros((1, 2, 8, 4)))),
         ("lengths", lambda: lightning_attention(qkv, decay, lengths=jnp.ones(3, jnp.int32))),
+        ("lengths", lambda: lightning_attention(qkv, decay, lengths=jnp.asarray([5]))),
+        ("lengths", lambda: lightning_attention(qkv[:, :1], decay, lengths=jnp.asarray([-1]), implementation="xla")),
         ("implementation", lambda: lightning_attention(qkv, decay, implementation="none")),  # pyright: ignore
         ("implementation", lambda: linear(decay[None], decay[None, None], 0, implementation="none")),  # pyright: ignore
         ("dtype", lambda: linear(jnp.zeros((1, 2), jnp.bfloat16), jnp.zeros((1, 3, 2)), 0)),

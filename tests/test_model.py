@@ -214,6 +214,15 @@ def test_bad_arguments_are_named() -> None:
         MODEL(np.zeros((2, 0), np.int32))
     with pytest.raises(ValueError, match="state: made for 2 rows"):
         MODEL.step(np.zeros((3, 1), np.int32), MODEL.init_state(2, 8))
+    block, state = np.zeros((2, 3), np.int32), MODEL.init_state(2, 8)
+    for lengths in (3, [3], [3, 3, 3], [[3, 3]], np.ones(2), [True, True], jnp.ones(2), jnp.ones(3, jnp.int32)):
+        with pytest.raises(ValueError, match="lengths: expected integers"):
+            MODEL.step(block, state, lengths=lengths)  # pyright: ignore[reportArgumentType]
+    for lengths in ([-1, 1], [0, 4], np.asarray([2**31, 0])):
+        with pytest.raises(ValueError, match="lengths: expected 0 to 3"):
+            MODEL.step(block, state, lengths=lengths)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="logits: expected one of"):
+        MODEL.step(block, state, logits="first")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="exceeds the context of 4096"):
         MODEL.init_state(1, 5000)
 

@@ -77,6 +77,25 @@ def test_one_token(offset: tuple[int, int], dtype: str) -> None:
     assert rms_error(got, reference(*arrays, offset=at)) < TOLERANCE[dtype]
 
 
+def test_bad_arguments_are_named() -> None:
+    q, k, v = inputs(4, 8)
+    ones = jnp.ones((2, 8), jnp.int32)
+    bad: list[tuple[str, Any]] = [
+        ("q: expected float32", lambda: softmax_attention(*(a.astype(jnp.int32) for a in (q, k, v)))),
+        ("k: dtype", lambda: softmax_attention(q, k.astype(jnp.bfloat16), v)),
+        ("v: dtype", lambda: softmax_attention(q, k, v.astype(jnp.bfloat16))),
+        ("offset: expected integers", lambda: softmax_attention(q, k, v, offset=jnp.zeros(2))),
+        ("offset: expected integers", lambda: softmax_attention(q, k, v, offset=jnp.zeros(3, jnp.int32))),
+        ("offset: expected integers", lambda: softmax_attention(q, k, v, offset=jnp.int32(0))),
+        ("offset: expected 0 or more", lambda: softmax_attention(q, k, v, offset=jnp.asarray([0, -1]))),
+        ("segments: expected integers", lambda: softmax_attention(q, k, v, segments=ones.astype(jnp.float32))),
+        ("segments: expected integers", lambda: softmax_attention(q, k, v, segments=ones[:, :4])),
+    ]
+    for message, call in bad:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_what_cannot_run_says_why() -> None:
     q, k, v = inputs(4, 256, "bfloat16")
     narrow = [a[..., :20] for a in (q, k, v)]

@@ -30,7 +30,8 @@ def experts(
       x: `[N, M]`, float32 or bfloat16.
       gate_up: `[L, E, 2, F, M]` in the dtype of x, or `Quantized`: w1 and w3 of every expert of every layer.
       down: `[L, E, M, F]`, w2, likewise. Quantised weights are constants: they have no gradient.
-      chosen: int32 `[N, k]`, the experts of each token; E means none (padding), and costs nothing.
+      chosen: integers `[N, k]`, the experts of each token; E means none (padding), as does any number that is no
+        expert's, and costs nothing.
       weights: float32 `[N, k]`.
       layer: which layer of the stacks.
       implementation: "reference", "xla", "triton" (Hopper GPUs), or "triton_interpreted" (its kernels on the CPU, for
@@ -42,7 +43,11 @@ def experts(
     Raises:
       ValueError: a shape or dtype does not fit, or a named implementation cannot run; says which and why.
     """
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"x: expected float32 or bfloat16, got {x.dtype}")
     gate_up, down = _checked("gate_up", gate_up, x.dtype), _checked("down", down, x.dtype)
+    if len(gate_up.shape) != 5:
+        raise ValueError(f"gate_up: expected [L, E, 2, F, M], got {gate_up.shape}")
     L, E, _, F, M = gate_up.shape
     if x.ndim != 2 or x.shape[1] != M:
         raise ValueError(f"x: expected [N, {M}], got {x.shape}")
@@ -50,6 +55,13 @@ def experts(
         raise ValueError(f"expected gate_up [L, E, 2, F, M] and down [L, E, M, F], got {gate_up.shape}, {down.shape}")
     if chosen.shape != weights.shape or chosen.ndim != 2 or chosen.shape[0] != x.shape[0]:
         raise ValueError(f"chosen, weights: expected [{x.shape[0]}, k], got {chosen.shape} and {weights.shape}")
+    if not jnp.issubdtype(chosen.dtype, jnp.integer):
+        raise ValueError(f"chosen: expected integers, got {chosen.dtype}")
+    if weights.dtype != jnp.float32:
+        raise ValueError(f"weights: expected float32, got {weights.dtype}")
+    # A number that is no expert's would be written to the place of another token.
+    chosen = chosen.astype(jnp.promote_types(chosen.dtype, jnp.int32))
+    chosen = jnp.where((chosen >= 0) & (chosen < E), chosen, E).astype(jnp.int32)
     form = _choose(implementation, gate_up, down)
     if form == "reference":
         return reference.experts(x, gate_up, down, layer, chosen, weights)

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from m1jax.kernels.gpu import refusal
 from m1jax.kernels.lightning_attention import gpu, gradient, reference, xla
@@ -48,7 +49,7 @@ def lightning_attention(
       qkv: `[B, T, H, 3, D]`, the projection as it comes: for each head q, then k, then v, before the activation.
       log_decay: float32 `[H]`, log λ ≤ 0; a constant, which no gradient reaches.
       state: float32 `[B, H, D, D]`; None is zero. With `layer` the states of all layers, `[P, B, H, D, D]`.
-      lengths: int32 `[B]`, valid tokens of each row (the rest is padding on the right); None is T.
+      lengths: int32 `[B]`, from 0 to T, valid tokens of each row (the rest is padding on the right); None is T.
       segments: int32 `[B, T]` of packed rows: the same id ≥ 1 for consecutive tokens that belong together, 0 for
         padding. The state is zero again where a segment starts; a row's first token goes on with `state`.
       layer: int32, which of the states to go on with and to replace; on a GPU in place, if the argument is donated.
@@ -61,7 +62,8 @@ def lightning_attention(
       after each row's last valid token, with `layer` inside the states of all layers.
 
     Raises:
-      ValueError: a shape or dtype does not fit, or a named implementation cannot run; says which and why.
+      ValueError: a shape, a dtype or (outside `jax.jit`) a length does not fit, or a named implementation cannot run;
+        says which and why.
     """
     _check(qkv, log_decay, state, lengths, segments, layer)
     B, T, H, _, D = qkv.shape
@@ -122,5 +124,9 @@ def _check(
             raise ValueError(f"state: expected float32 {wanted}, got {state.dtype} {state.shape}")
     if lengths is not None and (lengths.shape != (B,) or not jnp.issubdtype(lengths.dtype, jnp.integer)):
         raise ValueError(f"lengths: expected integers {(B,)}, got {lengths.dtype} {lengths.shape}")
+    if lengths is not None and not isinstance(lengths, Tracer):
+        known = np.asarray(lengths)
+        if np.any((known < 0) | (known > T)):
+            raise ValueError(f"lengths: expected 0 to {T}, got {known.tolist()}")
     if segments is not None and (segments.shape != (B, T) or not jnp.issubdtype(segments.dtype, jnp.integer)):
         raise ValueError(f"segments: expected integers {(B, T)}, got {segments.dtype} {segments.shape}")

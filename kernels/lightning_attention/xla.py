@@ -19,7 +19,7 @@ from m1jax.kernels.lightning_attention.reference import starts
 
 def step(qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One token: the recurrence itself, one pass over the state. Shapes as in `chunked` with T = 1."""
-    return isolated(_step, lengths[0], qkv, log_decay, state, lengths)
+    return isolated(_step, jnp.maximum(lengths[0], 0), qkv, log_decay, state, lengths)
 
 
 def _step(qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:

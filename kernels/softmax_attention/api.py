@@ -4,6 +4,8 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from m1jax.kernels.gpu import capability
 from m1jax.kernels.softmax_attention import gpu, reference, xla
@@ -26,10 +28,10 @@ def softmax_attention(
     """Causal attention softmax(q kᵀ/√D) v, softmax in float32; head h reads key head h // (H/K).
 
     Args:
-      q: `[B, T, H, D]`, rotated.
+      q: `[B, T, H, D]`, rotated; float32, bfloat16 or float16, as k and v are.
       k, v: `[B, K, N, D]`, the cache with the new tokens in it. What lies past a query's position is not read.
-      offset: int32 `[B]`, position of each row's first query; None is 0.
-      segments: int32 `[B, N]` of packed rows, by position: the same id ≥ 1 for consecutive tokens that belong
+      offset: integers `[B]` ≥ 0, position of each row's first query; None is 0.
+      segments: integers `[B, N]` of packed rows, by position: the same id ≥ 1 for consecutive tokens that belong
         together, 0 for padding. A query sees only the segment at its own position.
       implementation: "reference", "xla", "cudnn" (many queries), "pallas" (one query of each row) or
         "pallas_interpreted" (that on the CPU, for tests); None chooses by device and shape.
@@ -38,16 +40,11 @@ def softmax_attention(
       `[B, T, H, D]` in the dtype of `v`.
 
     Raises:
-      ValueError: a shape does not fit, or a named implementation cannot run; says which and why. Also where a
-        gradient through cuDNN with an `offset` is taken.
+      ValueError: a shape, a dtype or (outside `jax.jit`) an offset does not fit, or a named implementation cannot run;
+        says which and why. Also where a gradient through cuDNN with an `offset` is taken.
     """
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(f"expected q [B, T, H, D] and k, v [B, K, N, D], got {q.shape}, {k.shape}, {v.shape}")
-    B, T, H, D = q.shape
-    if k.shape[0] != B or k.shape[3] != D or H % k.shape[1]:
-        raise ValueError(f"k: {k.shape} does not fit q {q.shape}: want [{B}, K, N, {D}] with K dividing {H}")
-    if segments is not None and segments.shape != (B, k.shape[2]):
-        raise ValueError(f"segments: expected {(B, k.shape[2])}, got {segments.shape}")
+    _check(q, k, v, offset, segments)
+    B, T, H, _ = q.shape
     form = _choose(implementation, q, k, segments)
     if form == "cudnn":
         return gpu.cudnn(q, k, v, offset, segments)
@@ -79,3 +76,21 @@ def _choose(implementation: str | None, q: jax.Array, k: jax.Array, segments: ja
     if reason:
         raise ValueError(f"implementation: {implementation!r} cannot run: {reason}")
     return implementation
+
+
+def _check(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array | None, segments: jax.Array | None) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(f"expected q [B, T, H, D] and k, v [B, K, N, D], got {q.shape}, {k.shape}, {v.shape}")
+    B, _, H, D = q.shape
+    if k.shape[0] != B or k.shape[3] != D or not k.shape[1] or H % k.shape[1]:
+        raise ValueError(f"k: {k.shape} does not fit q {q.shape}: want [{B}, K, N, {D}] with K dividing {H}")
+    if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"q: expected float32, bfloat16 or float16, got {q.dtype}")
+    for name, array in (("k", k), ("v", v)):
+        if array.dtype != q.dtype:
+            raise ValueError(f"{name}: dtype {array.dtype} differs from that of q, {q.dtype}")
+    for name, array, shape in (("offset", offset, (B,)), ("segments", segments, (B, k.shape[2]))):
+        if array is not None and (array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer)):
+            raise ValueError(f"{name}: expected integers {shape}, got {array.dtype} {array.shape}")
+    if offset is not None and not isinstance(offset, Tracer) and np.any(np.asarray(offset) < 0):
+        raise ValueError(f"offset: expected 0 or more, got {np.asarray(offset).tolist()}")
