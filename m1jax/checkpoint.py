@@ -50,7 +50,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
         )
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / MARKER} cannot be read ({error}): convert the model again") from None
     if not isinstance(marker, dict) or marker.keys() != _KEYS or marker["format"] != FORMAT:
         raise UserError(f"{folder} was converted by another version of m1jax: convert the model again")

@@ -7,6 +7,7 @@ having no influence on the numbers. Anything else is refused: a silently ignored
 import dataclasses
 import difflib
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,9 @@ _WITHOUT_EFFECT = {
     "attn_implementation": "the kernel is chosen per call",
 }
 
+_LARGEST = float(np.finfo(np.float32).max)  # what the model computes in
+_LARGEST_INT = 2**31 - 1
+
 _LAYER_TYPES = {0: LIGHTNING, 1: SOFTMAX, "linear_attention": LIGHTNING, "full_attention": SOFTMAX}
 
 
@@ -132,7 +136,9 @@ class M1Config:
             values = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{file} does not exist: give a folder with a model's config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is not valid JSON ({error}): download it again") from None
         if not isinstance(values, dict):
             raise UserError(f"{file} holds no JSON object: download it again")
@@ -150,10 +156,13 @@ class M1Config:
         """
         kind = values.get("model_type")
         if kind not in _MODEL_TYPES:
-            raise UserError(f"model_type {kind!r} is not a MiniMax-M1 model: expected one of {', '.join(_MODEL_TYPES)}")
+            raise UserError(
+                f"model_type {_shown(kind)} is not a MiniMax-M1 model: expected one of {', '.join(_MODEL_TYPES)}"
+            )
         fields: dict[str, Any] = {}
         for key, value in values.items():
             _read_key(key, value, fields)
+        _check_types(fields, {_RENAMED.get(key, key): key for key in values})
         heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
         if fields.get("head_dim") is None and heads and hidden:
             fields["head_dim"] = hidden // heads
@@ -164,6 +173,8 @@ class M1Config:
             fields["rotary_dim"] = int(fields["head_dim"] * (1.0 if factor is None else factor))
         # The official class takes pre-norm residuals where the key is absent; transformers' class has no such key.
         fields.setdefault("postnorm", kind == "minimax")
+        if kind == "minimax":
+            fields.setdefault("rope_theta", 1_000_000.0)  # likewise transformers' default
         required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
         missing = [name for name in required if fields.get(name) is None]
         if missing:
@@ -192,16 +203,21 @@ def _read_key(key: str, value: Any, fields: dict[str, Any]) -> None:
     if key in _FIXED:
         wanted, why = _FIXED[key]
         if value is not None and value != wanted:
-            raise UserError(f"{key} = {value!r} is not supported ({why}): only {wanted!r} is")
+            raise UserError(f"{key} = {_shown(value)} is not supported ({why}): only {wanted!r} is")
         return
     if key in ("attn_type_list", "layer_types"):
         if value is None:
             return
-        unknown = [item for item in value if item not in _LAYER_TYPES]
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{key} = {_shown(value)} is not a list: expected one entry for each layer")
+        # true and 1.0 are equal to 1, but whoever wrote them meant something else.
+        unknown = [item for item in value if type(item) not in (int, str) or item not in _LAYER_TYPES]
         if unknown:
-            raise UserError(f"{key} has {unknown[0]!r}: expected 0, 1, 'linear_attention' or 'full_attention'")
+            raise UserError(f"{key} has {_shown(unknown[0])}: expected 0, 1, 'linear_attention' or 'full_attention'")
         _set(fields, "layer_types", tuple(_LAYER_TYPES[item] for item in value), key)
     elif key == "rope_parameters":
+        if value is not None and not isinstance(value, Mapping):
+            raise UserError(f"{key} = {_shown(value)} is not an object: expected rope_type and rope_theta")
         _read_rope(value or {}, fields)
     elif key == "eos_token_id":
         _set(fields, key, tuple(value) if isinstance(value, list) else value, key)
@@ -218,10 +234,14 @@ def _read_rope(rope: Mapping[str, Any], fields: dict[str, Any]) -> None:
     for key, value in rope.items():
         if key in ("rope_type", "type"):
             if value not in (None, "default"):
-                raise UserError(f"rope_parameters: {key} {value!r} is not supported: only 'default' is")
+                raise UserError(f"rope_parameters: {key} {_shown(value)} is not supported: only 'default' is")
         elif key == "rope_theta":
             _set(fields, "rope_theta", value, "rope_parameters.rope_theta")
         elif key == "partial_rotary_factor":
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise UserError(f"rope_parameters: {key} = {_shown(value)} is not a number")
+            if value is not None and not 0 < value <= 1:
+                raise UserError(f"rope_parameters: {key} = {_shown(value)} must be above 0 and at most 1")
             fields["partial_rotary_factor"] = value
         else:
             raise UserError(f"rope_parameters: unknown key {key!r}")
@@ -230,23 +250,58 @@ def _read_rope(rope: Mapping[str, Any], fields: dict[str, Any]) -> None:
 def _set(fields: dict[str, Any], name: str, value: Any, key: str) -> None:
     """Stores a field; the two spellings of one field may both be present only if they agree."""
     if fields.get(name) is not None and value is not None and fields[name] != value:
-        raise UserError(f"{key} = {value!r} contradicts an earlier key, which says {fields[name]!r}")
+        raise UserError(f"{key} = {_shown(value)} contradicts an earlier key, which says {_shown(fields[name])}")
     if value is not None:
         fields[name] = value
 
 
+def _shown(value: Any) -> str:
+    """The value for an error of one line, however long it is."""
+    return reprlib.repr(value)
+
+
+def _check_types(fields: Mapping[str, Any], keys: Mapping[str, str] | None = None) -> None:
+    """Raises `UserError` for a field, absent ones and null aside, that is no number of its kind, or out of range.
+
+    `keys` says what fields are called in the file.
+    """
+    for field in dataclasses.fields(M1Config):
+        value = fields.get(field.name)
+        if value is None:
+            continue
+        says = f"{(keys or {}).get(field.name, field.name)} = {_shown(value)}"
+        if field.type is bool and not isinstance(value, bool):
+            raise UserError(f"{says} is not true or false")
+        if field.type is int:
+            if not _is_integer(value):
+                raise UserError(f"{says} is not an integer")
+            if value < (0 if field.name == "shared_intermediate_size" else 1):
+                raise UserError(f"{says} is too small")
+            if value > _LARGEST_INT:
+                raise UserError(f"{says} is too large")
+        if field.type is float:
+            if isinstance(value, bool) or not isinstance(value, int | float | np.floating):
+                raise UserError(f"{says} is not a number")
+            if not -_LARGEST <= value <= _LARGEST:
+                raise UserError(f"{says} is not a finite number")
+            if value < 0 and field.name in ("rms_norm_eps", "initializer_range"):
+                raise UserError(f"{says} is negative: expected 0 or more")
+            if value <= 0 and field.name == "rope_theta":
+                raise UserError(f"{says} must be above 0")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _check_values(config: M1Config) -> None:
     """Raises `UserError` for values that cannot be a model."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-            raise UserError(f"{field.name} = {value!r} is not an integer")
-        if field.type is float and (isinstance(value, bool) or not isinstance(value, int | float | np.floating)):
-            raise UserError(f"{field.name} = {value!r} is not a number")
-        if field.type is bool and not isinstance(value, bool):
-            raise UserError(f"{field.name} = {value!r} is not true or false")
-        if field.type is int and value < (0 if field.name == "shared_intermediate_size" else 1):
-            raise UserError(f"{field.name} = {value} is too small")
+    _check_types({field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    for name, value in (("bos_token_id", config.bos_token_id), ("eos_token_id", config.eos_token_id)):
+        tokens: tuple[Any, ...] = value if isinstance(value, tuple) else () if value is None else (value,)
+        for token in tokens:
+            if not _is_integer(token) or not 0 <= token < config.vocab_size:
+                raise UserError(f"{name} = {_shown(token)} is not a token: expected 0 to {config.vocab_size - 1}")
     if len(config.layer_types) != config.num_hidden_layers:
         raise UserError(
             f"attn_type_list has {len(config.layer_types)} entries, num_hidden_layers is {config.num_hidden_layers}"

@@ -105,7 +105,7 @@ def is_ours(folder: Path) -> bool:
     """Whether `write_folder` made the folder."""
     try:
         return json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["metadata"]["written_by"] == WRITER
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -113,7 +113,7 @@ def _read_index(file: Path) -> dict[str, str]:
     """The `weight_map` of an index: tensor name to shard name."""
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}): {_AGAIN}") from None
     weights = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weights, dict) or not weights:

@@ -161,7 +161,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}): copy it again") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no JSON object: copy it again")

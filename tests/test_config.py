@@ -11,6 +11,7 @@ from m1jax import presets
 from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.presets import find_config
+from m1jax.safetensors import INDEX_NAME, read_folder
 from tests.tools import SMALL, TINY, variant
 
 OFFICIAL = json.loads((presets.FOLDER / "m1-80k.json").read_text())
@@ -81,6 +82,8 @@ def test_transformers() -> None:
     assert config.postnorm and config.eos_token_id == 2
     half = {"rope_theta": 1e7, "rope_type": "default", "partial_rotary_factor": 0.5}
     assert M1Config.from_dict({**TRANSFORMERS, "rope_parameters": half}).rotary_dim == 8
+    for absent in ({}, None):
+        assert M1Config.from_dict({**TRANSFORMERS, "rope_parameters": absent}).rope_theta == 1e6  # the class' default
     assert M1Config.from_dict({**TRANSFORMERS, "eos_token_id": [2, 7]}).eos_token_id == (2, 7)
 
 
@@ -114,20 +117,59 @@ def test_official_spelling_round_trips(config: M1Config) -> None:
         ({"vocab_size": None}, "missing vocab_size"),
         ({"rms_norm_eps": True}, "rms_norm_eps"),
         ({"postnorm": 1}, "postnorm"),
+        ({"attn_type_list": 7}, "attn_type_list = 7 is not a list"),
+        ({"attn_type_list": [[0], [1]]}, "attn_type_list has [0]: expected 0, 1"),
+        ({"attn_type_list": [True, False]}, "attn_type_list has True: expected 0, 1"),
+        ({"attn_type_list": [{}]}, "attn_type_list has {}"),
+        ({"rope_parameters": ["x"]}, "rope_parameters = ['x'] is not an object"),
+        ({"rope_parameters": []}, "rope_parameters = [] is not an object"),
+        ({"rope_parameters": {"partial_rotary_factor": "a"}}, "partial_rotary_factor = 'a' is not a number"),
+        ({"rope_parameters": {"partial_rotary_factor": 10**400}}, "must be above 0 and at most 1"),
+        ({"rope_parameters": {"partial_rotary_factor": float("nan")}}, "must be above 0 and at most 1"),
+        ({"num_attention_heads": "2", "head_dim": None}, "num_attention_heads = '2' is not an integer"),
+        ({"hidden_size": [64], "head_dim": None}, "hidden_size = [64] is not an integer"),
+        ({"head_dim": "128", "rotary_dim": None}, "head_dim = '128' is not an integer"),
+        ({"vocab_size": 10**400}, "vocab_size = 1000"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan is not a finite number"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps = -1.0 is negative: expected 0 or more"),
+        ({"rms_norm_eps": 10**400}, "is not a finite number"),
+        ({"rms_norm_eps": 1e39}, "rms_norm_eps = 1e+39 is not a finite number"),
+        ({"rope_theta": 0}, "rope_theta = 0 must be above 0"),
+        ({"rope_theta": -5}, "rope_theta = -5 must be above 0"),
+        ({"layernorm_mlp_alpha": float("inf")}, "layernorm_mlp_alpha = inf is not a finite number"),
+        ({"layernorm_full_attention_beta": "1"}, "layernorm_full_attention_beta = '1' is not a number"),
+        ({"eos_token_id": "x"}, "eos_token_id = 'x' is not a token: expected 0 to 200063"),
+        ({"eos_token_id": ["x"]}, "eos_token_id = 'x' is not a token"),
+        ({"eos_token_id": 2.5}, "eos_token_id = 2.5 is not a token"),
+        ({"eos_token_id": [True]}, "eos_token_id = True is not a token"),
+        ({"eos_token_id": [3, 200064]}, "eos_token_id = 200064 is not a token"),
+        ({"eos_token_id": -1}, "eos_token_id = -1 is not a token"),
+        ({"bos_token_id": "x"}, "bos_token_id = 'x' is not a token"),
+        ({"hidden_act": ["silu"] * 10**6}, "hidden_act = ['silu', 'silu'"),
+        ({"model_type": {"minimax": 1}}, "model_type {'minimax': 1}"),
     ],
 )
 def test_what_is_not_this_model_is_refused(change: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         M1Config.from_dict({**OFFICIAL, **change})
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         M1Config.from_file(tmp_path)
-    for content in (b"{", b"\xff\xfe", b"[1]"):
+    deep, digits = b"[" * 100_000, b'{"vocab_size": ' + b"1" * 5000 + b"}"
+    for content in (b"{", b"\xff\xfe", b"[1]", deep, b'{"hidden_act": ' + deep, digits):
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(UserError, match=re.escape("config.json")):
             M1Config.from_file(tmp_path)
+    (tmp_path / INDEX_NAME).write_bytes(deep)
+    with pytest.raises(UserError, match=f"{INDEX_NAME} cannot be read"):
+        read_folder(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        M1Config.from_file(tmp_path)
     assert M1Config.from_file(TINY) == M1Config.from_file(TINY / "config.json")
 
 
