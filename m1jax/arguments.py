@@ -9,6 +9,8 @@ from typing import NoReturn
 from m1jax import distributed
 from m1jax.errors import UserError
 
+MOST_TEXTS = 100_000  # of one prompt; more are an accident
+
 
 class Parser(argparse.ArgumentParser):
     """Reports a bad command line as one line, like every other bad input."""
@@ -91,6 +93,7 @@ def _check_modes(args: argparse.Namespace) -> None:
         (args.interactive and args.raw, "--interactive needs the chat template: drop --raw"),
         (args.interactive and args.n != 1, "--interactive gives one reply per message: drop -n"),
         (args.greedy and bool(args.temperature), "--greedy and --temperature above 0 contradict each other: drop one"),
+        (args.n > MOST_TEXTS, f"n must be at most {MOST_TEXTS}, not {args.n}"),
         (args.batch_size < 1, f"batch-size must be 1 or more, not {args.batch_size}"),
         (args.input is not None and _same(args.input, args.output), "--input and --output are the same file"),
     ]

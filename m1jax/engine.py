@@ -10,6 +10,7 @@ Letters: B batch rows (a bucket), T tokens of a chunk (a bucket), N cache length
 import collections
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -225,7 +226,8 @@ class Generation:
 
     def __init__(self, engine: Engine, queue: Iterable[_Slot], max_rows: int, prior: M1State | None) -> None:
         self._engine, self._max_rows, self._prior = engine, max_rows, prior
-        self._queue = collections.deque(queue)
+        self._later = iter(queue)  # not made before they are due
+        self._queue = collections.deque(itertools.islice(self._later, max_rows))
         self._slots: list[_Slot] = []  # of the first rows; the others are padding
         self._chosen: list[int] = []  # how many tokens were chosen for each slot, those in flight included
         self._rows: Rows | None = None
@@ -265,13 +267,14 @@ class Generation:
     def _interrupt(self) -> Iterator[Event]:
         waiting = [*(self._slots[b] for b in self._live()), *self._queue]
         self._queue.clear()
-        for slot in waiting:
+        for slot in itertools.chain(waiting, self._later):
             yield Event(slot.request, slot.reply, slot.reply.end("interrupted"))
 
     def _admit(self) -> Iterator[Event]:
         """Prefills waiting requests and adds them to the batch; the samples of one request share its prefill."""
         engine, live = self._engine, self._live()
         new = [self._queue.popleft() for _ in range(min(self._max_rows - len(live), len(self._queue)))]
+        self._queue.extend(itertools.islice(self._later, len(new)))
         with engine.clock("prompt_seconds"):
             needed = max(len(slot.reply.request.tokens) + min(slot.reply.limit, ROOM) for slot in new)
             N = max(engine.cache_bucket(needed), self._rows.state.max_length if self._rows and live else 0)

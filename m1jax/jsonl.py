@@ -2,7 +2,8 @@
 
 Input: one JSON object per line with `prompt` or `messages` (and `tools`), optionally `id` and `metadata` (both carried
 into the output) and options of this line alone, see `OPTIONS`. Output: one line per text, appended when it is done, so
-that a second run generates only what is missing; at the end, lines are put in the input's order.
+that a second run generates only what is missing; at the end, lines are put in the input's order. Texts of another
+model, dtype or quantisation are never mixed with those that are there.
 """
 
 import dataclasses
@@ -10,13 +11,18 @@ import fcntl
 import hashlib
 import json
 import os
+import reprlib
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from m1jax.arguments import MOST_TEXTS
 from m1jax.engine import Engine, check_context
 from m1jax.errors import UserError
+from m1jax.kernels.experts import Quantized
+from m1jax.loading import MARKER
+from m1jax.model import M1
 from m1jax.prompt import Options, Prompter
 from m1jax.reply import Reply, Request
 
@@ -43,17 +49,39 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class Line(NamedTuple):
-    """A line of the input: its number (from 1), its request, and what is carried into the output."""
+    """A line of the input: its number (from 1), its request, what is carried into the output, the model's print."""
 
     number: int
     request: Request
     carried: dict[str, Any]
+    model: str = ""
 
     @property
     def digest(self) -> str:
-        """Fingerprint of the request, by which a later run recognises its own output."""
-        text = json.dumps(dataclasses.asdict(self.request), sort_keys=True)
+        """Fingerprint of request and model, by which a later run recognises its own output."""
+        text = json.dumps([dataclasses.asdict(self.request), self.model], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fingerprint(folder: Path) -> str:
+    """Changes with what a model folder computes: its config.json, and name, size and time of the files of weights.
+
+    Of a converted checkpoint the file that is written last stands for the weights. Raises `UserError`.
+    """
+    try:
+        digest = hashlib.sha256((folder / "config.json").read_bytes())
+        for file in sorted([*folder.glob("*.safetensors"), *folder.glob(MARKER)]):
+            digest.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def precision(model: M1) -> str:
+    """What a model computes in, as it stands in the output: its dtype, and how its experts are quantised."""
+    experts = model.moe.gate_up[...]
+    kind = f", {experts.kind} experts" if isinstance(experts, Quantized) else ""
+    return f"{model.dtype.name}{kind}"
 
 
 def read_lines(file: Path, options: Options, prompter: Prompter, context: int) -> list[Line]:
@@ -68,13 +96,13 @@ def read_lines(file: Path, options: Options, prompter: Prompter, context: int) -
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not valid UTF-8 (byte {error.start}): save it as UTF-8") from None
-    out = []
+    out, model = [], fingerprint(prompter.tokenizer.folder)
     # Not splitlines(): U+2028 and its like may stand inside JSON strings.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            out.append(_line(number, line, options, prompter))
+            out.append(_line(number, line, options, prompter)._replace(model=model))
             check_context(len(out[-1].request.tokens), context)
         except UserError as error:
             raise UserError(f"{file}, line {number}: {error}") from None
@@ -86,7 +114,7 @@ def read_lines(file: Path, options: Options, prompter: Prompter, context: int) -
 def _line(number: int, text: str, options: Options, prompter: Prompter) -> Line:
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON ({error})") from None
     if not isinstance(values, dict):
         raise UserError('not a JSON object: write {"prompt": …}')
@@ -119,8 +147,12 @@ def _options(values: dict[str, Any], options: Options) -> Options:
         if value is None:
             continue
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise UserError(f"{key} must be of type {' or '.join(t.__name__ for t in types)}, not {json.dumps(value)}")
+            raise UserError(
+                f"{key} must be of type {' or '.join(t.__name__ for t in types)}, not {reprlib.repr(value)}"
+            )
         given[key] = value
+    if given.get("n", 1) > MOST_TEXTS:
+        raise UserError(f"n must be at most {MOST_TEXTS}, not {reprlib.repr(given['n'])}")
     if given.pop("greedy", False):
         if given.get("temperature"):
             raise UserError("greedy and a temperature above 0 contradict each other: drop one")
@@ -148,11 +180,13 @@ class Output:
 
     Attributes:
       done: (line number, sample) of each text in the file.
+      precision: what these were computed in, as `precision` says; None if there are none yet.
     """
 
     def __init__(self, path: Path, lines: Sequence[Line]) -> None:
         self.path = path
         self.done: set[tuple[int, int]] = set()
+        self.precision: str | None = None
         self._digests = {line.number: (line.digest, line.request.n) for line in lines}
         try:
             self._file: BinaryIO = open(path, "ab+", buffering=0)  # noqa: SIM115 (closed by __exit__)
@@ -173,9 +207,18 @@ class Output:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
+    def continue_in(self, precision: str) -> None:
+        """Says what the texts to come are computed in. Raises `UserError` if those in the file are of another."""
+        if self.precision not in (None, precision):
+            raise UserError(
+                f"{self.path} was written for another input or other options (in {self.precision}, not {precision}): "
+                "repeat them to continue, or choose another --output"
+            )
+        self.precision = precision
+
     def append(self, line: Line, reply: Reply) -> None:
         """Adds a text, in one write: a kill leaves all of it or a torn last line."""
-        data = json.dumps(record(line, reply), ensure_ascii=False).encode() + b"\n"
+        data = json.dumps(record(line, reply, self.precision), ensure_ascii=False).encode() + b"\n"
         try:
             written = self._file.write(data)
         except OSError as error:
@@ -192,7 +235,7 @@ class Output:
         lines = self._file.read().splitlines(keepends=True)
         try:
             ordered = sorted(lines, key=lambda line: ((r := json.loads(line))["line"], r["sample"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{self.path} was changed by another program meanwhile: choose another --output") from None
         if ordered == lines:
             return
@@ -226,7 +269,7 @@ class Output:
             return
         try:
             json.loads(torn)
-        except ValueError:
+        except (ValueError, RecursionError):
             # Only a torn line of ours is cut off; anything else is somebody's data.
             if not torn.startswith(_START[: len(torn)]):
                 raise UserError(f"{self.path} holds other data: choose another --output") from None
@@ -239,10 +282,11 @@ class Output:
         try:
             values = json.loads(text)
             key, digest = (values["line"], values["sample"]), values["request"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{self.path} holds other data (line {number}): choose another --output") from None
         expected, n = self._digests.get(key[0], (None, 0))
-        if digest != expected or key[1] not in range(n):
+        known = values.get("precision")
+        if digest != expected or key[1] not in range(n) or self.precision not in (None, known):
             raise UserError(
                 f"{self.path} was written for another input or other options (its line {number}): "
                 "repeat them to continue, or choose another --output"
@@ -250,9 +294,10 @@ class Output:
         if key in self.done:
             raise UserError(f"{self.path} holds a text twice (its line {number}): remove one")
         self.done.add(key)
+        self.precision = known
 
 
-def record(line: Line, reply: Reply) -> dict[str, Any]:
+def record(line: Line, reply: Reply, precision: str | None) -> dict[str, Any]:
     """A line of the output."""
     return {
         "line": line.number,
@@ -261,6 +306,7 @@ def record(line: Line, reply: Reply) -> dict[str, Any]:
         **describe(reply),
         "prompt_tokens": len(line.request.tokens),
         "seed": line.request.seed,
+        "precision": precision,
         "request": line.digest,
     }
 
@@ -277,7 +323,11 @@ def describe(reply: Reply) -> dict[str, Any]:
 
 
 def generate_lines(engine: Engine, lines: Sequence[Line], output: Output, max_rows: int) -> Iterator[int]:
-    """Generates and writes what is missing; yields how many texts are done. Ends early when the engine is cancelled."""
+    """Generates and writes what is missing; yields how many texts are done. Ends early when the engine is cancelled.
+
+    Raises `UserError` if the texts that are there were computed in another precision.
+    """
+    output.continue_in(precision(engine.model))
     index_of = {line.number: i for i, line in enumerate(lines)}
     done = {(index_of[number], sample) for number, sample in output.done}
     for event in engine.generate([line.request for line in lines], max_rows, done=done):

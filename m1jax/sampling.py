@@ -8,7 +8,7 @@ Letters: B batch rows, V vocabulary.
 """
 
 import dataclasses
-import math
+import reprlib
 from collections.abc import Sequence
 
 import jax
@@ -19,6 +19,8 @@ from jax import lax
 from m1jax.errors import UserError
 
 MAX_SEED = 2**32 - 1
+_FLOAT32 = np.finfo(np.float32)
+_LARGEST = float(_FLOAT32.max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +46,22 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        # Comparisons, because an integer of a JSON file may be too large to become a float.
+        if not 0 <= self.temperature <= _LARGEST:
+            raise UserError(
+                f"temperature must be from 0 (greedy) to {_LARGEST:.3g}, not {reprlib.repr(self.temperature)}"
+            )
         if not 0 <= self.top_k < 2**31:
-            raise UserError(f"top-k must be 0 (off) or more, not {self.top_k}")
+            raise UserError(f"top-k must be 0 (off) or more, not {reprlib.repr(self.top_k)}")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top-p must be above 0 and at most 1 (off), not {self.top_p}")
+            raise UserError(f"top-p must be above 0 and at most 1 (off), not {reprlib.repr(self.top_p)}")
         if not 0 <= self.min_p <= 1:
-            raise UserError(f"min-p must be from 0 (off) to 1, not {self.min_p}")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise UserError(f"repetition-penalty must be above 0 (1 is off), not {self.repetition_penalty}")
+            raise UserError(f"min-p must be from 0 (off) to 1, not {reprlib.repr(self.min_p)}")
+        if not 0 < self.repetition_penalty <= _LARGEST:
+            raise UserError(
+                f"repetition-penalty must be above 0 (1 is off) and at most {_LARGEST:.3g}, "
+                f"not {reprlib.repr(self.repetition_penalty)}"
+            )
 
 
 DEFAULT_SAMPLING = Sampling()
@@ -123,13 +131,16 @@ def keep_min_p(logits: jax.Array, p: jax.Array) -> jax.Array:
 def filtered(logits: jax.Array, rows: SamplingRows, seen: jax.Array) -> jax.Array:
     """Logits float32 `[B, V]` after every filter; -inf where a token cannot be drawn.
 
-    Greedy rows only get the repetition penalty. A filter that no row asks for costs nothing.
+    Greedy rows only get the repetition penalty, the others' best token has 0. A filter that no row asks for costs
+    nothing.
     """
     logits = lax.cond(
         jnp.any(rows.repetition_penalty != 1), penalise_repetition, _unchanged, logits, seen, rows.repetition_penalty
     )
     random = rows.temperature > 0
-    scaled = logits / jnp.where(random, rows.temperature, 1)[:, None]
+    # Seen from the best token: that one stays finite however small the temperature, which devices may round to 0.
+    scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled /= jnp.where(random, jnp.maximum(rows.temperature, _FLOAT32.tiny), 1)[:, None]
     scaled = lax.cond(jnp.any(random & (rows.top_k > 0)), keep_top_k, _first, scaled, rows.top_k)
     scaled = lax.cond(jnp.any(random & (rows.top_p < 1)), keep_top_p, _first, scaled, rows.top_p)
     scaled = lax.cond(jnp.any(random & (rows.min_p > 0)), keep_min_p, _first, scaled, rows.min_p)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 from gpu_bench import attention, correctness, mixture, slice, timing
-from gpu_bench.report import Report
+from gpu_bench.report import WHOLE_STAGE, Report
 
 from m1jax.errors import UserError, main_guard
 
@@ -59,7 +59,7 @@ def earlier(path: Path, device: str, dry: bool, again: list[str]) -> list[dict]:
 
 @main_guard
 def main() -> int:
-    """The command line; exit code 1 if a kernel is wrong or a stage broke off."""
+    """The command line; exit code 1 if a kernel is wrong or fails, other than for memory, or a stage broke off."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
@@ -80,12 +80,10 @@ def main() -> int:
     report.rows += earlier(out, device, args.dry_run, chosen)
     for name in chosen:
         report.stage = name
-        with report.attempt("the whole stage"):
+        with report.attempt(WHOLE_STAGE):
             known[name]()
         report.write()
-    broken = [row["stage"] for row in report.rows if row["what"] == "the whole stage"]
-    wrong = broken + [row["what"] for row in report.rows if row.get("wrong")]
-    if wrong:
+    if wrong := report.failures():
         print(f"failed: {', '.join(wrong)}", file=sys.stderr)
     return int(bool(wrong))
 

@@ -31,6 +31,38 @@ def test_dry_run(tmp_path: Path, stages: tuple[str, ...]) -> None:
     assert "A dry run" in table and all(f"## {stage}" in table for stage in stages)
 
 
+def test_a_kernel_that_fails_is_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from gpu_bench.report import Report  # pyright: ignore[reportMissingImports]
+
+    report = Report(tmp_path / "out.json", True)
+
+    def outcome(stage: str, error: Exception) -> str:
+        report.stage = stage
+        with report.attempt(f"{error}"):
+            raise error
+        row = report.rows[-1]
+        assert ("skipped" in row) != (row.get("wrong") is True and "failed" in row)
+        assert report.failures()[-1:] == [f"{stage}: {error}"] * (not report.rows[-1].get("skipped"))
+        return "skipped" if "skipped" in row else "wrong"
+
+    memory = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes.")
+    tiles = RuntimeError("INTERNAL: Shared memory size limit exceeded")
+    for stage, error, want in [
+        ("check", ImportError("no fla"), "skipped"),
+        ("check", RuntimeError("INTERNAL: an illegal memory access was encountered"), "wrong"),
+        ("check", memory, "wrong"),
+        ("decode", memory, "skipped"),
+        ("decode", MemoryError("host"), "skipped"),
+        ("decode", ValueError("implementation: 'triton' cannot run"), "wrong"),
+        ("decode", AssertionError("in the compiler"), "wrong"),
+        ("decode", tiles, "wrong"),
+        ("sweep", tiles, "skipped"),
+    ]:
+        report.rows.clear()
+        assert outcome(stage, error) == want, (stage, error)
+
+
 def test_bad_use(tmp_path: Path) -> None:
     done = bench("--dry-run", "--only", "everything", "--out", str(tmp_path / "x.json"))
     assert done.returncode == 2 and "no stage everything" in done.stderr

@@ -1,7 +1,9 @@
 """The engine: batches, chunks, stop conditions, thinking, conversations."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -290,6 +292,21 @@ def test_interrupting_ends_every_text(engine: Engine) -> None:
     whole = one(engine, Request(prompts(engine)[1], GREEDY, max_tokens=99))
     assert 2 < len(out[1, 0].tokens) < 9 and whole.tokens[: len(out[1, 0].tokens)] == out[1, 0].tokens
     assert not out[5, 0].tokens
+
+
+def test_texts_that_are_not_due_are_not_made(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    init = Reply.__init__
+
+    def count(self: Reply, request: Request, sample: int, *args: Any) -> None:
+        made.append(sample)
+        assert len(made) < 100, "everything is made at once"
+        init(self, request, sample, *args)
+
+    monkeypatch.setattr(Reply, "__init__", count)
+    request = Request(prompts(engine)[0], Sampling(), n=10**9, max_tokens=2)
+    done = [e.reply.sample for e in itertools.islice(engine.generate([request], 4), 24) if e.reply.finish]
+    assert sorted(done) == list(range(len(done))) and len(done) > 8
 
 
 def test_a_foreign_tokenizer_is_refused(engine: Engine) -> None:

@@ -228,6 +228,35 @@ def test_output_of_other_options_is_refused(run: Run, finished: tuple[Path, Path
     assert result.code == 2 and "other options" in result.err and out.read_bytes() == whole
 
 
+@pytest.mark.parametrize("change", ["dtype", "quantize", "weights", "config"])
+def test_output_of_another_model_is_refused(
+    run: Run, model: Path, finished: tuple[Path, Path, list[dict[str, Any]]], tmp_path: Path, change: str
+) -> None:
+    source, out, lines = finished
+    assert {line["precision"] for line in lines} == {"float32"}
+    left = b"".join(out.read_bytes().splitlines(keepends=True)[:3])
+    out.write_bytes(left)
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    flags: tuple[object, ...] = ()
+    if change == "weights":
+        os.utime(folder / "model.safetensors", ns=(0, 0))
+    elif change == "config":
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**values, "rope_theta": 5.0}))
+    else:
+        flags = ("--dtype", "bfloat16") if change == "dtype" else ("--quantize", "int8")
+    result = run("--input", source, "--output", out, *FLAGS, *flags, folder=folder)
+    assert result.code == 2 and "for another input or other options" in result.err and out.read_bytes() == left
+    assert run("--input", source, "--output", out, *FLAGS).code == 0 and read_lines(out) == lines
+
+
+def test_output_of_mixed_precisions_is_refused(run: Run, finished: tuple[Path, Path, list[dict[str, Any]]]) -> None:
+    source, out, lines = finished
+    write_lines(out, [lines[0], {**lines[1], "precision": "bfloat16"}])
+    result = run("--input", source, "--output", out, *FLAGS)
+    assert result.code == 2 and "other options (its line 2)" in result.err
+
+
 @pytest.mark.parametrize(
     "content", ["notes\n", "notes", '{"line": 1}\n', "[]\n", "\n", '{"line": 99, "sample": 0, "request": ""}']
 )
@@ -258,6 +287,11 @@ def test_foreign_output_is_left_alone(run: Run, tmp_path: Path, content: str) ->
             '{"prompt": "%s", "raw": true}' % ("x" * 300),
             "line 2: the prompt has 300 tokens, the model's context is 256",
         ),
+        ('{"prompt": "x", "temperature": 1%s}' % ("0" * 400), "line 2: temperature must be from 0"),
+        ('{"prompt": "x", "temperature": 1%s}' % ("0" * 5000), "line 2: not valid JSON"),
+        ('{"prompt": "x", "repetition_penalty": 1%s}' % ("0" * 400), "line 2: repetition-penalty"),
+        ('{"prompt": "x", "n": 1000000000}', "line 2: n must be at most 100000"),
+        ("[" * 100_000, "line 2: not valid JSON"),
         ('{"prompt": "\\ud800"}', "line 2: the text is not valid UTF-8"),
     ],
 )
@@ -293,6 +327,8 @@ def test_malformed_lines_are_named(run: Run, tmp_path: Path, line: str, error: s
         (("--prompt", "x", "--seed", "-1"), "seed"),
         (("--prompt", "x", "--seed", str(2**32)), "seed"),
         (("--prompt", "x", "-n", "0"), "n must be"),
+        (("--prompt", "x", "-n", "1000000000"), "n must be at most 100000"),
+        (("--prompt", "x", "--temperature", "1e39"), "temperature must be from 0"),
         (("--prompt", "x", "--batch-size", "0"), "batch-size"),
         (("--prompt", "x", "--stop", ""), "stop string is empty"),
         (("--prompt", "x", "--thinking-budget", "-1"), "thinking-budget"),

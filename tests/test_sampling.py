@@ -90,7 +90,7 @@ def test_filters_in_order(logits: np.ndarray, temperature: float, k: int, p: flo
     min_p = 0.051 if floor else 0.0
     rows = SamplingRows.of([(Sampling(temperature, k, p, min_p), 0, 0)])
     out = np.asarray(_filters(logits[None], rows, jnp.zeros((1, V), bool)))[0]
-    scaled = logits / np.float32(temperature)
+    scaled = (logits - logits.max()) / np.float32(temperature)
     kept = np.array([k == 0 or (scaled > x).sum() < k for x in scaled])
     above = mass_above(np.where(kept, scaled, -np.inf))
     if np.any(np.abs(above[kept] - p) < MASS):
@@ -104,6 +104,15 @@ def test_greedy_row_is_the_first_largest() -> None:
     logits = np.array([[0, 3, 1, 3], [-1, -2, -1, -3]], np.float32)
     rows = SamplingRows.of([(Sampling(temperature=0), 0, 0), (Sampling(temperature=0, top_k=1), 5, 1)])
     assert list(_sample(logits, rows, jnp.zeros(2, jnp.int32), jnp.zeros((2, 4), bool))) == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1e-4])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 1.0}, {"top_k": 3, "min_p": 0.1}])
+def test_the_smallest_temperatures_are_greedy(temperature: float, filters: dict[str, float]) -> None:
+    logits = np.array([[0, 3, 50, 7], [-9, -2, -7, -3], [100, 101, 102, 103]], np.float32)
+    rows = SamplingRows.of([(Sampling(temperature, **filters), 0, i) for i in range(3)])  # pyright: ignore
+    got = _sample(logits, rows, jnp.zeros(3, jnp.int32), jnp.zeros((3, 4), bool))
+    assert list(got) == [2, 1, 3]
 
 
 def test_greedy_follows_the_repetition_penalty() -> None:
@@ -154,13 +163,14 @@ def test_seed_sample_and_position_each_matter() -> None:
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        *(("temperature", value) for value in (-0.1, float("nan"), float("inf"))),
-        *(("top_p", value) for value in (0.0, 1.01, float("nan"))),
-        *(("min_p", value) for value in (-0.5, 1.5)),
-        ("top_k", -1),
-        ("repetition_penalty", 0.0),
+        *(("temperature", value) for value in (-0.1, float("nan"), float("inf"), 1e39, 10**400)),
+        *(("top_p", value) for value in (0.0, 1.01, float("nan"), 10**400)),
+        *(("min_p", value) for value in (-0.5, 1.5, -(10**400))),
+        *(("top_k", value) for value in (-1, 10**400)),
+        *(("repetition_penalty", value) for value in (0.0, float("nan"), 1e39, 10**400)),
     ],
 )
 def test_settings_out_of_range_are_refused(setting: str, value: float) -> None:
-    with pytest.raises(UserError, match=setting.replace("_", "-")):
+    with pytest.raises(UserError, match=setting.replace("_", "-")) as caught:
         Sampling(**{setting: value})  # pyright: ignore[reportArgumentType]
+    assert len(str(caught.value)) < 150

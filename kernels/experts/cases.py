@@ -47,6 +47,12 @@ CASES = [
     _case("decode", 1),
     _case("decode int8", 1, kind="int8"),
     _case("decode int4", 1, kind="int4"),
+    _case("decode 128 tokens", 128),  # the most whose rows each program finds on its own
+    _case("decode 128 tokens int8", 128, kind="int8"),
+    _case("decode 128 tokens int4", 128, kind="int4"),
+    _case("decode 160 tokens", 160),  # sorted, in narrow tiles
+    _case("decode 160 tokens int8", 160, kind="int8"),
+    _case("decode 160 tokens int4", 160, kind="int4"),
     _case("1,024 tokens", 1024),
     _case("1,024 tokens int8", 1024, kind="int8"),
     _case("1,024 tokens int4", 1024, kind="int4"),

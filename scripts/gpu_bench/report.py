@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 BANDWIDTH = 4.3e12  # bytes a second of an H200, as a copy reaches them
+WHOLE_STAGE = "the whole stage"  # what broke off, where no part of it caught the error
 PEAKS = {"measured": 790e12, "data sheet": 989e12}  # bfloat16 FLOP a second
 
 
@@ -43,11 +44,28 @@ class Report:
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Turns what cannot run here (memory, a missing library, a refused shape) into a row that says so."""
+        """Turns an error into a row: `skipped` for a library that is not here and for exhausted memory, else `wrong`.
+
+        Stage `check` has room for its shapes, so there exhausted memory is wrong too. The sweep tries tiles that may
+        not fit a multiprocessor's memory.
+        """
         try:
             yield
-        except (ValueError, ImportError, NotImplementedError, RuntimeError, MemoryError) as error:
-            self.add(what, skipped=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            if isinstance(error, ImportError) or (self.stage != "check" and self._out_of_memory(error)):
+                self.add(what, skipped=text)
+            else:
+                self.add(what, failed=text, wrong=True)
+
+    def _out_of_memory(self, error: Exception) -> bool:
+        text = str(error).lower()
+        words = ["resource_exhausted", "out of memory", *["shared memory"] * (self.stage == "sweep")]
+        return isinstance(error, MemoryError) or any(word in text for word in words)
+
+    def failures(self) -> list[str]:
+        """What was wrong, and the stages of which nothing ran."""
+        return [f"{row['stage']}: {row['what']}" for row in self.rows if row.get("wrong") or row["what"] == WHOLE_STAGE]
 
     def write(self) -> None:
         """Writes the JSON file and, beside it, the table."""
