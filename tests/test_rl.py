@@ -93,7 +93,7 @@ def test_updates_follow_the_advantages() -> None:
     """After updates, what had a positive advantage is likelier, the rest less likely; the ratio starts at 1."""
     model = init_params(variant(initializer_range=0.2), jax.random.key(0))
     replies = [reply(3, 5, 1.0, 1), reply(3, 5, -1.0, 11)]
-    rl = RLSettings(updates=1, row_tokens=16)
+    rl = RLSettings(updates=1, row_tokens=16, windows=(8,))
     optimizer = adamw(model.config, OptimizerSettings(learning_rate=3e-3, warmup=0, eps=1e-15, weight_decay=0.0), 9)
     step = make_step(policy_gradient(rl, "float32", "none", 0.0), optimizer, GuardSettings())
 
@@ -101,7 +101,7 @@ def test_updates_follow_the_advantages() -> None:
         state, metrics = step(state, jax.device_put(dict(batch)))
         return state, jax.device_get(metrics)
 
-    learner = Learner(rl, None, [0], "float32", 0, 9, update)  # pyright: ignore[reportArgumentType]
+    learner = Learner(rl, None, [0], "float32", 0, 9)  # pyright: ignore[reportArgumentType]
 
     def logp(model: M1) -> list[np.ndarray]:
         out = []
@@ -115,7 +115,7 @@ def test_updates_follow_the_advantages() -> None:
     state = jax.jit(functools.partial(init_state, optimizer=optimizer))(model)
     told = []
     for number in range(6):
-        state, metrics = learner.learn(state, replies, number)
+        state, metrics = learner.learn(state, replies, number, update)
         told.append(metrics)
     after = logp(state.model)
     assert abs(told[0]["ratio"] - 1) < 1e-4 and told[0]["correlation_logp"] > 0.9999
@@ -153,10 +153,10 @@ def test_a_run_goes_on_bit_by_bit_after_it_was_broken_off(tmp_path: Path, monkey
 
     real = Learner.step
 
-    def dies(self: Learner, state: TrainState, number: int) -> Any:
+    def dies(self: Learner, state: TrainState, number: int, update: Any) -> Any:
         if number == 1:
             raise KeyboardInterrupt
-        return real(self, state, number)
+        return real(self, state, number, update)
 
     broken = settings(tmp_path / "broken")
     with monkeypatch.context() as patch:
@@ -168,11 +168,33 @@ def test_a_run_goes_on_bit_by_bit_after_it_was_broken_off(tmp_path: Path, monkey
     assert rows(tmp_path / "broken") == whole
 
 
+def test_killed_while_it_is_evaluated_it_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint is written before, and what says only how the run is done may be changed."""
+
+    def dies(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "evaluate", dies)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(settings(tmp_path, 1, evaluate_every=1, evaluate_problems=2), profile=True)
+    assert list((tmp_path / "profile").glob("**/*.xplane.pb"))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    (before,) = rows(tmp_path)
+    stage.run(settings(tmp_path, 1, evaluate_every=2, evaluate_problems=4, row_tokens=96, attempts=1))
+    (after,) = rows(tmp_path)
+    assert 0 <= after.pop("held_out/addition") == after.pop("held_out") <= 1 and after == before
+    load(tmp_path / "model")
+    with pytest.raises(UserError, match=r"was written with rl\.loss 'cispo', not 'dapo'"):
+        stage.run(settings(tmp_path, 1, loss="dapo"))
+
+
 def test_a_run_on_a_mesh_is_that_of_one_device(tmp_path: Path) -> None:
-    stage.run(settings(tmp_path / "one", steps=1))
-    stage.run(dataclasses.replace(settings(tmp_path / "mesh", steps=1), mesh="fsdp=2,expert=2,tensor=2"))
+    evaluated: dict[str, Any] = {"evaluate_every": 1, "evaluate_problems": 6}  # four groups of devices share 6
+    stage.run(settings(tmp_path / "one", steps=1, **evaluated))
+    stage.run(dataclasses.replace(settings(tmp_path / "mesh", steps=1, **evaluated), mesh="fsdp=2,expert=2,tensor=2"))
     (one,), (mesh,) = rows(tmp_path / "one"), rows(tmp_path / "mesh")
-    for name in ("reward", "reply_tokens", "groups", "informative"):
+    for name in ("reward", "reply_tokens", "groups", "informative", "held_out"):
         assert mesh[name] == one[name], name
     for name in ("loss", "policy", "balance", "entropy", "ratio", "gradient_norm", "correlation_logp"):
         np.testing.assert_allclose(mesh[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
@@ -195,7 +217,7 @@ def test_dynamic_sampling_leaves_out_groups_that_teach_nothing() -> None:
     model = load(HELLO)
 
     def collect(**changes: Any) -> tuple[list[list[Reply]], dict[str, float]]:
-        learner = Learner(RLSettings(**common | changes), prompter, eos, "float32", 0, 1, lambda s, b: (s, b))
+        learner = Learner(RLSettings(**common | changes), prompter, eos, "float32", 0, 1)
         return learner.collect(model, 0)
 
     kept, metrics = collect(attempts=2)
@@ -220,6 +242,7 @@ def test_bad_settings(tmp_path: Path) -> None:
         ("temperature", 0.0, "above 0"),
         ("updates", 1000, "exceeds"),
         ("overlong_margin", 99, "window"),
+        ("row_tokens", 24, "does not hold a prompt and a window of 24: raise it"),
     ]:
         with pytest.raises(UserError, match=message):
             parse(RLSettings, SMALL_RUN | {key: value}, "rl.")
@@ -227,6 +250,14 @@ def test_bad_settings(tmp_path: Path) -> None:
         stage.run(dataclasses.replace(settings(tmp_path, questions=9), mesh="data=4,expert=2"))
     with pytest.raises(UserError, match="did you mean 'addition'"):
         stage.run(settings(tmp_path, tasks=["additon"]))
+    with pytest.raises(
+        UserError, match=r"rl\.row_tokens = 30 does not hold a prompt of \d\d tokens and a window of 24"
+    ):
+        stage.run(settings(tmp_path, row_tokens=30))
+    with pytest.raises(
+        UserError, match=r"a prompt of \d+ tokens and a window of 8190 exceed the model's context of 8192"
+    ):
+        stage.run(settings(tmp_path, windows=[8190], row_tokens=9000))
     assert TASKS["addition"].difficulty * SMALL_RUN["difficulty"] == 1
 
 
@@ -234,8 +265,9 @@ def test_the_optimizer_is_the_papers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """AdamW with β 0.9 and 0.95, eps 1e-15 unless given; its schedule counts updates."""
     found: list[Settings] = []
 
-    def stop(settings: Settings) -> Any:
+    def stop(settings: Settings, updates: int) -> Any:
         found.append(settings)
+        assert updates == SMALL_RUN["updates"]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stage, "prepare", stop)
@@ -244,7 +276,12 @@ def test_the_optimizer_is_the_papers(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(KeyboardInterrupt):
             stage.run(dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, eps=eps)))
     assert [s.optimizer.eps for s in found] == [1e-15, 1e-9]
-    assert (found[0].optimizer.b1, found[0].optimizer.b2, found[0].steps) == (0.9, 0.95, 3 * SMALL_RUN["updates"])
+    assert (found[0].optimizer.b1, found[0].optimizer.b2) == (0.9, 0.95)
+    monkeypatch.undo()
+    run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, decay=3 * SMALL_RUN["updates"]))
+    stage.prepare(run, SMALL_RUN["updates"])
+    with pytest.raises(UserError, match="do not fit into 3 steps"):
+        stage.prepare(run)
 
 
 def test_losses_by_their_settings() -> None:

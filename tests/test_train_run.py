@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 import pytest
 
@@ -19,7 +21,9 @@ import m1jax
 from m1jax.errors import UserError
 from m1jax.export import export
 from m1jax.model import build
-from m1jax.params import flatten
+from m1jax.params import count, flatten
+from m1jax.saving import save
+from m1jax.sharding import sizes
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import __main__ as command
 from m1jax.train import loop, saving
@@ -168,7 +172,7 @@ def spoilt(folder: Path, path: str) -> Path:
         model = build(CONFIG, lambda _, spec: jnp.full(spec.shape, 0.1))
         arrays = flatten(model)
         arrays[path] = arrays[path].at[-1].set(jnp.nan)
-        saving.write_model(build(CONFIG, lambda name, _: arrays[name]), dst, HELLO, "float32")
+        save(build(CONFIG, lambda name, _: arrays[name]), dst, "float32", HELLO)
     return dst
 
 
@@ -216,6 +220,32 @@ def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(
     full.clear()
     loop.run(settings(folder, out))
     assert losses(out) == losses(whole)
+
+
+def test_a_full_disk_while_drawing_keeps_the_model(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(self: Any, file: Path, **_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(matplotlib.figure.Figure, "savefig", no_room)
+        with pytest.raises(UserError, match=r"curves.png: No space left on device: make room, then run again"):
+            loop.run(settings(folder, out))
+    ours, theirs = (flatten(m1jax.load(p / "model")) for p in (out, whole))
+    assert all(np.array_equal(ours[path], theirs[path]) for path in ours)
+    loop.run(settings(folder, out))
+    assert losses(out) == losses(whole) and (out / "curves.png").exists()
+
+
+def test_what_drawing_needs_is_missed_before_the_training(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"needs matplotlib: pip install 'm1jax\[train\]'"):
+        loop.run(settings(folder, tmp_path / "out"))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(folder: Path, tmp_path: Path) -> None:
@@ -277,6 +307,7 @@ def test_a_damaged_checkpoint_is_named(folder: Path, whole: Path, tmp_path: Path
         ({"mesh": "data=3"}, "needs 3 devices"),
         ({"mesh": "datum=1"}, "unknown axis 'datum'"),
         ({"data": {"end_token": "<none>"}}, "'<none>' is no token of"),
+        ({"mesh": "data=8"}, "data.rows = 2 does not divide among 8 groups of devices"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -287,20 +318,41 @@ def test_bad_input_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(loop, "fresh", None)  # what is cheap is checked before a weight is made
     file = write_toml(toml(folder, tmp_path / "out", **changes), tmp_path / "a.toml")
     assert run_command(command, "--config", file, monkeypatch=monkeypatch) == 2
     text = capsys.readouterr().err
     assert message in text and text.startswith("error: ") and text.count("\n") == 1
 
 
-def test_profile_writes_a_trace(folder: Path, tmp_path: Path) -> None:
-    loop.run(settings(folder, tmp_path / "out"), profile=True)
-    assert list((tmp_path / "out" / "profile").glob("**/*.xplane.pb"))
+def test_a_model_larger_than_memory_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and two moments, and the counters, on each device."""
+    needed = 3 * 4 * count(CONFIG) + 6 * 4
+    split = settings(folder, tmp_path, mesh="data=2,expert=4", data={"rows": 8})
+    monkeypatch.setattr(sizes, "host_memory", lambda: needed)
+    parts = loop.prepare(settings(folder, tmp_path))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(loop.fresh(parts))) == needed
+    with pytest.raises(UserError, match=r"config.json needs .* GB of memory on this machine for weights and moments"):
+        loop.prepare(split)
+    monkeypatch.setattr(sizes, "host_memory", lambda: needed - 1)
+    with pytest.raises(UserError, match="split it over more machines"):
+        loop.prepare(settings(folder, tmp_path))
+
+
+def test_profile_writes_a_trace(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the last steps if there are only few; two traces in a row show that the first one was ended."""
+    for steps in (4, 1):
+        out = tmp_path / str(steps)
+        loop.run(settings(folder, out, steps=steps, optimizer={"warmup": 0, "decay": 0}), profile=True)
+        assert list((out / "profile").glob("**/*.xplane.pb"))
+    loop.run(settings(folder, out, steps=1, optimizer={"warmup": 0, "decay": 0}), profile=True)
+    assert "no step is left to profile" in capsys.readouterr().err
+    found = [loop.profiled(*run) for run in ((0, 9), (2, 20), (0, 6), (3, 7), (3, 5), (3, 3))]
+    assert found == [range(3, 6), range(5, 8), range(3, 6), range(4, 7), range(3, 5), range(3, 3)]
 
 
 def test_the_gradient_that_is_not_finite_is_named(folder: Path) -> None:
-    parts = loop.prepare(settings(folder, folder / "unused"))
-    model = parts.state.model
+    model = loop.fresh(loop.prepare(settings(folder, folder / "unused"))).model
 
     def loss(model: Any, batch: Any, total: Any) -> Any:
         return jnp.sum(jnp.sqrt(jnp.abs(model.softmax.o_proj[...] - model.softmax.o_proj[...]))), {}

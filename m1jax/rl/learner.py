@@ -25,6 +25,7 @@ Metrics = dict[str, float]
 UpdateFunction = Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Mapping[str, Any]]]
 
 EVALUATION_ROWS = 64
+SAMPLE = 64  # problems whose prompts are measured
 
 
 class Learner:
@@ -37,7 +38,6 @@ class Learner:
       dtype: to compute in.
       seed: of problems and sampling.
       steps: of the whole run, for the windows.
-      update: one optimizer update.
       accumulate: batches whose gradients make one update.
       ways: groups of devices that the rows of a batch are split over.
 
@@ -53,7 +53,6 @@ class Learner:
         dtype: str,
         seed: int,
         steps: int,
-        update: UpdateFunction,
         accumulate: int = 1,
         ways: int = 1,
     ) -> None:
@@ -64,13 +63,36 @@ class Learner:
         self.settings, self.prompter, self.dtype = settings, prompter, dtype
         self.tasks = find(settings.tasks)
         self._eos = np.asarray(eos, np.int32)
-        self._seed, self._steps, self._update = seed, steps, update
+        self._seed, self._steps = seed, steps
         self._accumulate, self._ways = accumulate, ways
 
-    def step(self, state: TrainState, number: int) -> tuple[TrainState, Metrics]:
-        """Generates a batch with the current policy and updates it."""
+    def check_lengths(self, context: int) -> None:
+        """Raises `UserError` if a row or the model's context does not hold a prompt and the longest window.
+
+        As far as a sample of the problems tells; before the first rollout rather than at the first long reply.
+        """
+        settings, window = self.settings, self.settings.windows[-1]
+        problems = mixture(self.tasks, seed=self._seed, difficulty=settings.difficulty)
+        prompts = self._prompts([next(problems) for _ in range(SAMPLE)])
+        longest, padded = max(map(len, prompts)), padded_prompts(prompts)[0].shape[1]
+        if longest + window > settings.row_tokens:
+            raise UserError(
+                f"rl.row_tokens = {settings.row_tokens} does not hold a prompt of {longest} tokens and a window of "
+                f"{window}: raise it"
+            )
+        if padded + window > context:
+            raise UserError(
+                f"rl.windows: a prompt of {padded} tokens and a window of {window} exceed the model's context of "
+                f"{context}: shorten the window"
+            )
+
+    def _prompts(self, problems: list[Problem]) -> list[tuple[int, ...]]:
+        return [self.prompter.plain(problem.question, Options()).tokens for problem in problems]
+
+    def step(self, state: TrainState, number: int, update: UpdateFunction) -> tuple[TrainState, Metrics]:
+        """Generates a batch with the current policy and updates it; `update` is one optimizer update."""
         groups, metrics = self.collect(computing(state.model, self.dtype), number)
-        state, learnt = self.learn(state, [reply for group in groups for reply in group], number)
+        state, learnt = self.learn(state, [reply for group in groups for reply in group], number, update)
         return state, metrics | learnt
 
     def collect(self, policy: M1, number: int) -> tuple[list[list[Reply]], Metrics]:
@@ -93,7 +115,7 @@ class Learner:
         """One rollout of all problems: the groups worth learning from, and what the replies were like."""
         settings, G = self.settings, self.settings.replies
         window = settings.window(number, self._steps)
-        prompts = [self.prompter.plain(problem.question, Options()).tokens for problem in problems]
+        prompts = self._prompts(problems)
         seeds = random.Random(f"{self._seed} {number} {attempt}")
         rows = sampling_rows([seeds.getrandbits(32) for _ in problems], G, settings.temperature)
         tokens, lengths = padded_prompts(prompts)
@@ -128,7 +150,9 @@ class Learner:
             "informative": float(useful.mean()),
         }
 
-    def learn(self, state: TrainState, replies: list[Reply], number: int) -> tuple[TrainState, Metrics]:
+    def learn(
+        self, state: TrainState, replies: list[Reply], number: int, update: UpdateFunction
+    ) -> tuple[TrainState, Metrics]:
         """Updates on the replies, shuffled and split evenly; before the first one the log-probs are compared."""
         if not replies:  # every group was all right or all wrong
             return state, {"updates": 0, "loss": 0.0, "tokens": 0}
@@ -139,7 +163,7 @@ class Learner:
         batches = stacked([pack(part, self.settings.row_tokens) for part in parts], self._accumulate, self._ways)
         told: list[Mapping[str, Any]] = []
         for batch in batches:
-            state, metrics = self._update(state, batch)
+            state, metrics = update(state, batch)
             told.append(metrics)
         agreement = np.asarray(told[0]["agreement"])
         means = {

@@ -63,6 +63,10 @@ class RLSettings:
             )
         if not self.windows or min(self.windows) < 1 or list(self.windows) != sorted(self.windows):
             raise UserError(f"rl.windows = {list(self.windows)} must be positive and rising")
+        if self.row_tokens <= self.windows[-1]:
+            raise UserError(
+                f"rl.row_tokens = {self.row_tokens} does not hold a prompt and a window of {self.windows[-1]}: raise it"
+            )
         if not 0 <= self.overlong_margin <= min(self.windows):
             raise UserError(f"rl.overlong_margin = {self.overlong_margin} must be from 0 to the window")
         if self.temperature <= 0:

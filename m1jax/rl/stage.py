@@ -1,13 +1,8 @@
 """Stage `rl` of `python -m m1jax.train`: steps of `m1jax.rl.learner`, with the trainer's checkpoints and report."""
 
-import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-import jax
 
 from m1jax.errors import UserError
 from m1jax.evaluate import eos_ids
@@ -16,12 +11,13 @@ from m1jax.rl.learner import Learner
 from m1jax.rl.policy import policy_gradient
 from m1jax.rl.settings import RLSettings
 from m1jax.sharding.rules import shards
-from m1jax.train import saving
-from m1jax.train.loop import MODEL, PROFILED, Guard, Parts, by_rows, figures, prepare
+from m1jax.train.loop import Guard, Parts, drive, fetched, figures, prepare, to_devices
 from m1jax.train.report import Report
 from m1jax.train.settings import Settings, parse
 from m1jax.train.step import TrainState, make_step
-from m1jax.workplace import disk_errors
+
+# What may be changed when a run goes on: it says how, not what is learnt.
+CHANGEABLE = ("row_tokens", "attempts", "evaluate_every", "evaluate_problems")
 
 
 def run(settings: Settings, profile: bool = False) -> None:
@@ -38,86 +34,70 @@ def run(settings: Settings, profile: bool = False) -> None:
     rl = parse(RLSettings, settings.rl, "rl.")
     if not settings.model.path:
         raise UserError("model.path is missing: stage rl goes on from a trained model")
-    out = Path(settings.out)
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
     # Gradients of RL are 1e-18 to 1e-5: a larger eps would drown them.
     optimizer = dataclasses.replace(settings.optimizer, eps=settings.optimizer.eps or 1e-15)
-    parts = prepare(dataclasses.replace(settings, optimizer=optimizer, steps=settings.steps * rl.updates))
-    if parts.tokenizer is None:
-        raise UserError(f"{settings.model.path} has no tokenizer: add its files, or set model.tokenizer")
-    identity = saving.identity(parts.config, _fingerprint(settings, rl), rl.row_tokens, rl.questions, rl.updates)
-    with contextlib.ExitStack() as stack:
-        checkpoints = saving.Checkpoints(out, settings.checkpoint.keep, identity)
-        stack.callback(checkpoints.close)
-        state, first = parts.state, 0
-        if checkpoints.latest is not None:
-            first = checkpoints.latest
-            state, _ = checkpoints.load(state)
-        report = stack.enter_context(Report(settings, parts.config, first))
-        if first:
-            report.say(f"going on from step {first} of {settings.steps}")
-        with disk_errors(out), jax.set_mesh(parts.mesh):
-            state = _steps(settings, rl, parts, state, checkpoints, report, first, profile)
-        report.draw()
-        problem = checkpoints.close()
-        if problem:
-            raise UserError(f"{problem}: make room, then run again: it goes on from there")
-    saving.write_model(state.model, out / MODEL, Path(parts.tokenizer.folder), settings.model.dtype)
+    parts = prepare(dataclasses.replace(settings, optimizer=optimizer), rl.updates)
+    drive(parts, Reinforced(parts, rl), profile)
 
 
-def _fingerprint(settings: Settings, rl: RLSettings) -> str:
-    """What the problems and the loss depend on."""
-    return hashlib.sha256(repr((settings.seed, rl)).encode()).hexdigest()[:16]
+class Reinforced:
+    """Steps of `Learner`, each a generation batch and its updates.
 
+    Raises:
+      UserError: the settings do not fit tokenizer, model or mesh, or there is no such task.
+    """
 
-def _steps(
-    settings: Settings,
-    rl: RLSettings,
-    parts: Parts,
-    state: TrainState,
-    checkpoints: saving.Checkpoints,
-    report: Report,
-    first: int,
-    profile: bool,
-) -> TrainState:
-    """All steps from number `first`."""
-    assert parts.tokenizer is not None
-    balance = settings.optimizer.balance if settings.optimizer.balance >= 0 else parts.config.router_aux_loss_coef
-    loss = policy_gradient(rl, settings.model.dtype, settings.model.remat, balance)
-    step, guard, current = make_step(loss, parts.optimizer, settings.guard), Guard(settings, loss), first
+    def __init__(self, parts: Parts, rl: RLSettings) -> None:
+        settings = parts.settings
+        if parts.tokenizer is None:
+            raise UserError(f"{settings.model.path} has no tokenizer: add its files, or set model.tokenizer")
+        self._parts, self._rl = parts, rl
+        own = {name: value for name, value in dataclasses.asdict(rl).items() if name not in CHANGEABLE}
+        self.identity: Mapping[str, Any] = {"seed": settings.seed, **{f"rl.{name}": own[name] for name in own}}
+        balance = settings.optimizer.balance if settings.optimizer.balance >= 0 else parts.config.router_aux_loss_coef
+        loss = policy_gradient(rl, settings.model.dtype, settings.model.remat, balance)
+        self._step, self._guard = make_step(loss, parts.optimizer, settings.guard), Guard(settings, loss)
+        self._learner = Learner(
+            rl,
+            Prompter(parts.tokenizer),
+            eos_ids(parts.config, parts.tokenizer),
+            settings.model.dtype,
+            settings.seed,
+            settings.steps,
+            settings.data.accumulate,
+            shards(parts.mesh, "batch"),
+        )
+        self._learner.check_lengths(parts.config.max_position_embeddings)
 
-    def update(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Mapping[str, Any]]:
-        arrays = jax.device_put(dict(batch), by_rows(parts.mesh))
-        state, metrics = step(state, arrays)
-        values = jax.device_get(metrics)
-        guard.look(current, state, arrays, values, report)
-        return state, figures(values)
+    def position(self) -> Any:
+        """Nothing: all randomness follows from the step's number."""
+        return None
 
-    prompter = Prompter(parts.tokenizer)
-    eos = eos_ids(parts.config, parts.tokenizer)
-    learner = Learner(
-        rl,
-        prompter,
-        eos,
-        settings.model.dtype,
-        settings.seed,
-        settings.steps,
-        update,
-        settings.data.accumulate,
-        shards(parts.mesh, "batch"),
-    )
-    for current in range(first, settings.steps):
-        if profile and current - first in (PROFILED[0], PROFILED[-1] + 1):
-            begin = current - first == PROFILED[0]
-            jax.profiler.start_trace(str(Path(settings.out) / "profile")) if begin else jax.profiler.stop_trace()
-        state, values = learner.step(state, current)
-        last = current + 1 == settings.steps
-        if rl.evaluate_every and ((current + 1) % rl.evaluate_every == 0 or last):
-            values |= learner.evaluate(state.model)
-        report.step(current, values, int(values.pop("tokens")), float(values["reply_tokens"]))
-        if (current + 1) % settings.checkpoint.every == 0 or last:
-            problem = checkpoints.save(current + 1, state, {"step": current + 1})
-            if problem:
-                report.say(f"warning: {problem}; training goes on")
-    return state
+    def go_on(self, position: Any) -> None:
+        """Does nothing: see `position`."""
+
+    def step(self, state: TrainState, number: int, report: Report) -> TrainState:
+        """Does and reports one generation batch and its updates."""
+
+        def update(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Mapping[str, Any]]:
+            arrays = to_devices(batch, self._parts.mesh)
+            state, metrics = self._step(state, arrays)
+            values = fetched(metrics)
+            self._guard.look(number, state, arrays, values, report)
+            return state, figures(values)
+
+        state, values = self._learner.step(state, number, update)
+        report.step(number, values, int(values.pop("tokens")), float(values["reply_tokens"]))
+        return state
+
+    def evaluates(self, number: int) -> bool:
+        """Whether the model is evaluated after this step: every so many, and at the end."""
+        every, last = self._rl.evaluate_every, number + 1 == self._parts.settings.steps
+        return bool(every) and ((number + 1) % every == 0 or last)
+
+    def evaluate(self, state: TrainState) -> Mapping[str, float]:
+        """Accuracy on held-out problems."""
+        return self._learner.evaluate(state.model)
+
+    def close(self) -> None:
+        """Does nothing: no file is open."""

@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m1jax.config import M1Config
 from m1jax.errors import UserError
-from m1jax.loading import open_parameters
-from m1jax.model import M1, build, init_params
+from m1jax.loading import Source, open_parameters
+from m1jax.model import M1, abstract, build, init_params
 from m1jax.params import ParamSpec, flatten
+from m1jax.saving import save
+from m1jax.sharding import sizes
 from m1jax.sharding.mesh import MeshShape, make_mesh
+from m1jax.sharding.region import everywhere
 from m1jax.sharding.rules import check, rules_of, shardings, shards
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import data, saving
@@ -27,31 +31,76 @@ from m1jax.train.step import TrainState, accumulated, adamw, computing, cross_en
 from m1jax.workplace import disk_errors
 
 MODEL = "model"  # the trained model's folder in `out`
-PROFILED = range(3, 6)  # steps after the first, when all is compiled
+COMPILED = 3  # steps after the first, then all is compiled
+PROFILED = 3  # steps in a trace
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run consists of before its first step."""
+    """What a run consists of before its first step; of the weights there are shapes and places only."""
 
     settings: Settings
     config: M1Config
     tokenizer: Tokenizer | None
     mesh: Mesh
-    state: TrainState
     optimizer: Any
+    source: Source | None  # of the weights; None: random ones
+    shapes: TrainState
 
 
-def prepare(settings: Settings) -> Parts:
-    """Model, tokenizer, mesh and optimiser of a run. Raises `UserError`."""
+class Stage(Protocol):
+    """What pretraining, SFT and RL differ in.
+
+    Attributes:
+      identity: what a run cannot change when it goes on, beside the model; JSON.
+    """
+
+    identity: Mapping[str, Any]
+
+    def position(self) -> Any:
+        """Where the data stands, JSON."""
+        ...
+
+    def go_on(self, position: Any) -> None:
+        """Goes on from a position."""
+        ...
+
+    def step(self, state: TrainState, number: int, report: Report) -> TrainState:
+        """Does and reports step number `number`, 0 for the first."""
+        ...
+
+    def evaluates(self, number: int) -> bool:
+        """Whether the model is evaluated after this step."""
+        ...
+
+    def evaluate(self, state: TrainState) -> Mapping[str, float]:
+        """Figures of an evaluation, `held_out` among them."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the data."""
+        ...
+
+
+def prepare(settings: Settings, updates: int = 1) -> Parts:
+    """Model, tokenizer, mesh and optimiser of a run of so many updates a step, no weights. Raises `UserError`."""
     config = M1Config.from_file(Path(settings.model.path or settings.model.config))
     folder = settings.model.tokenizer or settings.model.path
     tokenizer = Tokenizer.load(folder) if folder and _has_tokenizer(Path(folder), settings) else None
     if tokenizer is not None and tokenizer.size > config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.size} tokens, the model {config.vocab_size}")
+    source = open_parameters(Path(settings.model.path)) if settings.model.path else None
+    if source is not None and source.quantize is not None:
+        raise UserError(f"{settings.model.path} is quantised to {source.quantize}: train the model it came from")
     mesh = mesh_of(settings.mesh, config)
-    optimizer = adamw(config, settings.optimizer, settings.steps)
-    return Parts(settings, config, tokenizer, mesh, _fresh(settings, config, mesh, optimizer), optimizer)
+    optimizer = adamw(config, settings.optimizer, settings.steps * updates)
+    start = functools.partial(init_state, optimizer=optimizer)
+    shapes = jax.eval_shape(start, abstract(config, "float32"))
+    shapes = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings(config, mesh, shapes)
+    )
+    _require_room(settings.model.path or settings.model.config, shapes, mesh)
+    return Parts(settings, config, tokenizer, mesh, optimizer, source, shapes)
 
 
 def _has_tokenizer(folder: Path, settings: Settings) -> bool:
@@ -60,38 +109,51 @@ def _has_tokenizer(folder: Path, settings: Settings) -> bool:
 
 def mesh_of(text: str, config: M1Config) -> Mesh:
     """The mesh of a setting such as "data=2,expert=4"; one device if it is empty. Raises `UserError`."""
+    if not text and jax.process_count() > 1:
+        raise UserError(f"mesh is missing: {jax.process_count()} processes share a run by one, such as mesh = 'fsdp=8'")
     shape = MeshShape.parse(text) if text else MeshShape()
     mesh = make_mesh(shape, "train", jax.devices() if text else jax.devices()[:1])
     check(config, mesh)
     return mesh
 
 
-def _fresh(settings: Settings, config: M1Config, mesh: Mesh, optimizer: Any) -> TrainState:
-    """The state before the first step, each array made where it lies."""
-    if settings.model.path:
-        source = open_parameters(Path(settings.model.path))
-        if source.quantize is not None:
-            raise UserError(f"{settings.model.path} is quantised to {source.quantize}: train the model it came from")
-        abstract = build(config, lambda _, spec: jax.ShapeDtypeStruct(spec.shape, np.float32))
-        places = flatten(shardings(config, mesh, abstract))
+def _require_room(name: str, shapes: TrainState, mesh: Mesh) -> None:
+    """Raises `UserError` if weights and moments do not fit into the free memory of this process's devices."""
+    each = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    devices = mesh.local_devices
+    on_host = devices[0].platform == "cpu"  # all devices share the host's memory
+    needed = each * len(devices) if on_host else each
+    free = sizes.host_memory() if on_host else min(map(sizes.device_memory, devices))
+    if needed > free:
+        raise UserError(
+            f"{name} needs {needed / 1e9:.1f} GB of memory on {'this machine' if on_host else 'each device'} for "
+            f"weights and moments in float32, {free / 1e9:.1f} GB are free: split it over more "
+            f"{'machines' if on_host else 'devices'}, such as mesh = 'fsdp=8', or train a smaller model"
+        )
+
+
+def fresh(parts: Parts) -> TrainState:
+    """The state before the first step, each array made where it lies. Raises `UserError`."""
+    config, source = parts.config, parts.source
+    places = jax.tree.map(lambda x: x.sharding, parts.shapes)
+    if source is not None:
+        lies = flatten(places.model)
 
         def leaf(path: str, spec: ParamSpec) -> jax.Array:
             if 0 in spec.shape:
-                return jnp.zeros(spec.shape, jnp.float32)
+                return jnp.zeros(spec.shape, jnp.float32, device=lies[path])
             kind = np.dtype(np.float32)
             return jax.make_array_from_callback(
-                spec.shape, places[path], lambda block: source.read(path, spec, block or (), kind)
+                spec.shape, lies[path], lambda block: source.read(path, spec, block or (), kind)
             )
 
-        model = build(config, leaf)
-        start = functools.partial(init_state, optimizer=optimizer)
-        return jax.jit(start, out_shardings=shardings(config, mesh, jax.eval_shape(start, model)))(model)
+        start = functools.partial(init_state, optimizer=parts.optimizer)
+        return jax.jit(start, out_shardings=places)(build(config, leaf))
 
     def random(key: jax.Array) -> TrainState:
-        return init_state(init_params(config, key), optimizer)
+        return init_state(init_params(config, key), parts.optimizer)
 
-    key = jax.random.key(settings.seed)
-    return jax.jit(random, out_shardings=shardings(config, mesh, jax.eval_shape(random, key)))(key)
+    return jax.jit(random, out_shardings=places)(jax.random.key(parts.settings.seed))
 
 
 def run(settings: Settings, profile: bool = False) -> None:
@@ -105,37 +167,132 @@ def run(settings: Settings, profile: bool = False) -> None:
       UserError: settings, data, model and checkpoints do not fit; a step was bad and the guard says stop; the disk
         is full at the end.
     """
-    out = Path(settings.out)
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
     parts = prepare(settings)
-    documents = data.Documents(settings.data.files, settings.data.length)
-    end = _end_token(settings, parts.tokenizer)
-    encoder = data.Encoder(parts.tokenizer, settings.data.length, parts.config.vocab_size, end)
-    d = settings.data
-    identity = saving.identity(parts.config, documents.fingerprint, d.length, d.rows, d.accumulate)
-    with contextlib.ExitStack() as stack:
-        processes = jax.process_index(), jax.process_count()
-        source = data.batches(documents, encoder, d, settings.seed, *processes)
-        stack.callback(source.close)
-        checkpoints = saving.Checkpoints(out, settings.checkpoint.keep, identity)
-        stack.callback(checkpoints.close)
-        state, first = parts.state, 0
-        if checkpoints.latest is not None:
-            first = checkpoints.latest
-            state, position = checkpoints.load(state)
-            source.set_state(position)
+    drive(parts, Supervised(parts), profile)
+
+
+def drive(parts: Parts, stage: Stage, profile: bool) -> None:
+    """All steps of a stage, from the newest checkpoint to the trained model; arguments and errors as of `run`."""
+    settings, out = parts.settings, Path(parts.settings.out)
+    with disk_errors(out), contextlib.ExitStack() as stack:
+        stack.callback(stage.close)
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoints = saving.Checkpoints(out, settings.checkpoint.keep, saving.identity(parts.config, stage.identity))
+        if jax.process_count() == 1:  # of several, one that fails ends without waiting for the others
+            stack.callback(checkpoints.close)
+        state, first = None, checkpoints.latest or 0
+        if first:
+            state, position = checkpoints.load(parts.shapes)
+            stage.go_on(position)
         report = stack.enter_context(Report(settings, parts.config, first))
         if first:
             report.say(f"going on from step {first} of {settings.steps}")
-        with disk_errors(out):
-            state = _steps(parts, state, source, checkpoints, report, first, profile)
-        report.draw()
+        state = _steps(parts, stage, state or fresh(parts), checkpoints, report, first, profile)
         problem = checkpoints.close()
         if problem:
             raise UserError(f"{problem}: make room, then run again: it goes on from there")
-    folder = Path(parts.tokenizer.folder) if parts.tokenizer is not None else None
-    saving.write_model(state.model, out / MODEL, folder, settings.model.dtype)
+        folder = Path(parts.tokenizer.folder) if parts.tokenizer is not None else None
+        save(state.model, out / MODEL, settings.model.dtype, folder, overwrite=True)
+        report.draw()
+
+
+def _steps(
+    parts: Parts,
+    stage: Stage,
+    state: TrainState,
+    checkpoints: saving.Checkpoints,
+    report: Report,
+    first: int,
+    profile: bool,
+) -> TrainState:
+    """All steps from number `first`."""
+    settings = parts.settings
+    traced = profiled(first, settings.steps) if profile else range(0)
+    if profile and not traced:
+        report.say("warning: no step is left to profile")
+    with contextlib.ExitStack() as trace, jax.set_mesh(parts.mesh):
+        if first and stage.evaluates(first - 1) and not report.has("held_out"):  # killed while it was evaluated
+            report.add(stage.evaluate(state))
+        for number in range(first, settings.steps):
+            if number in traced[:1]:
+                jax.profiler.start_trace(str(Path(settings.out) / "profile"))
+                trace.callback(jax.profiler.stop_trace)
+            state = stage.step(state, number, report)
+            if number in traced[-1:]:
+                trace.close()
+            if (number + 1) % settings.checkpoint.every == 0 or number + 1 == settings.steps:
+                problem = checkpoints.save(number + 1, state, stage.position())
+                if problem:
+                    report.say(f"warning: {problem}; training goes on")
+            if stage.evaluates(number):
+                report.add(stage.evaluate(state))
+    return state
+
+
+def profiled(first: int, steps: int) -> range:
+    """Which steps are traced: three when all is compiled, or the last ones if fewer are left."""
+    begin = max(first, min(first + COMPILED, steps - PROFILED))
+    return range(begin, min(begin + PROFILED, steps))
+
+
+class Supervised:
+    """Pretraining and SFT: steps on documents.
+
+    Raises:
+      UserError: the data does not fit settings, tokenizer or mesh.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts, settings = parts, parts.settings
+        d, ways = settings.data, shards(parts.mesh, "batch")
+        if d.rows % ways:
+            raise UserError(f"data.rows = {d.rows} does not divide among {ways} groups of devices: take a multiple")
+        documents = data.Documents(d.files, d.length)
+        end = _end_token(settings, parts.tokenizer)
+        encoder = data.Encoder(parts.tokenizer, d.length, parts.config.vocab_size, end)
+        self._source = data.batches(documents, encoder, d, settings.seed)
+        self.identity: Mapping[str, Any] = {
+            "data": documents.fingerprint,
+            "data.length": d.length,
+            "data.rows": d.rows,
+            "data.accumulate": d.accumulate,
+        }
+        balance = settings.optimizer.balance if settings.optimizer.balance >= 0 else parts.config.router_aux_loss_coef
+        loss = cross_entropy(settings.model.dtype, settings.model.remat, balance, settings.model.capacity or None)
+        self._step = make_step(loss, parts.optimizer, settings.guard)
+        self._rate = schedule(settings.optimizer, settings.steps)
+        self._guard = Guard(settings, loss)
+
+    def position(self) -> Any:
+        """Where the data stands, JSON."""
+        return self._source.get_state()
+
+    def go_on(self, position: Any) -> None:
+        """Goes on from a position."""
+        self._source.set_state(position)
+
+    def step(self, state: TrainState, number: int, report: Report) -> TrainState:
+        """Does and reports one update."""
+        rows = next(self._source)
+        batch = to_devices(rows, self._parts.mesh)
+        rate = float(np.asarray(self._rate(int(state.accepted))))
+        state, metrics = self._step(state, batch)
+        values = figures(fetched(metrics))
+        report.step(number, values | {"learning_rate": rate}, *_size(rows))
+        self._guard.look(number, state, batch, values, report)
+        return state
+
+    def evaluates(self, number: int) -> bool:
+        """Never."""
+        return False
+
+    def evaluate(self, state: TrainState) -> Mapping[str, float]:
+        """Nothing: see `evaluates`."""
+        return {}
+
+    def close(self) -> None:
+        """Lets go of the data."""
+        self._source.close()
 
 
 def _end_token(settings: Settings, tokenizer: Tokenizer | None) -> int | None:
@@ -150,61 +307,21 @@ def _end_token(settings: Settings, tokenizer: Tokenizer | None) -> int | None:
     return index
 
 
-def _steps(
-    parts: Parts,
-    state: TrainState,
-    source: Any,
-    checkpoints: saving.Checkpoints,
-    report: Report,
-    first: int,
-    profile: bool,
-) -> TrainState:
-    """All steps from number `first`."""
-    settings, config, mesh = parts.settings, parts.config, parts.mesh
-    balance = settings.optimizer.balance if settings.optimizer.balance >= 0 else config.router_aux_loss_coef
-    loss = cross_entropy(settings.model.dtype, settings.model.remat, balance, settings.model.capacity or None)
-    step = make_step(loss, parts.optimizer, settings.guard)
-    rate = schedule(settings.optimizer, settings.steps)
-    guard = Guard(settings, loss)
-    with jax.set_mesh(mesh):
-        for number in range(first, settings.steps):
-            if profile and number - first in (PROFILED[0], PROFILED[-1] + 1):
-                _profile(Path(settings.out) / "profile", begin=number - first == PROFILED[0])
-            local = next(source)
-            batch = to_devices(local, mesh)
-            lr = float(np.asarray(rate(int(state.accepted))))
-            state, metrics = step(state, batch)
-            values = jax.device_get(metrics)
-            values = {**figures(values), "learning_rate": lr}
-            report.step(number, values, *_size(local))
-            guard.look(number, state, batch, values, report)
-            if (number + 1) % settings.checkpoint.every == 0 or number + 1 == settings.steps:
-                problem = checkpoints.save(number + 1, state, source.get_state())
-                if problem:
-                    report.say(f"warning: {problem}; training goes on")
-        if profile and settings.steps - first > PROFILED[0] and settings.steps - first <= PROFILED[-1] + 1:
-            _profile(Path(settings.out) / "profile", begin=False)
-    return state
-
-
-def _profile(folder: Path, begin: bool) -> None:
-    jax.profiler.start_trace(str(folder)) if begin else jax.profiler.stop_trace()
-
-
 def to_devices(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """A process's part of a batch `[A, rows, T]` as arrays of the mesh, split by rows. Raises `UserError`."""
-    ways = shards(mesh, "batch")
-    rows = next(iter(batch.values())).shape[1] * jax.process_count()
-    if rows % ways:
-        raise UserError(f"data.rows = {rows} does not divide among {ways} groups of devices: take a multiple")
+    """A batch `[A, rows, T]`, which every process has as a whole, as arrays of the mesh, split by rows."""
     place = by_rows(mesh)
-    return {name: jax.make_array_from_process_local_data(place, x) for name, x in batch.items()}
+    return {name: jax.make_array_from_callback(x.shape, place, x.__getitem__) for name, x in batch.items()}
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:
     """Where the arrays of a batch `[A, B, T]` lie."""
     axes = tuple(axis for axis in rules_of(mesh)["batch"] if mesh.shape[axis] > 1)
     return NamedSharding(mesh, PartitionSpec(None, axes or None))
+
+
+def fetched(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Metrics of a step on the host, the same in every process; to be called in `jax.set_mesh`."""
+    return jax.device_get({name: x if x.is_fully_addressable else everywhere(x) for name, x in metrics.items()})
 
 
 def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,13 +341,13 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _size(batch: Mapping[str, Any]) -> tuple[int, float]:
-    """Tokens of a batch on all processes, and the mean number of tokens that a query sees in its segment."""
+    """Tokens of a batch, and the mean number of tokens that a query sees in its segment."""
     segments = batch["segments"].reshape(-1, batch["segments"].shape[-1])
     start = np.diff(segments, axis=1, prepend=-1) != 0
     index = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
     seen = index - np.maximum.accumulate(np.where(start, index, 0), axis=1) + 1
     valid = segments > 0
-    return int(valid.sum()) * jax.process_count(), float(seen[valid].mean()) if valid.any() else 0.0
+    return int(valid.sum()), float(seen[valid].mean()) if valid.any() else 0.0
 
 
 class Guard:
@@ -267,10 +384,13 @@ class Guard:
 
 def bad_gradients(loss: Any, model: M1, batch: Any) -> str:
     """Names of the parameters whose gradient is not finite, with the first layer of each."""
-    gradient, _ = jax.jit(functools.partial(accumulated, loss))(model, batch)
+
+    def bad_parts(model: M1, batch: Any) -> Any:
+        gradient, _ = accumulated(loss, model, batch)
+        return jax.tree.map(lambda x: everywhere(~jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))), gradient)
+
     found = []
-    for path, leaf in flatten(gradient).items():
-        bad = ~np.isfinite(np.asarray(leaf)).reshape(leaf.shape[0], -1).all(axis=1)
+    for path, bad in flatten(jax.device_get(jax.jit(bad_parts)(model, batch))).items():
         if bad.any():
             found.append(f"{path}[{int(bad.argmax())}]" if "." in path else path)
     return ", ".join(found[:4]) or "the loss alone"

@@ -39,27 +39,38 @@ def flops_per_token(config: M1Config, context: float) -> float:
 
 
 class Report:
-    """The figures of a run, step by step.
+    """The figures of a run, step by step. Of several processes the first one writes.
 
     Args:
       settings: of the run.
       config: of the model.
       first: the step that comes next; what was written from there on, by a run that was killed, is dropped.
+
+    Raises:
+      UserError: something that the report needs is not installed.
     """
 
     def __init__(self, settings: Settings, config: M1Config, first: int) -> None:
         self._settings, self._config, self._out = settings, config, Path(settings.out)
         self._file = self._out / METRICS
-        _drop(self._file, first)
-        self._stream = self._file.open("a", encoding="utf-8")
-        self._board = _board(self._out / "tensorboard", first) if settings.log.tensorboard else None
+        self._stream = self._board = None
+        self._row: dict[str, Any] = {"step": first}  # of the last step, and where its line starts in the file
+        self._start = 0
+        if jax.process_index() == 0:
+            _drawing()  # what is missing is missed now, not after the training
+            self._board = _board(self._out / "tensorboard", first) if settings.log.tensorboard else None
+            lines = _drop(self._file, first)
+            self._stream = self._file.open("a", encoding="utf-8")
+            self._start = self._file.stat().st_size
+            if lines and json.loads(lines[-1])["step"] == first:
+                self._row, self._start = json.loads(lines[-1]), self._start - len(lines[-1].encode())
         self._peak = settings.log.peak_tflops or _peak()
         self._bar = tqdm(total=settings.steps, initial=first, desc=settings.stage, unit="step", disable=None)
         self._clock = time.perf_counter()
         self._plain = not sys.stderr.isatty()
 
     def step(self, step: int, values: Mapping[str, Any], tokens: int, context: float) -> None:
-        """Takes the figures of step number `step`, 0 for the first: numbers, or arrays for TensorBoard's histograms.
+        """Takes the figures of step number `step`, 0 for the first: numbers for all three, arrays for the JSONL file.
 
         `tokens` is how many it read, `context` as in `flops_per_token`.
         """
@@ -73,20 +84,32 @@ class Report:
             figures["utilisation"] = tflops / self._peak
         self._bar.update(1)
         self._bar.set_postfix_str(self._text(figures), refresh=False)
+        self._row = {"step": step + 1}
+        if self._stream is not None:
+            self._start = self._file.stat().st_size
         if (step + 1) % self._settings.log.every and step + 1 != self._settings.steps:
             return
-        row = {"step": step + 1, **{name: _finite(value) for name, value in figures.items()}}
-        row |= {
-            name: np.asarray(value, np.float64).round(6).tolist() for name, value in values.items() if np.ndim(value)
-        }
-        self._stream.write(json.dumps(row) + "\n")
-        self._stream.flush()
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(name, value, step + 1)
+        arrays = {name: value for name, value in values.items() if np.ndim(value)}
+        self._row |= {name: np.asarray(value, np.float64).round(6).tolist() for name, value in arrays.items()}
+        self.add(figures)
         if self._plain and self._bar.disable:
             left = seconds * (self._settings.steps - step - 1)
             print(f"step {step + 1}/{self._settings.steps} {self._text(figures)} left {left:.0f} s", file=sys.stderr)
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        """Adds figures to those of the step that was reported last."""
+        self._row |= {name: _finite(value) for name, value in figures.items()}
+        if self._stream is not None:
+            self._stream.truncate(self._start)
+            self._stream.write(json.dumps(self._row) + "\n")
+            self._stream.flush()
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, self._row["step"])
+
+    def has(self, name: str) -> bool:
+        """Whether a figure of this name is among those of the step that was reported last, maybe by an earlier run."""
+        return name in self._row
 
     def _text(self, figures: Mapping[str, float]) -> str:
         parts = [f"loss {figures['loss']:.4f}", f"{figures['tokens_per_second']:.0f} tokens/s"]
@@ -100,14 +123,16 @@ class Report:
 
     def draw(self) -> None:
         """Draws the curves of all steps so far."""
-        curves(self._file, self._out / CURVES)
+        if self._stream is not None:
+            curves(self._file, self._out / CURVES)
 
     def __enter__(self) -> "Report":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
         if self._board is not None:
             self._board.close()
 
@@ -117,11 +142,11 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _drop(file: Path, first: int) -> None:
-    """Keeps the lines of steps before number `first`; a torn last line goes too."""
+def _drop(file: Path, first: int) -> list[str]:
+    """Keeps the lines of steps before number `first`, and returns them; a torn last line goes too."""
+    kept: list[str] = []
     if not file.exists():
-        return
-    kept = []
+        return kept
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
@@ -132,6 +157,7 @@ def _drop(file: Path, first: int) -> None:
     part = file.with_name(file.name + ".part")
     part.write_text("".join(kept), encoding="utf-8")
     part.replace(file)
+    return kept
 
 
 def _board(folder: Path, first: int) -> Any:
@@ -149,19 +175,27 @@ def _peak() -> float:
     return next((peak for name, peak in _PEAK.items() if name in kind), 0.0)
 
 
-def curves(metrics: Path, picture: Path) -> None:
-    """Draws the curves in a metrics file. Raises `UserError` without matplotlib."""
+def _drawing() -> Any:
+    """Matplotlib's figure and its canvas."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("the picture of the curves needs matplotlib: pip install 'm1jax[train]'") from None
+    return Figure, FigureCanvasAgg
+
+
+def curves(metrics: Path, picture: Path) -> None:
+    """Draws the curves in a metrics file. Raises `UserError` without matplotlib."""
+    Figure, FigureCanvasAgg = _drawing()
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     names = [
         name
         for name, value in (rows[-1] if rows else {}).items()
         if isinstance(value, float) and name not in ("seconds", "good", "limit")
     ]
+    if not names:
+        return
     figure = Figure(figsize=(12, 2.6 * -(-len(names) // 3)), layout="constrained")
     FigureCanvasAgg(figure)
     for i, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: checkpoints to go on from, and the trained model in the form that `m1jax.load` reads."""
+"""The checkpoints of a run, to go on from."""
 
 import dataclasses
 import gc
@@ -9,17 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from m1jax import checkpoint
 from m1jax.config import M1Config
 from m1jax.errors import UserError
-from m1jax.loading import MARKER
-from m1jax.model import M1
-from m1jax.params import flatten
-from m1jax.workplace import carry, check_space, disk_errors, open_workplace
+from m1jax.workplace import check_space, disk_errors
 
 FOLDER = "checkpoints"
 
@@ -88,7 +83,15 @@ class Checkpoints:
         return None
 
     def _failed(self, error: Exception) -> str:
-        """Opens the folder anew, which clears away what is not whole."""
+        """Opens the folder anew, which clears away what is not whole. Raises `UserError` in one of several processes.
+
+        The others may have written their part, or wait for this one: all end, and go on from the checkpoint before.
+        """
+        if jax.process_count() > 1:
+            raise UserError(
+                f"the checkpoint of step {self._step} was not written ({checkpoint.short(error)}): make room, then run "
+                "again: it goes on from the last good one"
+            ) from error
         with _quiet():
             try:
                 self._checkpointer.close()
@@ -101,7 +104,10 @@ class Checkpoints:
         return self._problem
 
     def load(self, state: Any) -> tuple[Any, Any]:
-        """State and position of the newest checkpoint; `state` gives shapes, dtypes and places.
+        """State and position of the newest checkpoint.
+
+        Args:
+          state: arrays or `jax.ShapeDtypeStruct`; gives shapes, dtypes and places.
 
         Raises:
           UserError: the checkpoint belongs to another model or to other data, or it is damaged.
@@ -137,45 +143,10 @@ class Checkpoints:
         return self._problem
 
 
-def identity(config: M1Config, fingerprint: str, length: int, rows: int, accumulate: int) -> dict[str, Any]:
-    """What a run cannot change when it goes on: the model and the data."""
+def identity(config: M1Config, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run cannot change when it goes on: the model, and what the stage names."""
     out = {name: value for name, value in dataclasses.asdict(config).items() if not name.endswith("token_id")}
-    out |= {"data": fingerprint, "data.length": length, "data.rows": rows, "data.accumulate": accumulate}
-    return json.loads(json.dumps(out))
-
-
-def write_model(model: M1, folder: Path, tokenizer: Path | None, dtype: str) -> None:
-    """Writes the model as a converted checkpoint, with config and tokenizer: there as a whole or not at all.
-
-    Args:
-      model: float32.
-      folder: replaced if it is there.
-      tokenizer: folder whose tokenizer files go along.
-      dtype: "float32" or "bfloat16" to store in; what is always float32 stays so.
-
-    Raises:
-      UserError: the disk is full, or something else is in the way.
-    """
-    table = checkpoint.stored_table(model.config)
-    arrays = {
-        path: np.asarray(leaf.astype(jnp.dtype(table[path].dtype or dtype)))
-        for path, leaf in flatten(model).items()
-        if path in table
-    }
-    size = sum(x.nbytes for x in arrays.values())
-    with disk_errors(folder), open_workplace(folder, {"trained": checkpoint.FORMAT}, overwrite=True) as place:
-        check_space(place.path, size + size // 50)
-        checkpoint.create(place.path, {path: (table[path], x.dtype) for path, x in arrays.items()})
-        for path, store in checkpoint.open_arrays(place.path, table).items():
-            try:
-                store.write(arrays[path]).result()
-            except (ValueError, RuntimeError) as error:
-                raise UserError(f"{folder} cannot be written ({checkpoint.short(error)}): make room") from error
-        if tokenizer is not None:
-            carry(tokenizer, place.path)
-        (place.path / "config.json").write_text(json.dumps(model.config.to_official(), indent=1) + "\n")
-        marker = {"format": checkpoint.FORMAT, "dtype": dtype, "dtypes": {}, "arrays": sorted(table), "quantize": None}
-        (place.path / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
+    return json.loads(json.dumps(out | dict(figures)))
 
 
 class _quiet:
