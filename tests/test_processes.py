@@ -1,6 +1,8 @@
 """Several processes, as on several machines: loading, saving, generating, and the loss of one of them."""
 
 import argparse
+import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,8 +18,9 @@ import m1jax
 from m1jax import distributed
 from m1jax.errors import UserError
 from m1jax.params import flatten
+from tests import test_train_run
 from tests.checkpoints import random_tensors, write_checkpoint
-from tests.tools import DATA, variant
+from tests.tools import DATA, rms_error, variant
 
 CONFIG = variant(vocab_size=64, num_key_value_heads=4, num_local_experts=8)
 ROOT = Path(__file__).parents[1]
@@ -157,3 +160,45 @@ def test_generates_the_same_text_as_one_process(address: str, mesh: str, monkeyp
     assert [e.code for e in ended] == [0] * 4, ended
     assert ended[0].out == alone[0].out and len(alone[0].out) > 10
     assert [(e.out, e.err) for e in ended[1:]] == [("", "")] * 3
+
+
+@pytest.mark.parametrize(("mesh", "dtype"), [("fsdp=2", "bfloat16"), ("tensor=2", "float32")])
+def test_trains_as_one_process(
+    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, mesh: str, dtype: str
+) -> None:
+    """The losses of one process with two devices, also after a kill; one process writes, any loads."""
+    path = tmp_path / "data"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(test_train_run.CONFIG.to_official()))
+    lines = [json.dumps({"text": f"{i} + {i} = {2 * i}. " * (1 + i % 2)}) for i in range(64)]
+    (path / "corpus.jsonl").write_text("\n".join(lines))
+
+    def settings(out: Path) -> Path:
+        table = test_train_run.toml(path, out, steps=4, mesh=mesh, model={"dtype": dtype})
+        return test_train_run.write_toml(table, out.with_suffix(".toml"))
+
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    ended = run(address, 1, "m1jax.train", ["--config", str(settings(alone))])
+    assert ended[0].code == 0, ended
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    for _ in range(2):
+        ended = several(address, 2, "train", "--config", settings(shared))
+        assert [e.code for e in ended] == [0, 0], ended
+        assert "complete" in ended[0].out and ended[1].out == ""
+        found = [test_train_run.losses(out) for out in (shared, alone)]
+        assert [row[0] for row in found[0]] == [1, 2, 3, 4]
+        assert rms_error(*([row[1:] for row in rows] for rows in found)) < 1e-5
+        ours, theirs = (flatten(m1jax.load(out / "model")) for out in (shared, alone))
+        assert all(rms_error(ours[name], theirs[name]) < 1e-4 for name in ours)
+        assert (shared / "model" / "tokenizer.json").exists() and (shared / "curves.png").exists()
+        shutil.rmtree(shared / "model")
+        shutil.rmtree(shared / "checkpoints" / "4")
+    assert "going on from step 2 of 4" in ended[0].err
+
+
+def test_what_several_processes_cannot_train(tmp_path: Path, address: str) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('stage = "rl"\nout = "x"\nsteps = 1\nmodel.path = "m"\n')
+    ended = run(address, 1, "m1jax.train", ["--config", str(path), "--coordinator", "auto"])
+    assert ended[0].code == 2 and ended[0].err.startswith("error: stage rl runs in one process"), ended

@@ -191,39 +191,6 @@ def test_batches_are_the_same_again_and_go_on_from_a_saved_position(tmp_path: Pa
         assert not batch["weights"][batch["segments"] == 0].any()
 
 
-def test_processes_share_the_documents(tmp_path: Path) -> None:
-    documents = corpus(tmp_path, 6)
-    settings = DataSettings(length=64, rows=2, bins=1)
-    seen: list[set[int]] = []
-    for process in range(2):
-        read_by: list[int] = []
-        source = data.batches(Spy(documents, read_by), encoder(64), settings, 0, process, 2)  # pyright: ignore
-        read_by.clear()  # less what was looked at before the first batch
-        assert next(source)["tokens"].shape == (1, 1, 64)
-        next(source)
-        source.close()
-        seen.append(set(read_by))
-    assert seen[0] == {0, 2, 4} and seen[1] == {1, 3, 5}
-    with pytest.raises(UserError, match="does not divide among 3 processes"):
-        data.batches(documents, encoder(), settings, 0, 0, 3)
-    with pytest.raises(UserError, match="6 documents for 8 processes"):
-        data.batches(documents, encoder(), DataSettings(rows=8), 0, 0, 8)
-
-
-class Spy:
-    """Documents that note which of them are read."""
-
-    def __init__(self, documents: data.Documents, read_by: list[int]) -> None:
-        self._documents, self._read = documents, read_by
-
-    def __len__(self) -> int:
-        return len(self._documents)
-
-    def __getitem__(self, index: Any) -> Any:
-        self._read.append(int(index))
-        return self._documents[index]
-
-
 # --- the step
 
 CONFIG = variant(layer_types=("lightning",))

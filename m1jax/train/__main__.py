@@ -4,14 +4,16 @@
 
 FILE.toml names the stage (pretrain, sft, rl), model, data and all the rest; m1jax/train/settings.py lists the keys,
 scripts/configs/ has examples. Killed at any moment, the same command goes on from the last checkpoint. The trained
-model is in OUT/model. Exit code 2 is bad input or a step that was stopped, 130 Ctrl-C.
+model is in OUT/model. On several machines every process runs the same command, with --coordinator, and mesh splits the
+run; OUT and the data are seen by all. Exit code 2 is bad input or a step that was stopped, 130 Ctrl-C.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from m1jax.errors import main_guard
+from m1jax import distributed
+from m1jax.errors import UserError, main_guard
 from m1jax.train import settings as s
 
 
@@ -22,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--config", type=Path, required=True, metavar="FILE", help="settings, a TOML file")
     out.add_argument("--profile", action="store_true", help="write a trace of three steps to OUT/profile")
+    distributed.add_arguments(out)
     return out
 
 
@@ -29,7 +32,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     args = parser().parse_args(argv)
+    distributed.check(args)
     settings = s.read(args.config)
+    if args.coordinator is not None and settings.stage == "rl":
+        raise UserError("stage rl runs in one process, on any mesh of its devices: leave --coordinator out")
+    distributed.start(args)
     # Importing jax takes seconds; --help and bad settings come before.
     if settings.stage == "rl":
         from m1jax.rl.stage import run

@@ -264,23 +264,18 @@ class _Split(grain.experimental.FlatMapTransform):
         return self._encoder(element)
 
 
-def batches(
-    documents: Documents, encoder: Encoder, settings: DataSettings, seed: int, process: int = 0, processes: int = 1
-) -> grain.DatasetIterator:
-    """Endless batches of this process: `tokens`, `targets`, `weights`, `segments`, each `[A, rows, length]`.
+def batches(documents: Documents, encoder: Encoder, settings: DataSettings, seed: int) -> grain.DatasetIterator:
+    """Endless batches: `tokens`, `targets`, `weights`, `segments`, each `[A, rows, length]`.
 
     Every epoch has an order of its own, which `seed` fixes. `get_state()` and `set_state()` give and take the
-    position, as JSON.
+    position, as JSON. Several processes all read all of it: batches and position then depend on no number of
+    processes, and a process may hold any rows.
 
     Raises:
-      UserError: the rows do not divide among the processes, or a process would have no document.
+      UserError: no document has two tokens.
     """
-    if settings.rows % processes:
-        raise UserError(f"data.rows = {settings.rows} does not divide among {processes} processes")
-    if len(documents) < processes:
-        raise UserError(f"data.files has {len(documents)} documents for {processes} processes: cut it finer")
     _check_any(documents, encoder)
-    shuffled = grain.MapDataset.source(documents)[process::processes].seed(seed).shuffle().repeat()  # pyright: ignore
+    shuffled = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()  # pyright: ignore
     # Packing needs a single thread's order; reading ahead happens at the end, for whole batches.
     split = grain.experimental.FlatMapIterDataset(
         shuffled.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)), _Split(encoder)
@@ -289,8 +284,7 @@ def batches(
     packed = grain.experimental.FirstFitPackIterDataset(
         split, length_struct=lengths, num_packing_bins=settings.bins, shuffle_bins=False
     )
-    rows = settings.rows // processes
-    shaped = packed.batch(settings.accumulate * rows, drop_remainder=True).map(
+    shaped = packed.batch(settings.accumulate * settings.rows, drop_remainder=True).map(
         functools.partial(_shape, accumulate=settings.accumulate)
     )
     return iter(grain.experimental.ThreadPrefetchIterDataset(shaped, prefetch_buffer_size=2))  # pyright: ignore
