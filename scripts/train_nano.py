@@ -28,13 +28,21 @@ def results(stage: str, out: Path, tasks: Sequence[str], problems: int) -> dict[
     """What a finished stage came to."""
     rows = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     local = open_local(out / stage / "model", "float32", WINDOWS[-1], 128)
-    scores = [score(task, task.problems(problems, 0), task.difficulty, local) for task in find(tasks)]
+    levels = [(task, task.difficulty) for task in find(tasks)]
+    # Needles in lists eight times as long as any that was trained on.
+    levels += [(task, 8 * (task.difficulty + 1) - 1) for task, _ in levels if task.name == "retrieval"]
+    scores = {
+        task.name if level == task.difficulty else f"{task.name}, {level + 1} items": score(
+            task, task.problems(problems, 0, level), level, local
+        )
+        for task, level in levels
+    }
     return {
         "steps": rows[-1]["step"],
         "loss": rows[-1]["loss"],
         "tokens": sum(row["tokens"] for row in rows),
         "minutes": sum(row["seconds"] for row in rows) / 60,
-        "accuracy": {s.task: [s.accuracy, *s.interval] for s in scores},
+        "accuracy": {name: [s.accuracy, *s.interval] for name, s in scores.items()},
         "machine": f"{jax.devices()[0].device_kind}, {platform.machine()}",
     }
 
@@ -44,8 +52,9 @@ def table(found: dict[str, Any]) -> str:
     stages = [stage for stage in STAGES if stage in found]
     lines = [f"| | {' | '.join(stages)} |", f"|---|{'---|' * len(stages)}"]
     for task in found[stages[-1]]["accuracy"]:
-        cells = [found[stage]["accuracy"][task] for stage in stages]
-        lines.append(f"| {task} | " + " | ".join(f"{a:.1%} ({low:.1%} to {high:.1%})" for a, low, high in cells) + " |")
+        cells = [found[stage]["accuracy"].get(task) for stage in stages]
+        shown = ["" if cell is None else "{:.1%} ({:.1%} to {:.1%})".format(*cell) for cell in cells]
+        lines.append(f"| {task} | " + " | ".join(shown) + " |")
     for name, form in (("steps", "{}"), ("tokens", "{}"), ("loss", "{:.4f}"), ("minutes", "{:.1f}"), ("machine", "{}")):
         lines.append(f"| {name} | " + " | ".join(form.format(found[stage][name]) for stage in stages) + " |")
     return "\n".join(lines) + "\n"

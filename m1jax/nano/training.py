@@ -19,29 +19,29 @@ from m1jax.tokenizer import Tokenizer
 from m1jax.train.settings import Settings, parse
 from m1jax.weights import expected
 
-Stage = Literal["pretrain", "sft", "rl"]
-STAGES: tuple[Stage, ...] = ("pretrain", "sft", "rl")
+Stage = Literal["pretrain", "sft", "hard", "rl"]  # hard: SFT once more, mostly on OPEN
+STAGES: tuple[Stage, ...] = ("pretrain", "sft", "hard", "rl")
 
 LENGTH = 256  # tokens of a row; the longest conversation of the shipped difficulties fits
 WINDOWS = (112, 136, 160)  # tokens of a reply, in stages of RL
-# What SFT leaves most to learn of; of the others hardly a group of replies is mixed, and those teach nothing.
-OPEN = ("subtraction", "comparison", "sorting", "sequence", "retrieval")
+# What SFT leaves most to learn of; in RL hardly a group of the others' replies is mixed, and those teach nothing.
+OPEN = ("subtraction", "multiplication", "sorting", "sequence", "retrieval")
 
 # Of each machine: dtype, rows of a batch, steps and learning rates, passes over the data, what RL does in a step.
 PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "dtype": "float32",
         "rows": 16,
-        "steps": {"pretrain": 1200, "sft": 4000, "rl": 36},
-        "rate": {"pretrain": 3e-3, "sft": 2e-3, "rl": 3e-5},
+        "steps": {"pretrain": 1200, "sft": 3600, "hard": 1000, "rl": 24},
+        "rate": {"pretrain": 3e-3, "sft": 2e-3, "hard": 1e-3, "rl": 1e-4},
         "passes": 1,
         "rl": {"questions": 64, "replies": 8, "updates": 4, "attempts": 2},
     },
     "gpu": {
         "dtype": "float32",
         "rows": 128,
-        "steps": {"pretrain": 400, "sft": 2500, "rl": 100},
-        "rate": {"pretrain": 4e-3, "sft": 4e-3, "rl": 5e-5},
+        "steps": {"pretrain": 400, "sft": 2500, "hard": 500, "rl": 100},
+        "rate": {"pretrain": 4e-3, "sft": 4e-3, "hard": 2e-3, "rl": 5e-5},
         "passes": 2,
         "rl": {"questions": 256, "replies": 16, "updates": 16},
     },
@@ -61,12 +61,14 @@ def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
         (out / "config.json").write_text(json.dumps(recipe.config().to_official(), indent=1) + "\n", encoding="utf-8")
     chosen = find(tasks)
     # About 40 tokens a document, 80 a conversation.
-    count = {name: plan["steps"][name] * plan["rows"] * LENGTH // plan["passes"] for name in ("pretrain", "sft")}
+    count = {name: steps * plan["rows"] * LENGTH // plan["passes"] for name, steps in plan["steps"].items()}
     texts = itertools.islice(recipe.documents(1, chosen), max(1000, count["pretrain"] // 40))
-    problems = itertools.islice(mixture(chosen, seed=2), max(1000, count["sft"] // 80))
     _write(out / "pretrain.jsonl", ({"text": text} for text in texts))
     tokenizer = Tokenizer.load(out / "tokenizer")
-    _write(out / "sft.jsonl", _among(conversations(problems, tokenizer), reminders(2, tokenizer), every=6))
+    hard = [task for task in chosen if task.name in OPEN]
+    for seed, stage, tasks_of in ((2, "sft", chosen), (3, "hard", [*chosen, *hard, *hard])):
+        problems = itertools.islice(mixture(tasks_of, seed), max(1000, count[stage] // 80))
+        _write(out / f"{stage}.jsonl", _among(conversations(problems, tokenizer), reminders(seed, tokenizer), every=6))
 
 
 def conversations(problems: Iterable[Problem], tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
@@ -108,10 +110,10 @@ def _write(file: Path, values: Iterable[Any]) -> None:
 def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> Settings:
     """The settings of a stage, as a TOML file would give them. Raises `UserError`."""
     steps = plan["steps"][stage]
-    before = {"sft": "pretrain", "rl": "sft"}.get(stage)
+    before = {"sft": "pretrain", "hard": "sft", "rl": "hard"}.get(stage)
     start = {"path": str(out / before / "model")} if before else {"config": str(out / "config.json")}
     common: dict[str, Any] = {
-        "stage": stage,
+        "stage": "sft" if stage == "hard" else stage,
         "out": str(out / stage),
         "steps": steps,
         "model": {"dtype": plan["dtype"], "remat": "none", "tokenizer": str(out / "tokenizer")} | start,

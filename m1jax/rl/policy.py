@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m1jax.model import M1
-from m1jax.rl.losses import ratio
+from m1jax.rl.losses import ratio, token_mean
 from m1jax.rl.settings import RLSettings
 from m1jax.train.forward import Remat, hidden_states
 from m1jax.train.loss import balancing_loss, head_weight, token_log_probs
@@ -25,7 +25,7 @@ def policy_gradient(settings: RLSettings, dtype: str, remat: Remat, balance: flo
         generated = batch["weights"] > 0
 
         def mean(values: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.where(generated, values, 0.0)) / total["weights"]
+            return token_mean(values, generated, total["weights"])
 
         old = batch["old_logp"]
         policy = mean(policy_loss.per_token(logp, old, batch["advantage"]))
