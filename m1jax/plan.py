@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from m1jax.presets import find_config
     from m1jax.sharding import compiling
     from m1jax.sharding.machines import parse_devices
-    from m1jax.sharding.plan import best, make_plan
+    from m1jax.sharding.plan import best, compiled_plan, make_plan
     from m1jax.sharding.steps import Workload
 
     config = find_config(args.config)
@@ -100,8 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = make_plan(config, work, mesh, device)
     if args.compile:
         compiled = compiling.compile_step(config, plan.work, mesh, args.compile, device)
-        memory = dataclasses.replace(plan.memory, temporaries=compiled.temporaries, compiled=args.compile)
-        plan = dataclasses.replace(plan, memory=memory)
+        plan = compiled_plan(config, plan, compiled.temporaries, args.compile)
     _print(args, describe(plan), report(plan, args.config))
 
 
@@ -150,6 +149,7 @@ def report(plan: "Plan", name: str) -> str:
     stored = f"{work.dtype}, experts {work.quantize}" if work.quantize else work.dtype
     size = f"{work.batch} rows of {work.context} tokens" + f", {work.tokens} at once" * (work.mode == "prefill")
     what = "float32 with Adam, computing in " * (work.mode == "train") + stored
+    how = f"by estimates in proportion to the {plan.memory.compiled} compiler's figure" if plan.memory.compiled else ""
     lines = [
         f"{name} on {plan.mesh.size} × {plan.device.name}, mesh {plan.mesh}: {work.mode}, {size}, {what}",
         "",
@@ -157,7 +157,7 @@ def report(plan: "Plan", name: str) -> str:
         *_table(_memory_rows(plan)),
         "it fits" if plan.fits else "IT DOES NOT FIT",
         f"largest batch at this context: {plan.largest_batch or 'none'}; "
-        f"longest context at this batch: {plan.longest_context or 'none'}",
+        f"longest context at this batch: {plan.longest_context or 'none'}" + f" ({how})" * bool(how),
         "",
         "Collectives of a step, on each device",
         *_table(_traffic_rows(plan)),

@@ -131,13 +131,20 @@ def choose(config: M1Config, devices: int, use: Use = "serve", memory: float = 8
     raise UserError(f"no mesh of {devices} devices divides this model: {reasons[-1]}")
 
 
-def factorings(devices: int, use: Use) -> Iterator[MeshShape]:
-    """Meshes of so many devices, those that split most first; `data` or `fsdp` takes what is left over."""
-    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    for rows in divisors:
-        for tensor in (n for n in divisors if devices // rows % n == 0):
-            rest = devices // rows // tensor
-            yield MeshShape(**{"data" if use == "serve" else "fsdp": rows}, expert=rest, tensor=tensor)
+def factorings(devices: int, use: Use, sequence: bool = False) -> Iterator[MeshShape]:
+    """Meshes of so many devices, those that split most first; `data` or `fsdp` takes what is left over.
+
+    With `sequence` those with a `seq` axis come as well, after those without.
+    """
+    left = "data" if use == "serve" else "fsdp"
+    for seq in _divisors(devices) if sequence else [1]:
+        for rows in _divisors(devices // seq):
+            for tensor in _divisors(devices // seq // rows):
+                yield MeshShape(**{left: rows}, seq=seq, expert=devices // seq // rows // tensor, tensor=tensor)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def make_mesh(shape: MeshShape, use: Use = "serve", devices: Sequence[Any] | None = None) -> Mesh:

@@ -25,6 +25,8 @@ from m1jax.sharding.rules import check, shards
 from m1jax.sharding.sizes import tree_bytes
 from m1jax.sharding.steps import Workload, make_step
 
+TOP_BATCH = 1 << 20  # no plan goes beyond
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -87,7 +89,7 @@ class Roofline:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The result; `largest_batch` and `longest_context` are None where not even the parameters fit."""
+    """The result; `largest_batch` and `longest_context` are None where nothing fits, and to within 1%."""
 
     mesh: MeshShape
     work: Workload
@@ -120,6 +122,16 @@ def make_plan(config: M1Config, work: Workload, mesh: MeshShape, device: Device)
     check(config, axes)
     work = dataclasses.replace(work, batch=work.batch or shards(axes, "batch"))
     check_rows(work, mesh)
+    return _with_limits(config, _without_limits(config, work, mesh, device))
+
+
+def compiled_plan(config: M1Config, plan: Plan, temporaries: int, compiler: str) -> Plan:
+    """The plan with what a compiler says of the temporaries; the limits take the estimates in proportion to it."""
+    memory = dataclasses.replace(plan.memory, temporaries=temporaries, compiled=compiler)
+    return _with_limits(config, dataclasses.replace(plan, memory=memory))
+
+
+def _without_limits(config: M1Config, work: Workload, mesh: MeshShape, device: Device) -> Plan:
     memory, cost = measure(config, work, mesh)
     flops = model_flops(config, work)
     traffic = tuple(
@@ -129,30 +141,109 @@ def make_plan(config: M1Config, work: Workload, mesh: MeshShape, device: Device)
     seconds = sum(t.sent / (device.network if t.between_nodes else device.link) for t in traffic)
     read = bytes_read(config, work, mesh, memory)
     roofline = Roofline(flops / mesh.size / device.flops, read / device.bandwidth, seconds)
-    batch, context = limits(config, work, mesh, device, memory)
-    return Plan(mesh, work, device, memory, traffic, flops, roofline, batch, context)
+    return Plan(mesh, work, device, memory, traffic, flops, roofline, None, None)
+
+
+def _with_limits(config: M1Config, plan: Plan) -> Plan:
+    batch, context = _largest_batch(config, plan), _longest_context(config, plan)
+    return dataclasses.replace(plan, largest_batch=batch, longest_context=context)
 
 
 def best(config: M1Config, work: Workload, count: int, device: Device) -> Plan | None:
-    """Of all meshes of so many devices that have room, the one with most tokens per second; None if none has.
+    """Of the meshes of so many devices that have room, the one with most tokens per second; None if none has.
 
-    Where the workload leaves the batch open, each mesh gets the largest that fits.
+    Where the workload leaves the batch open, each mesh gets about the largest that fits. Of meshes that differ only in
+    the size of `expert`, those after the first that is slower than the one before are not looked at.
     """
-    plans = []
-    for mesh in factorings(count, work.use):
-        axes = abstract_mesh(mesh, work.use)
-        try:
-            check(config, axes)
-            smallest = dataclasses.replace(work, batch=work.batch or shards(axes, "batch"))
-            if not arguments(config, smallest, mesh, 0).fits(device.memory):
-                continue
-            plan = make_plan(config, smallest, mesh, device)
-            if work.batch is None and plan.largest_batch:
-                plan = make_plan(config, dataclasses.replace(work, batch=plan.largest_batch), mesh, device)
-        except UserError:  # does not divide the model or the rows
+    lines: dict[tuple[int, int], list[tuple[float, MeshShape]]] = {}
+    for mesh in factorings(count, work.use, sequence=work.mode != "serve"):
+        if _possible(config, work, mesh, device):
+            bound = _speed_without_sending(config, work, mesh, device)
+            lines.setdefault((mesh.seq, mesh.tensor), []).append((bound, mesh))
+    # With the batch open more rows do what a split sequence does.
+    stages = [1, *sorted({seq for seq, _ in lines} - {1})] if work.batch is None else [None]
+    top = None
+    for stage in stages:
+        of_stage = [line for (seq, _), line in lines.items() if stage in (None, seq)]
+        for line in sorted(of_stage, key=lambda line: max(bound for bound, _ in line), reverse=True):
+            top = _climb(config, work, line, device, top)
+        if top is not None:
+            break
+    if top is None:
+        return None
+    if work.batch is None and (batch := _largest_batch(config, top)):
+        larger = _without_limits(config, dataclasses.replace(work, batch=batch), top.mesh, device)
+        top = larger if larger.fits else top
+    return _with_limits(config, top)
+
+
+def _possible(config: M1Config, work: Workload, mesh: MeshShape, device: Device) -> bool:
+    """Whether a mesh divides the model and the rows, has room for its arguments, and needs the sequence split."""
+    axes = abstract_mesh(mesh, work.use)
+    smallest = dataclasses.replace(work, batch=work.batch or shards(axes, "batch"))
+    try:
+        check(config, axes)
+        check_rows(smallest, mesh)
+    except UserError:
+        return False
+    kept = 0
+    if work.mode == "train":  # the input of every layer
+        tokens = smallest.rows * work.tokens // shards(axes, "batch") // shards(axes, "sequence")
+        kept = tokens * config.num_hidden_layers * config.hidden_size * jnp.dtype(work.dtype).itemsize
+    return arguments(config, smallest, mesh, kept).fits(device.memory) and not _has_more_rows(work, mesh)
+
+
+def _has_more_rows(work: Workload, mesh: MeshShape) -> bool:
+    """Whether `expert` could split rows where `seq` splits sequences: as many bytes, and less to send."""
+    now = shards(abstract_mesh(mesh, work.use), "batch")
+    for part in (n for n in range(2, mesh.seq + 1) if mesh.seq % n == 0):
+        other = dataclasses.replace(mesh, seq=mesh.seq // part, expert=mesh.expert * part)
+        rows = shards(abstract_mesh(other, work.use), "batch")
+        if work.batch is not None and rows > now and work.batch % rows == 0:
+            return True
+    return False
+
+
+def _speed_without_sending(config: M1Config, work: Workload, mesh: MeshShape, device: Device) -> float:
+    """Tokens per second if nothing were sent and there were no temporaries: no plan of this mesh has more."""
+    rows = shards(abstract_mesh(mesh, work.use), "batch")
+    work = dataclasses.replace(work, batch=work.batch or rows * _multiple(config, work, rows, mesh, device))
+    read = bytes_read(config, work, mesh, arguments(config, work, mesh, 0))
+    flops = model_flops(config, work) / mesh.size
+    return work.rows * work.tokens / max(flops / device.flops, read / device.bandwidth)
+
+
+def _multiple(
+    config: M1Config, work: Workload, rows: int, mesh: MeshShape, device: Device, memory: Memory | None = None
+) -> int:
+    """How many times so many rows fit, if all but the parameters grew with them; `memory` is theirs."""
+    memory = memory or arguments(config, dataclasses.replace(work, batch=rows), mesh, 0)
+    fixed = memory.parameters + memory.optimizer
+    return max(1, min(TOP_BATCH, int((device.memory - fixed) / max(1, memory.total - fixed))))
+
+
+def _climb(
+    config: M1Config, work: Workload, line: list[tuple[float, MeshShape]], device: Device, top: Plan | None
+) -> Plan | None:
+    """The fastest of `top` and the plans, without limits, of meshes up to the first slower than the one before."""
+    before = 0.0
+    # In training a device of `expert` gathers fewer weights, in serving one of `data` exchanges fewer tokens.
+    for bound, mesh in sorted(line, key=lambda item: item[1].expert, reverse=work.mode == "train"):
+        if top is not None and bound <= top.tokens_per_second:
             continue
-        plans.append(plan)
-    return max((plan for plan in plans if plan.fits), key=lambda plan: plan.tokens_per_second, default=None)
+        rows = shards(abstract_mesh(mesh, work.use), "batch")
+        plan = _without_limits(config, dataclasses.replace(work, batch=work.batch or rows), mesh, device)
+        if work.batch is None and plan.fits:
+            batch = rows * _multiple(config, work, rows, mesh, device, plan.memory)
+            larger = _without_limits(config, dataclasses.replace(work, batch=batch), mesh, device)
+            plan = larger if larger.fits else plan
+        speed = plan.tokens_per_second if plan.fits else 0.0
+        if speed < before:
+            break
+        before = speed
+        if plan.fits and (top is None or speed > top.tokens_per_second):
+            top = plan
+    return top
 
 
 def check_rows(work: Workload, mesh: MeshShape) -> None:
@@ -236,45 +327,53 @@ def _leaves_node(axes: tuple[str, ...], mesh: MeshShape, work: Workload, device:
     return span > device.node
 
 
-def limits(
-    config: M1Config, work: Workload, mesh: MeshShape, device: Device, memory: Memory
-) -> tuple[int | None, int | None]:
-    """The largest batch at this context and the longest context at this batch."""
-    axes = abstract_mesh(mesh, work.use)
-    rows = shards(axes, "batch")
-    positions = math.lcm(shards(axes, "cache"), shards(axes, "sequence"), math.gcd(work.context, 1024))
-
-    def batches(n: int) -> Workload:
-        return dataclasses.replace(work, batch=n * rows)
-
-    def contexts(n: int) -> Workload:
-        return dataclasses.replace(work, context=n * positions)
-
-    here = work.rows // rows, work.context // positions
-    top = 1 << 20, config.max_position_embeddings // positions
-    batch = _largest(config, mesh, device, memory, batches, here[0], top[0], memory.cache + memory.state)
-    context = _largest(config, mesh, device, memory, contexts, here[1], top[1], memory.cache)
-    return batch and batch * rows, context and context * positions
+def _largest_batch(config: M1Config, plan: Plan) -> int | None:
+    """The largest batch at the plan's context."""
+    rows = shards(abstract_mesh(plan.mesh, plan.work.use), "batch")
+    needed = _needed(config, plan, lambda n: dataclasses.replace(plan.work, batch=n * rows))
+    n = _largest(needed, plan.work.rows // rows, TOP_BATCH // rows, plan.device.memory)
+    return n * rows or None
 
 
-def _largest(
-    config: M1Config,
-    mesh: MeshShape,
-    device: Device,
-    memory: Memory,
-    resized: Callable[[int], Workload],
-    here: int,
-    top: int,
-    growing: int,
-) -> int | None:
-    """The largest n up to `top` whose workload fits, where at n = `here` as much as `memory` is needed.
+def _longest_context(config: M1Config, plan: Plan) -> int | None:
+    """The longest context at the plan's batch."""
+    work, axes = plan.work, abstract_mesh(plan.mesh, plan.work.use)
+    step = math.lcm(shards(axes, "cache"), shards(axes, "sequence"), math.gcd(work.context, 1024))
+    needed = _needed(config, plan, lambda n: dataclasses.replace(work, context=n * step))
+    n = _largest(needed, work.context // step, config.max_position_embeddings // step, plan.device.memory)
+    return n * step or None
 
-    The `growing` bytes of it are proportional to n; temporaries grow as their estimate from `here` to twice that.
+
+def _needed(config: M1Config, plan: Plan, resized: Callable[[int], Workload]) -> Callable[[int], float]:
+    """Bytes of a workload of size n; of temporaries the estimate, scaled to a compiler's figure for `plan` if any."""
+    estimate = measure(config, plan.work, plan.mesh)[0].temporaries
+    scale = plan.memory.temporaries / estimate if plan.memory.compiled and estimate else 1.0
+
+    def needed(n: int) -> float:
+        if n == 0:
+            return plan.memory.parameters + plan.memory.optimizer
+        memory = measure(config, resized(n), plan.mesh)[0]
+        return memory.arguments + scale * memory.temporaries
+
+    return needed
+
+
+def _largest(needed: Callable[[int], float], here: int, top: int, room: float) -> int:
+    """The largest n up to `top` with needed(n) <= room, or one that fits where one 1% larger does not; 0 if none.
+
+    `needed` takes a moment and is nearly linear: the next n is where the line through the two n tried that come
+    nearest to the room meets it.
     """
-    slope = growing / here
-    twice = min(2 * here, top)
-    if twice > here:
-        estimates = [measure(config, resized(n), mesh)[0].temporaries for n in (here, twice)]
-        slope += max(0, estimates[1] - estimates[0]) / (twice - here)
-    n = top if slope == 0 else int(here + (device.memory - memory.total) / slope)
-    return min(n, top) if n >= 1 else None
+    tried = {0: needed(0)}
+    low, high = 0, top + 1  # the largest known to fit, the smallest not to
+    n = min(here, top)
+    while tried[0] <= room and high - low > 1 + low // 100:
+        tried[n] = needed(n)
+        low, high = (n, high) if tried[n] <= room else (low, n)
+        step = 1 + low // 100
+        (a, at_a), (b, at_b) = sorted(tried.items(), key=lambda item: abs(item[1] - room))[:2]
+        slope = (at_b - at_a) / (b - a)
+        guess = math.floor(a + (room - at_a) / slope) if slope > 0 else high
+        # Where the line says that low is the largest, the next one tells whether it is.
+        n = min(high - 1, max(low + step, guess)) if len(tried) < 9 else (low + high) // 2
+    return low

@@ -1,6 +1,9 @@
 """The planner: known bytes of the released M1, estimates by hand, what fits, the command line."""
 
+import contextlib
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,18 @@ from m1jax.sharding import compiling
 from m1jax.sharding.flops import Collective
 from m1jax.sharding.liveness import temporaries
 from m1jax.sharding.machines import DEVICES, parse_devices
-from m1jax.sharding.mesh import MeshShape
-from m1jax.sharding.plan import Traffic, arguments, best, make_plan, model_flops
+from m1jax.sharding.mesh import MeshShape, abstract_mesh, factorings
+from m1jax.sharding.plan import (
+    Traffic,
+    _largest,  # pyright: ignore[reportPrivateUsage]
+    arguments,
+    best,
+    compiled_plan,
+    make_plan,
+    measure,
+    model_flops,
+)
+from m1jax.sharding.rules import shards
 from m1jax.sharding.steps import Workload
 from tests.tools import variant
 
@@ -82,6 +95,65 @@ def test_limits_are_the_last_that_fit() -> None:
     assert not none.fits and none.largest_batch is None and none.longest_context is None
 
 
+@pytest.mark.parametrize(
+    ("config", "work", "mesh", "memory"),
+    [
+        (FULL, Workload("prefill", 1, 131072, quantize="int8"), MeshShape(expert=8), 80e9),
+        (FULL, Workload("serve", 64, 131072), MeshShape(expert=8, tensor=8), 80e9),
+        (SMALL, Workload("prefill", 512, 2048), MeshShape(seq=2), 200e6),  # asked is more than fits
+    ],
+)
+def test_the_limits_fit_as_measured_and_one_percent_more_does_not(
+    config: Any, work: Workload, mesh: MeshShape, memory: float
+) -> None:
+    plan = make_plan(config, work, mesh, H200._replace(memory=memory))
+
+    def needed(**change: int) -> int:
+        return measure(config, dataclasses.replace(work, **change), mesh)[0].total
+
+    batch, context = plan.largest_batch, plan.longest_context
+    rows = shards(abstract_mesh(mesh, work.use), "batch")
+    assert batch is not None and needed(batch=batch) <= memory < needed(batch=batch + rows * (1 + batch // rows // 100))
+    if context is None:
+        assert needed(context=math.gcd(work.context, 1024)) > memory
+    else:
+        unit = math.gcd(work.context, 1024)
+        more = context + unit * (1 + context // unit // 100)
+        assert needed(context=context) <= memory < needed(context=more)
+
+
+@pytest.mark.parametrize(
+    "needed",
+    [
+        lambda n: 10 + 3 * n,
+        lambda n: 10 + n + n * n / 50,
+        lambda n: 10 + (n if n < 90 else 10 * n),
+        lambda n: 10 if n < 123 else 1e9,
+        lambda n: 10 + 100 * math.log1p(n),
+        lambda n: 10,
+        lambda n: 2000,
+    ],
+)
+@pytest.mark.parametrize("here", [1, 40, 1000])
+def test_the_largest_that_fits_is_found_in_few_measures(needed: Any, here: int) -> None:
+    calls = []
+    found = _largest(lambda n: calls.append(n) or needed(n), here, 5000, 1000)
+    true = max((n for n in range(1, 5001) if needed(n) <= 1000), default=0)
+    assert 0.99 * true <= found <= true and len(calls) <= 22
+
+
+def test_limits_agree_with_the_compilers_temporaries() -> None:
+    work = Workload("serve", 64, 131072)
+    plan = make_plan(FULL, work, MeshShape(expert=8, tensor=8), DEVICES["H800"])
+    assert plan.fits and plan.largest_batch is not None and plan.largest_batch > 64
+    same = compiled_plan(FULL, plan, plan.memory.temporaries, "cuda")
+    assert (same.largest_batch, same.longest_context) == (plan.largest_batch, plan.longest_context)
+    over = compiled_plan(FULL, plan, int(60e9), "cuda")
+    assert not over.fits and over.memory.compiled == "cuda"
+    assert over.largest_batch is not None and over.largest_batch < 64
+    assert over.longest_context is None or over.longest_context < 131072
+
+
 def test_groups_within_a_node_and_between() -> None:
     found = make_plan(FULL, Workload("serve", 64, 4096), MeshShape(expert=8, tensor=8), H200)
     over = {t.collective.axes: t.between_nodes for t in found.traffic}
@@ -94,6 +166,25 @@ def test_best_mesh() -> None:
     assert best(FULL, Workload("serve", 8, 131072), 1, H200) is None
     found = best(FULL, Workload("serve", 8, 131072), 8, H200)
     assert found is not None and found.fits and found.mesh.size == 8
+
+
+def test_one_long_prompt_is_split_over_its_tokens() -> None:
+    work = Workload("prefill", 1, 1 << 20)
+    found = best(FULL, work, 64, DEVICES["H800"])  # 64 devices cannot split one row otherwise
+    assert found is not None and found.fits and found.mesh.seq > 1 and found.work.batch == 1
+    with_rows = best(FULL, dataclasses.replace(work, context=131072, batch=None), 16, H200)
+    assert with_rows is not None and with_rows.mesh.seq == 1
+    assert with_rows.fits and with_rows.work.batch == with_rows.largest_batch
+
+
+@pytest.mark.parametrize("work", [Workload("serve", 4, 512), Workload("prefill", 2, 512)])
+def test_best_is_the_best_of_all(work: Workload) -> None:
+    plans = []
+    for mesh in factorings(4, "serve", sequence=work.mode != "serve"):
+        with contextlib.suppress(UserError):
+            plans.append(make_plan(SMALL, work, mesh, H200))
+    found = best(SMALL, work, 4, H200)
+    assert found is not None and found.tokens_per_second == max(plan.tokens_per_second for plan in plans)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +290,17 @@ def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert values["memory"]["parameters"] == pytest.approx(59.76e9, abs=5e6)
     assert values["mesh"]["expert"] == 8 and values["fits"] is True
     assert values["collectives"][0]["devices"] == 8
+
+
+def test_limits_of_a_compiled_plan_say_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compiling.Compiled("cuda", 0, int(60e9), 1.0)
+    monkeypatch.setattr(compiling, "compile_step", lambda *_: compiled)
+    options = ["--config", "m1-80k", "--devices", "64xH800", "--context", "131072", "--batch", "64"]
+    code, out, _ = run(capsys, monkeypatch, *options, "--compile", "cuda")
+    assert code == 0 and "IT DOES NOT FIT" in out and "in proportion to the cuda compiler's figure" in out
+    code, out, _ = run(capsys, monkeypatch, *options, "--compile", "cuda", "--json")
+    values = json.loads(out)
+    assert values["fits"] is False and values["largest_batch"] < 64
 
 
 def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from m1jax import model as m1
 from m1jax.errors import UserError
 from m1jax.params import ParamSpec
 from m1jax.presets import find_config
-from m1jax.sharding.mesh import PRESETS, MeshShape, Use, abstract_mesh, choose, make_mesh
+from m1jax.sharding.mesh import PRESETS, MeshShape, Use, abstract_mesh, choose, factorings, make_mesh
 from m1jax.sharding.rules import check, rules_of, shardings, spec
 from tests.tools import variant
 
@@ -77,6 +77,14 @@ def test_the_chooser_finds_a_mesh_for_other_models_and_machines() -> None:
     assert choose(FULL, 24) == MeshShape(data=3, expert=8)
     with pytest.raises(UserError, match="no mesh of 7 devices divides this model"):
         choose(two_keys, 7, "train")
+
+
+@pytest.mark.parametrize("use", ["serve", "train"])
+def test_factorings(use: Use) -> None:
+    plain, every = list(factorings(12, use)), list(factorings(12, use, sequence=True))
+    assert every[: len(plain)] == plain and all(mesh.seq == 1 for mesh in plain)
+    assert len(plain) == 18 and len(set(every)) == len(every) == 40  # 12 = 2·2·3 over 3 axes, over 4
+    assert {mesh.size for mesh in every} == {12} and {mesh.seq for mesh in every} == {1, 2, 3, 4, 6, 12}
 
 
 def test_spelling_of_a_mesh() -> None:
