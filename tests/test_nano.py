@@ -111,7 +111,10 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_settings_of_every_stage(machine: str) -> None:
     for stage in training.STAGES:
         found = training.settings(stage, Path("out"), training.PLANS[machine], ["all"])
-        assert found.stage == ("sft" if stage == "hard" else stage) and found.steps == training.PLANS[machine]["steps"][stage]
+        assert (
+            found.stage == ("sft" if stage == "hard" else stage)
+            and found.steps == training.PLANS[machine]["steps"][stage]
+        )
         if stage == "rl":
             assert parse(RLSettings, found.rl, "rl.").loss == "cispo" and found.optimizer.eps == 1e-15
 
