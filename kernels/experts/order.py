@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 128  # ids whose earlier equals one product with a triangle counts
+_BLOCK = 128  # ids that are compared with each other
 
 
 class Order(NamedTuple):
@@ -25,14 +25,12 @@ def by_bucket(ids: jax.Array, buckets: int) -> Order:
     (n,) = ids.shape
     blocks = -(-n // _BLOCK)
     size = -(-n // blocks)
-    padded = jnp.pad(ids, (0, blocks * size - n), constant_values=buckets).reshape(blocks, size, 1)
-    # Sums of zeros and ones: exact in any precision that a device's products add up in.
-    belongs = (padded == jnp.arange(buckets + 1, dtype=ids.dtype)).astype(jnp.float32)
-    earlier = jnp.einsum("ij,bjk->bik", jnp.tri(size, k=-1, dtype=jnp.float32), belongs).astype(jnp.int32)
-    belongs = belongs.astype(jnp.int32)
-    of_block = jnp.sum(belongs, axis=1)
+    padded = jnp.pad(ids, (0, blocks * size - n), constant_values=buckets).reshape(blocks, size)
+    same = padded[:, :, None] == padded[:, None, :]
+    earlier = jnp.sum(same & jnp.tri(size, k=-1, dtype=bool), axis=2, dtype=jnp.int32)
+    of_block = jnp.sum(padded[:, :, None] == jnp.arange(buckets + 1, dtype=ids.dtype), axis=1, dtype=jnp.int32)
     counts = jnp.sum(of_block, axis=0)
     first = (jnp.cumsum(of_block, axis=0) - of_block) + (jnp.cumsum(counts) - counts)
-    place = jnp.sum(belongs * (earlier + first[:, None]), axis=2).reshape(-1)[:n]
+    place = (earlier + jnp.take_along_axis(first, padded, axis=1)).reshape(-1)[:n]
     order = jnp.zeros(n, jnp.int32).at[place].set(jnp.arange(n, dtype=jnp.int32), unique_indices=True)
     return Order(order, place, counts[:buckets])
