@@ -24,7 +24,7 @@ from tests.tools import DATA, rms_error, variant
 
 CONFIG = variant(vocab_size=64, num_key_value_heads=4, num_local_experts=8)
 ROOT = Path(__file__).parents[1]
-LIMIT = 240  # seconds
+LIMIT = 400  # seconds
 
 
 class Ended(NamedTuple):
