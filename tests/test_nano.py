@@ -21,6 +21,7 @@ from m1jax.train.data import chat_tokens
 from m1jax.train.settings import parse
 from tests.tools import DATA
 
+LIST = re.compile(r"List: (?P<listed>[a-z=, ]+)\. Again:(?P<again>( [a-z]+=[a-z]+)+)")
 SHIPPED = 16_000_000  # bytes that the package may gain
 
 
@@ -71,10 +72,10 @@ def test_documents_are_training_problems_lists_to_recall_and_sentences() -> None
     assert texts == list(itertools.islice(recipe.documents(seed=0), 400))
     sentences = [text for text in texts if re.fullmatch(r"([A-Z][a-z ]+\.\s?)+", text)]
     assert 20 < len(sentences) < 90
-    lists = [text.split("\n") for text in texts if re.fullmatch(r"[a-z =\d,\n]+", text)]
+    lists = [found for text in texts if (found := LIST.fullmatch(text))]
     assert 60 < len(lists) < 140
-    for listed, *again in lists:
-        assert again and set(again) <= set(listed.split(", "))
+    for found in lists:
+        assert set(found["again"].split()) <= set(found["listed"].split(", "))
     held_out = {p.question for task in TASKS.values() for p in task.problems(100, seed=1)}
     assert not held_out & {text.split("\n")[0] for text in texts}
 
@@ -88,11 +89,10 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
     lines = [json.loads(line) for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
     assert len(lines) == 1000 + 1000 // 6
     for line in lines[6:42:7]:  # lists to recall
-        text = tokenizer.decode(line["tokens"], keep=None)
-        listed, *again = text.split("\n")
-        assert set(again) <= set(listed.split(", "))
+        found = LIST.fullmatch(tokenizer.decode(line["tokens"], keep=None))
+        assert found is not None
         learnt = [token for token, weight in zip(line["tokens"], line["weights"], strict=True) if weight]
-        assert tokenizer.decode(learnt) == "".join(found.partition("=")[2] for found in again)
+        assert tokenizer.decode(learnt) == "".join(item.partition("=")[2] for item in found["again"].split())
     for line in (line for n, line in enumerate(lines[:50], 1) if n % 7):
         learnt = [token for token, weight in zip(line["tokens"], line["weights"], strict=True) if weight]
         text, reply = tokenizer.decode(line["tokens"], keep=None), tokenizer.decode(learnt, keep=None)
@@ -111,10 +111,7 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_settings_of_every_stage(machine: str) -> None:
     for stage in training.STAGES:
         found = training.settings(stage, Path("out"), training.PLANS[machine], ["all"])
-        assert (
-            found.stage == ("sft" if stage == "hard" else stage)
-            and found.steps == training.PLANS[machine]["steps"][stage]
-        )
+        assert found.stage == stage and found.steps == training.PLANS[machine]["steps"][stage]
         if stage == "rl":
             assert parse(RLSettings, found.rl, "rl.").loss == "cispo" and found.optimizer.eps == 1e-15
 

@@ -17,11 +17,11 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from m1jax.chat_template import ChatTemplate
 from m1jax.config import M1Config
 from m1jax.tasks import TASKS, Problem, Task, mixture
-from m1jax.tasks.retrieval import NAMES, THINGS, named_numbers
+from m1jax.tasks.retrieval import named_colours
 
 TOKENIZER_CONFIG = Path(__file__).parent / "tokenizer_config.json"  # M1's own, with its chat template
 MARKS = ("<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>")
-VOCABULARY = 704
+VOCABULARY = 1008
 END = "<end_of_sentence>"
 
 # Letters inside quotes are tokens of their own, as digits are: a letter is only known apart from its neighbours.
@@ -93,11 +93,11 @@ def sentence(rng: random.Random) -> str:
 
 
 def recall(rng: random.Random) -> list[str]:
-    """A list of named numbers, then some of the names, each followed by its number: teaches to find a name again."""
-    numbers = named_numbers(rng, rng.randint(1, 20), rng.choice((NAMES, THINGS)))
-    again = rng.sample(list(numbers), min(len(numbers), 12))
-    listed = ", ".join(f"{name}={number}" for name, number in numbers.items())
-    return [listed, *(part for name in again for part in (f"\n{name}=", str(numbers[name])))]
+    """A list of named colours, then some of the names, each followed by its colour: teaches to find a name again."""
+    colours = named_colours(rng, rng.randint(1, 16))
+    again = rng.sample(list(colours), min(len(colours), 12))
+    listed = ", ".join(f"{name}={colour}" for name, colour in colours.items())
+    return [f"List: {listed}. Again:", *(part for name in again for part in (f" {name}=", colours[name]))]
 
 
 def documents(seed: int, tasks: Sequence[Task] = tuple(TASKS.values())) -> Iterator[str]:

@@ -27,12 +27,12 @@ def add(a: int, b: int) -> str:
 
 
 def subtract(a: int, b: int) -> str:
-    """Each line: the digit, with a ten before it if one is borrowed, less the other and the borrow before."""
+    """Each line: digit - digit - borrow = what the next column lends, 0 or 1, and the digit."""
     lines, borrow = [], 0
     for x, y in columns(a, b):
-        borrowed = int(x - y - borrow < 0)
-        lines.append(f"{borrowed}{x}-{y}-{borrow}={10 * borrowed + x - y - borrow}")
-        borrow = borrowed
+        left = x - y - borrow
+        lines.append(f"{x}-{y}-{borrow}={int(left < 0)}{left % 10}")
+        borrow = int(left < 0)
     return "\n".join(lines)
 
 
