@@ -246,6 +246,8 @@ def test_bad_settings(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             parse(RLSettings, SMALL_RUN | {key: value}, "rl.")
+    with pytest.raises(UserError, match=r"rl\.floor and rl\.cap have no meaning with loss = 'reinforce'"):
+        parse(RLSettings, SMALL_RUN | {"loss": "reinforce", "cap": 3.0}, "rl.")
     with pytest.raises(UserError, match=r"rl\.questions = 9 does not divide among 8 groups"):
         stage.run(dataclasses.replace(settings(tmp_path, questions=9), mesh="data=4,expert=2"))
     with pytest.raises(UserError, match="did you mean 'addition'"):

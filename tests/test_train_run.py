@@ -165,6 +165,23 @@ def test_other_devices_give_the_same_losses_up_to_rounding(folder: Path, whole: 
     assert rms_error([row[1:] for row in losses(out)], [row[1:] for row in losses(whole)[6:]]) < 1e-5
 
 
+def test_the_validation_loss_is_that_of_every_document_once(folder: Path, whole: Path, tmp_path: Path) -> None:
+    out, texts = tmp_path / "out", [f"{i} times 3 is {3 * i}." for i in range(7)]
+    (tmp_path / "validation.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    data = {"validation": [str(tmp_path / "validation.jsonl")], "validate_every": 3}
+    loop.run(settings(folder, out, data=data))
+    assert losses(out) == losses(whole)
+    found = {row["step"]: row["validation_loss"] for row in rows(out) if "validation_loss" in row}
+    assert list(found) == [3, 6, 8]
+    model, tokenizer = m1jax.load(out / "model"), Tokenizer.load(HELLO)
+    each = []
+    for text in texts:
+        tokens = np.asarray([*tokenizer.encode(text), tokenizer.id_of(tokenizer.special["eos_token"])])
+        log_p = jax.nn.log_softmax(model(tokens[None, :-1])[0])
+        each += np.take_along_axis(np.asarray(log_p), tokens[1:, None], axis=1)[:, 0].tolist()
+    assert found[8] == pytest.approx(-np.mean(each), rel=1e-5)
+
+
 def spoilt(folder: Path, path: str) -> Path:
     """A model with a NaN in one parameter."""
     dst = folder / f"spoilt {path}"
@@ -231,7 +248,7 @@ def test_a_full_disk_while_drawing_keeps_the_model(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(matplotlib.figure.Figure, "savefig", no_room)
-        with pytest.raises(UserError, match=r"curves.png: No space left on device: make room, then run again"):
+        with pytest.raises(UserError, match=r"curves.png.*: No space left on device: make room, then run again"):
             loop.run(settings(folder, out))
     ours, theirs = (flatten(m1jax.load(p / "model")) for p in (out, whole))
     assert all(np.array_equal(ours[path], theirs[path]) for path in ours)
@@ -303,6 +320,9 @@ def test_a_damaged_checkpoint_is_named(folder: Path, whole: Path, tmp_path: Path
     [
         ({"data": {"row": 3}}, "unknown key data.row: did you mean data.rows?"),
         ({"data": {"files": ["none/*.txt"]}}, "none/*.txt matches no file"),
+        ({"data": {"validation": ["none/*.txt"]}}, "data.validation: none/*.txt matches no file"),
+        ({"data": {"validate_every": 0}}, "data.validate_every = 0 must be 1 or more"),
+        ({"stage": "rl", "data": {"validation": ["a.txt"]}}, "data.validation has no meaning in stage rl"),
         ({"model": {"tokenizer": "none"}}, "none has no tokenizer.json"),
         ({"mesh": "data=3"}, "needs 3 devices"),
         ({"mesh": "datum=1"}, "unknown axis 'datum'"),

@@ -77,6 +77,8 @@ class RLSettings:
             raise UserError(f"rl.loss = {self.loss!r} is unknown: choose from {', '.join(NAMED)}")
         if len(self.unified_mask) not in (0, 2) or (self.unified_mask and self.loss != "cispo"):
             raise UserError("rl.unified_mask is [floor, cap] and goes with loss = 'cispo'")
+        if self.loss == "reinforce" and (self.floor, self.cap) != (None, None):
+            raise UserError("rl.floor and rl.cap have no meaning with loss = 'reinforce', whose weight has no bounds")
         _ = self.policy_loss
 
     @property

@@ -47,6 +47,8 @@ class Reinforced:
       UserError: the settings do not fit tokenizer, model or mesh, or there is no such task.
     """
 
+    judged_by = "held_out"
+
     def __init__(self, parts: Parts, rl: RLSettings) -> None:
         settings = parts.settings
         if parts.tokenizer is None:

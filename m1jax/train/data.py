@@ -50,14 +50,15 @@ class Documents:
       UserError: no file matches, or one is empty, unreadable, of another kind or not UTF-8.
     """
 
-    def __init__(self, patterns: Sequence[str], length: int) -> None:
+    def __init__(self, patterns: Sequence[str], length: int, name: str = "data.files") -> None:
         files = sorted({Path(found) for pattern in patterns for found in glob.glob(pattern, recursive=True)})
         for pattern in patterns:
             if not glob.glob(pattern, recursive=True):
-                raise UserError(f"data.files: {pattern} matches no file")
+                raise UserError(f"{name}: {pattern} matches no file")
         if not files:
-            raise UserError("data.files is empty: name the files to train on")
-        self.places = [place for file in files for place in _places(file, length)]
+            raise UserError(f"{name} is empty: name the files to train on")
+        self.name = name
+        self.places = [place for file in files for place in _places(file, length, name)]
         self.fingerprint = hashlib.sha256(
             repr([(file.name, file.stat().st_size) for file in files]).encode()
         ).hexdigest()[:16]
@@ -86,7 +87,7 @@ def _json(text: str, place: Place) -> Mapping[str, Any]:
     return value
 
 
-def _places(file: Path, length: int) -> list[Place]:
+def _places(file: Path, length: int, name: str) -> list[Place]:
     kind = _SUFFIXES.get(file.suffix)
     if kind is None:
         raise UserError(f"{file}: unknown kind {file.suffix!r}: known are {', '.join(_SUFFIXES)}")
@@ -95,7 +96,7 @@ def _places(file: Path, length: int) -> list[Place]:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     if not places:
-        raise UserError(f"{file} is empty: remove it from data.files")
+        raise UserError(f"{file} is empty: remove it from {name}")
     return places
 
 
@@ -274,28 +275,42 @@ def batches(documents: Documents, encoder: Encoder, settings: DataSettings, seed
     Raises:
       UserError: no document has two tokens.
     """
-    _check_any(documents, encoder)
+    check_any(documents, encoder)
     shuffled = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()  # pyright: ignore
-    # Packing needs a single thread's order; reading ahead happens at the end, for whole batches.
-    split = grain.experimental.FlatMapIterDataset(
-        shuffled.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)), _Split(encoder)
-    )
-    lengths = dict.fromkeys(("tokens", "targets", "weights"), settings.length)
-    packed = grain.experimental.FirstFitPackIterDataset(
-        split, length_struct=lengths, num_packing_bins=settings.bins, shuffle_bins=False
-    )
-    shaped = packed.batch(settings.accumulate * settings.rows, drop_remainder=True).map(
-        functools.partial(_shape, accumulate=settings.accumulate)
+    shaped = (
+        _packed(shuffled, encoder, settings)
+        .batch(settings.accumulate * settings.rows, drop_remainder=True)
+        .map(functools.partial(_shape, accumulate=settings.accumulate))
     )
     return iter(grain.experimental.ThreadPrefetchIterDataset(shaped, prefetch_buffer_size=2))  # pyright: ignore
 
 
-def _check_any(documents: Documents, encoder: Encoder) -> None:
-    """Without a single sample grain would look for one forever."""
+def one_pass(documents: Documents, encoder: Encoder, settings: DataSettings) -> Iterator[dict[str, NDArray[Any]]]:
+    """Batches `[1, rows, length]` of all documents, each once and in their order; rows of padding fill the last."""
+    in_order = grain.MapDataset.source(documents)  # pyright: ignore
+    for rows in _packed(in_order, encoder, settings).batch(settings.rows, drop_remainder=False):
+        missing = settings.rows - len(rows["tokens"])
+        yield _shape({name: np.pad(x, ((0, missing), (0, 0))) for name, x in rows.items()}, accumulate=1)
+
+
+def _packed(documents: Any, encoder: Encoder, settings: DataSettings) -> Any:
+    """Samples that share rows, as a dataset of grain's."""
+    # Packing needs a single thread's order; reading ahead happens at the end, for whole batches.
+    split = grain.experimental.FlatMapIterDataset(
+        documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)), _Split(encoder)
+    )
+    lengths = dict.fromkeys(("tokens", "targets", "weights"), settings.length)
+    return grain.experimental.FirstFitPackIterDataset(
+        split, length_struct=lengths, num_packing_bins=settings.bins, shuffle_bins=False
+    )
+
+
+def check_any(documents: Documents, encoder: Encoder) -> None:
+    """Raises `UserError` if no document has two tokens: grain would look for one forever."""
     for index in range(len(documents)):
         if encoder(documents[index]):
             return
-    raise UserError("data.files: no document has two tokens or more")
+    raise UserError(f"{documents.name}: no document has two tokens or more")
 
 
 def _shape(packed: Mapping[str, Any], accumulate: int) -> dict[str, NDArray[Any]]:

@@ -20,14 +20,24 @@ from m1jax.model import M1, abstract, build, init_params
 from m1jax.params import ParamSpec, flatten
 from m1jax.saving import save
 from m1jax.sharding import sizes
-from m1jax.sharding.mesh import MeshShape, make_mesh
+from m1jax.sharding.mesh import MeshShape, choose, make_mesh
 from m1jax.sharding.region import everywhere
 from m1jax.sharding.rules import check, rules_of, shardings, shards
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import data, saving
 from m1jax.train.report import Report
 from m1jax.train.settings import Settings
-from m1jax.train.step import TrainState, accumulated, adamw, computing, cross_entropy, init_state, make_step, schedule
+from m1jax.train.step import (
+    TrainState,
+    accumulated,
+    adamw,
+    computing,
+    cross_entropy,
+    init_state,
+    make_step,
+    measuring,
+    schedule,
+)
 from m1jax.workplace import disk_errors
 
 MODEL = "model"  # the trained model's folder in `out`
@@ -53,9 +63,11 @@ class Stage(Protocol):
 
     Attributes:
       identity: what a run cannot change when it goes on, beside the model; JSON.
+      judged_by: the figure that every evaluation has.
     """
 
     identity: Mapping[str, Any]
+    judged_by: str
 
     def position(self) -> Any:
         """Where the data stands, JSON."""
@@ -74,7 +86,7 @@ class Stage(Protocol):
         ...
 
     def evaluate(self, state: TrainState) -> Mapping[str, float]:
-        """Figures of an evaluation, `held_out` among them."""
+        """Figures of an evaluation, `judged_by` among them."""
         ...
 
     def close(self) -> None:
@@ -108,10 +120,13 @@ def _has_tokenizer(folder: Path, settings: Settings) -> bool:
 
 
 def mesh_of(text: str, config: M1Config) -> Mesh:
-    """The mesh of a setting such as "data=2,expert=4"; one device if it is empty. Raises `UserError`."""
+    """The mesh of a setting such as "data=2,expert=4" or "auto"; one device if it is empty. Raises `UserError`."""
     if not text and jax.process_count() > 1:
         raise UserError(f"mesh is missing: {jax.process_count()} processes share a run by one, such as mesh = 'fsdp=8'")
-    shape = MeshShape.parse(text) if text else MeshShape()
+    if text == "auto":
+        shape = choose(config, jax.device_count(), "train")
+    else:
+        shape = MeshShape.parse(text) if text else MeshShape()
     mesh = make_mesh(shape, "train", jax.devices() if text else jax.devices()[:1])
     check(config, mesh)
     return mesh
@@ -211,7 +226,7 @@ def _steps(
     if profile and not traced:
         report.say("warning: no step is left to profile")
     with contextlib.ExitStack() as trace, jax.set_mesh(parts.mesh):
-        if first and stage.evaluates(first - 1) and not report.has("held_out"):  # killed while it was evaluated
+        if first and stage.evaluates(first - 1) and not report.has(stage.judged_by):  # killed while it was evaluated
             report.add(stage.evaluate(state))
         for number in range(first, settings.steps):
             if number in traced[:1]:
@@ -242,6 +257,8 @@ class Supervised:
       UserError: the data does not fit settings, tokenizer or mesh.
     """
 
+    judged_by = "validation_loss"
+
     def __init__(self, parts: Parts) -> None:
         self._parts, settings = parts, parts.settings
         d, ways = settings.data, shards(parts.mesh, "batch")
@@ -249,8 +266,11 @@ class Supervised:
             raise UserError(f"data.rows = {d.rows} does not divide among {ways} groups of devices: take a multiple")
         documents = data.Documents(d.files, d.length)
         end = _end_token(settings, parts.tokenizer)
-        encoder = data.Encoder(parts.tokenizer, d.length, parts.config.vocab_size, end)
-        self._source = data.batches(documents, encoder, d, settings.seed)
+        self._encoder = data.Encoder(parts.tokenizer, d.length, parts.config.vocab_size, end)
+        self._source = data.batches(documents, self._encoder, d, settings.seed)
+        self._validation = data.Documents(d.validation, d.length, "data.validation") if d.validation else None
+        if self._validation is not None:
+            data.check_any(self._validation, self._encoder)
         self.identity: Mapping[str, Any] = {
             "data": documents.fingerprint,
             "data.length": d.length,
@@ -259,7 +279,7 @@ class Supervised:
         }
         balance = settings.optimizer.balance if settings.optimizer.balance >= 0 else parts.config.router_aux_loss_coef
         loss = cross_entropy(settings.model.dtype, settings.model.remat, balance, settings.model.capacity or None)
-        self._step = make_step(loss, parts.optimizer, settings.guard)
+        self._step, self._measure = make_step(loss, parts.optimizer, settings.guard), measuring(loss)
         self._rate = schedule(settings.optimizer, settings.steps)
         self._guard = Guard(settings, loss)
 
@@ -283,12 +303,20 @@ class Supervised:
         return state
 
     def evaluates(self, number: int) -> bool:
-        """Never."""
-        return False
+        """Whether the validation files are read after this step: every so many, and at the end."""
+        settings = self._parts.settings
+        last = number + 1 == settings.steps
+        return self._validation is not None and ((number + 1) % settings.data.validate_every == 0 or last)
 
     def evaluate(self, state: TrainState) -> Mapping[str, float]:
-        """Nothing: see `evaluates`."""
-        return {}
+        """The cross-entropy of all tokens of the validation files."""
+        assert self._validation is not None
+        total = weight = 0.0
+        for rows in data.one_pass(self._validation, self._encoder, self._parts.settings.data):
+            found = fetched(self._measure(state.model, to_devices(rows, self._parts.mesh)))
+            total += float(found["cross_entropy"]) * float(found["weights"])
+            weight += float(found["weights"])
+        return {self.judged_by: total / max(weight, 1e-9)}
 
     def close(self) -> None:
         """Lets go of the data."""

@@ -15,13 +15,11 @@ from tqdm import tqdm
 from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.params import param_table
+from m1jax.sharding.machines import known
 from m1jax.train.settings import Settings
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
-
-# TFLOP/s of one device in dense bfloat16, from the makers' data sheets.
-_PEAK = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "v5p": 459.0, "v5 lite": 197.0, "v6 lite": 918.0}
 
 
 def flops_per_token(config: M1Config, context: float) -> float:
@@ -64,7 +62,7 @@ class Report:
             self._start = self._file.stat().st_size
             if lines and json.loads(lines[-1])["step"] == first:
                 self._row, self._start = json.loads(lines[-1]), self._start - len(lines[-1].encode())
-        self._peak = settings.log.peak_tflops or _peak()
+        self._peak = settings.log.peak_tflops or _peak_tflops()
         self._bar = tqdm(total=settings.steps, initial=first, desc=settings.stage, unit="step", disable=None)
         self._clock = time.perf_counter()
         self._plain = not sys.stderr.isatty()
@@ -170,9 +168,10 @@ def _board(folder: Path, first: int) -> Any:
     return SummaryWriter(str(folder), purge_step=first + 1 if first else None)
 
 
-def _peak() -> float:
-    kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in _PEAK.items() if name in kind), 0.0)
+def _peak_tflops() -> float:
+    """Of one of the devices present, 0 if that is not known."""
+    device = known(jax.devices()[0].device_kind)
+    return 0.0 if device is None else device.flops / 1e12
 
 
 def _drawing() -> Any:
@@ -206,4 +205,6 @@ def curves(metrics: Path, picture: Path) -> None:
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=110)
+    part = picture.with_name(f".{picture.name}.part")
+    figure.savefig(part, dpi=110, format="png")
+    part.replace(picture)

@@ -36,6 +36,8 @@ class DataSettings:
     accumulate: int = 1  # batches whose gradients make one step
     end_token: str = ""  # name of the token after each document; the tokenizer's eos by default
     bins: int = 32  # rows that are being filled at a time; more leave less padding
+    validation: tuple[str, ...] = ()  # files or patterns that are not trained on: their cross-entropy is reported
+    validate_every: int = 500  # steps, and at the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Settings:
     out: str  # folder for checkpoints, metrics and the trained model
     steps: int
     seed: int = 0
-    mesh: str = ""  # such as "data=2,expert=4"; one device by default
+    mesh: str = ""  # such as "data=2,expert=4"; "auto": one for all devices present; empty: the first device alone
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -98,7 +100,8 @@ class Settings:
     rl: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # read by the stage itself
 
     def __post_init__(self) -> None:
-        o, positive = self.optimizer, ("data.length", "data.rows", "data.accumulate", "data.bins")
+        o, data = self.optimizer, ("length", "rows", "accumulate", "bins", "validate_every")
+        positive = [f"data.{name}" for name in data]
         for name in ("steps", *positive, "checkpoint.every", "checkpoint.keep", "guard.skips", "log.every"):
             value: Any = self
             for part in name.split("."):
@@ -119,6 +122,8 @@ class Settings:
         for name, (value, good, wanted) in ranges.items():
             if not good:
                 raise UserError(f"{name} = {value} must be {wanted}")
+        if self.stage == "rl" and self.data.validation:
+            raise UserError("data.validation has no meaning in stage rl: set rl.evaluate_every")
         if self.stage == "rl" and self.model.capacity:
             raise UserError(f"model.capacity = {self.model.capacity} has no meaning in stage rl: leave it out")
         if bool(self.model.path) == bool(self.model.config):

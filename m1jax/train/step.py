@@ -123,6 +123,17 @@ def totals(batch: Batch) -> Metrics:
     return {"weights": jnp.maximum(weights, 1e-9), "tokens": jnp.maximum(tokens, 1).astype(jnp.float32)}
 
 
+def measuring(loss: Loss) -> Callable[[M1, Batch], Metrics]:
+    """The compiled cross-entropy of a batch `[1, B, T]` and what it weighs among others, no gradient."""
+
+    def measure(model: M1, batch: Batch) -> Metrics:
+        some = jax.tree.map(lambda a: a[0], batch)
+        total = totals(some)
+        return {"cross_entropy": loss(model, some, total)[1]["cross_entropy"], "weights": total["weights"]}
+
+    return jax.jit(measure)
+
+
 def make_step(
     loss: Loss, optimizer: optax.GradientTransformation, guard: GuardSettings
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
