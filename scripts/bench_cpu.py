@@ -3,7 +3,9 @@
 Tokens per second of m1jax and of transformers' `MiniMaxForCausalLM` in one run: same weights, same machine, in turns.
 The model has 950M parameters (hidden 1024, 16 layers 7:1, 16 heads × 64, 4 KV heads, 16 experts top-2 of width 1024,
 vocabulary 32000). Prefill fills the state from an empty one and gives the last token's logits (`logits_to_keep=1`);
-decode continues 64 tokens, greedily. Compilation is not counted. Needs the extra `parity`.
+decode continues 64 tokens, greedily. Compilation is not counted. The last column is the share of what the machine
+can do that m1jax reaches, both limits measured in the same run: of the FLOP/s of a large matrix product in prefill, of
+the bytes of memory read per second in decode. Needs the extra `parity`.
 """
 
 import argparse
@@ -25,7 +27,10 @@ import torch
 import transformers
 
 import m1jax
+from m1jax.params import flatten, param_table
 
+SIDE = 2048  # of the matrix whose product shows the machine's FLOP/s
+READ = 1 << 30  # bytes whose sum shows how fast memory is read
 FLOP_PER_TOKEN = 2 * (14 * 5 * 2**20 + 2 * 2.5 * 2**20 + 16 * 2 * 3 * 2**20)  # without attention and head
 PROMPT, STEPS = 64, 16
 
@@ -83,6 +88,31 @@ class Theirs:
         return self._run(token, past_key_values=self.cache, position_ids=where)
 
 
+def limits(dtype: str) -> dict[str, float]:
+    """The machine's FLOP/s in products of `dtype`, the better of torch's and XLA's, and bytes per second of reading."""
+    matrix = np.random.default_rng(0).standard_normal((SIDE, SIDE), np.float32)
+    ours, theirs = jnp.asarray(matrix, dtype), torch.tensor(matrix, dtype=getattr(torch, dtype))
+    times = jax.jit(lambda a: a @ a)
+    fastest = min(best(lambda: times(ours).block_until_ready()), best(lambda: theirs @ theirs))
+    data = torch.ones(READ // 4)
+    return {"flops": 2 * SIDE**3 / fastest, "bytes": READ / best(data.sum)}
+
+
+def best(fn: Callable[[], Any]) -> float:
+    """Least seconds of several calls."""
+    return min(seconds(fn) for _ in range(6))
+
+
+def bytes_per_step(model: m1jax.M1, batch: int) -> float:
+    """Bytes of weights that a decode step must read, if the rows choose their experts independently."""
+    E, k, total = model.config.num_local_experts, model.config.num_experts_per_tok, 0.0
+    chosen = 1 - (1 - k / E) ** batch  # share of the experts
+    specs = param_table(model.config)
+    for path, x in flatten(model).items():
+        total += x.nbytes * (0.0 if path == "embed" else chosen if "experts" in specs[path].axes else 1.0)
+    return total
+
+
 def seconds(fn: Callable[..., Any], *args: Any) -> float:
     """Wall time of one call."""
     start = time.perf_counter()
@@ -103,8 +133,9 @@ def decode(engine: Any, ids: np.ndarray) -> float:
 
 def measure(folder: Path, dtype: str, lengths: list[int], batches: list[int], repeats: int) -> list[dict[str, Any]]:
     """Rows of the table for one dtype; the two engines take turns, the median of `repeats` counts."""
-    engines = {"m1jax": Ours(folder, dtype), "transformers": Theirs(folder, dtype)}
-    rng, rows = np.random.default_rng(0), []
+    ours = Ours(folder, dtype)
+    engines = {"m1jax": ours, "transformers": Theirs(folder, dtype)}
+    rng, rows, limit = np.random.default_rng(0), [], limits(dtype)
     for T in lengths:
         ids = rng.integers(0, 32000, (1, T))
         times: dict[str, list[float]] = {name: [] for name in engines}
@@ -113,23 +144,26 @@ def measure(folder: Path, dtype: str, lengths: list[int], batches: list[int], re
         for _ in range(repeats):
             for name, engine in engines.items():
                 times[name].append(seconds(engine.prefill, ids))
-        rows.append(row(dtype, f"prefill {T}", {name: T / statistics.median(t) for name, t in times.items()}))
-        rows[-1]["GFLOP/s"] = rows[-1]["m1jax"] * FLOP_PER_TOKEN / 1e9
+        rate = {name: T / statistics.median(t) for name, t in times.items()}
+        rows.append(row(dtype, f"prefill {T}", rate, rate["m1jax"] * FLOP_PER_TOKEN / limit["flops"]))
     for B in batches:
         ids = rng.integers(0, 32000, (B, PROMPT))
         runs: dict[str, list[float]] = {name: [] for name in engines}
         for _ in range(repeats):
             for name, engine in engines.items():
                 runs[name].append(decode(engine, ids))
-        rows.append(row(dtype, f"decode B={B}", {name: B / statistics.median(t) for name, t in runs.items()}))
+        rate = {name: B / statistics.median(t) for name, t in runs.items()}
+        read = bytes_per_step(ours.model, B) * rate["m1jax"] / B
+        rows.append(row(dtype, f"decode B={B}", rate, read / limit["bytes"]))
     return rows
 
 
-def row(dtype: str, what: str, rate: dict[str, float]) -> dict[str, Any]:
+def row(dtype: str, what: str, rate: dict[str, float], share: float) -> dict[str, Any]:
     """One line of the table, printed at once."""
-    out = {"dtype": dtype, "what": what, **rate, "ratio": rate["m1jax"] / rate["transformers"]}
-    print(f"| {dtype} | {what} | {rate['transformers']:.1f} | {rate['m1jax']:.1f} | {out['ratio']:.2f}× |", flush=True)
-    return out
+    ratio = rate["m1jax"] / rate["transformers"]
+    cells = (dtype, what, f"{rate['transformers']:.1f}", f"{rate['m1jax']:.1f}", f"{ratio:.2f}×", f"{share:.0%}")
+    print(f"| {' | '.join(cells)} |", flush=True)
+    return {"dtype": dtype, "what": what, **rate, "ratio": ratio, "share": share}
 
 
 def processor() -> str:
@@ -151,7 +185,7 @@ def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     versions = {m.__name__: m.__version__ for m in (jax, torch, transformers)}
     print(f"{processor()}; {versions}\n")
-    print("| dtype | | transformers, tokens/s | m1jax, tokens/s | ratio |\n|---|---|---|---|---|")
+    print("| dtype | | transformers, tokens/s | m1jax, tokens/s | ratio | of the machine |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         make_weights(Path(folder))
         rows = [r for d in args.dtypes for r in measure(Path(folder), d, args.prefill, args.batches, args.repeats)]
