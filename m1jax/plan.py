@@ -39,7 +39,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add = out.add_argument
     add("--config", required=True, metavar="MODEL", help="m1-80k, a model's folder or its config.json")
-    add("--devices", required=True, metavar="8xH200", help="how many of which (A100, H100, H800, H200, B200, v5p, v6e)")
+    add(
+        "--devices",
+        required=True,
+        metavar="8xH200",
+        help="how many of which: A100, H100, H800, H200, B200, v5e, v5p, v6e",
+    )
     add("--mode", choices=("serve", "prefill", "train"), default="serve", help="decode, read prompts, or train (serve)")
     add("--mesh", metavar="AXES", help="e.g. data=1,expert=8,tensor=1 (chosen for the devices)")
     add("--batch", type=int, metavar="B", help="rows of all devices together (as few as the mesh takes)")

@@ -1,6 +1,6 @@
 """python scripts/train_hello.py [--out tests/data/m1_hello] [--steps 400]
 
-Makes the model that the README's first line talks to: M1's architecture with 8 layers and its chat format, taught a
+Makes the model that the tests talk to: M1's architecture with 8 layers and its chat format, taught a
 dozen answers by heart in a few minutes on a laptop, saved in the official layout. It is there to see text come through
 the whole of the code; it knows nothing else and generalises to nothing.
 """
@@ -8,22 +8,19 @@ the whole of the code; it knows nothing else and generalises to nothing.
 import argparse
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 import tokenizers
-from safetensors import numpy as safetensors
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
-from m1jax import M1, M1Config
+from m1jax import M1Config
 from m1jax.chat_template import ChatTemplate
-from m1jax.model import init_params
-from m1jax.params import flatten
-from m1jax.weights import expected
+from m1jax.errors import main_guard
+from m1jax.nano.training import install
+from m1jax.train import loop
+from m1jax.train.settings import Settings, parse
 
 ANSWERS = {
     "Who are you?": (
@@ -89,51 +86,41 @@ def train_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def batch(tokenizer: tokenizers.Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [B, T] and a mask [B, T] of those to be learnt, the replies."""
-    tokens, learn = np.zeros((len(ANSWERS), WIDTH), np.int32), np.zeros((len(ANSWERS), WIDTH), bool)
-    for row, (prompt, reply) in enumerate(conversations()):
+def lessons(tokenizer: tokenizers.Tokenizer) -> Iterator[dict[str, list[int]]]:
+    """The conversations as tokens and weights; the replies are to be learnt."""
+    for prompt, reply in conversations():
         start, ids = len(tokenizer.encode(prompt).ids), tokenizer.encode(prompt + reply).ids
-        tokens[row, : len(ids)], learn[row, start : len(ids)] = ids, True
-    return tokens, learn
+        yield {"tokens": ids, "weights": [0] * start + [1] * (len(ids) - start)}
 
 
-def train(model: M1, tokens: np.ndarray, learn: np.ndarray, steps: int) -> M1:
-    """AdamW on the cross-entropy of the replies."""
-    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, 4e-3, 20, steps), b2=0.95, weight_decay=0.01)
-
-    def loss(model: M1) -> jax.Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens)[:, :-1], tokens[:, 1:])
-        return jnp.sum(losses * learn[:, 1:]) / np.sum(learn[:, 1:])
-
-    @jax.jit
-    def step(model: M1, state: optax.OptState) -> tuple[M1, optax.OptState, jax.Array]:
-        value, gradient = jax.value_and_grad(loss)(model)
-        update, state = optimizer.update(gradient, state, model)  # pyright: ignore[reportArgumentType]
-        return jax.tree.map(jnp.add, model, update), state, value
-
-    state = optimizer.init(model)  # pyright: ignore[reportArgumentType]
-    with tqdm(range(steps)) as progress:
-        for _ in progress:
-            model, state, value = step(model, state)
-            progress.set_postfix(loss=f"{float(value):.4f}")
-    return model
+def settings(folder: Path, steps: int) -> Settings:
+    """The run, as a TOML file would give it."""
+    table = {
+        "stage": "sft",
+        "out": str(folder / "run"),
+        "steps": steps,
+        "model": {"config": str(folder / "config.json"), "tokenizer": str(folder), "dtype": "float32", "remat": "none"},
+        "data": {"files": [str(folder / "lessons.jsonl")], "length": WIDTH, "rows": len(ANSWERS)},
+        "optimizer": {"learning_rate": 4e-3, "warmup": steps // 20, "decay": steps // 2, "weight_decay": 0.01},
+        "log": {"tensorboard": False},
+    }
+    return parse(Settings, table)
 
 
+@main_guard
 def main() -> None:
     """Trains and writes the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tests/data/m1_hello"))
     parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(args.out)
-    cfg = config(tokenizer.get_vocab_size())
-    model = train(init_params(cfg, jax.random.key(0)), *batch(tokenizer), args.steps)
-    arrays = {path: np.asarray(leaf.astype(jnp.bfloat16)) for path, leaf in flatten(model).items()}
-    tensors = {name: arrays[s.target][s.index].reshape(s.shape) for name, s in expected(cfg).items()}
-    safetensors.save_file(tensors, args.out / "model.safetensors", {"format": "pt"})
-    (args.out / "config.json").write_text(json.dumps(cfg.to_official(), indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = train_tokenizer(folder)
+        (folder / "config.json").write_text(json.dumps(config(tokenizer.get_vocab_size()).to_official()))
+        (folder / "lessons.jsonl").write_text("".join(json.dumps(lesson) + "\n" for lesson in lessons(tokenizer)))
+        loop.run(settings(folder, args.steps))
+        install(folder / "run" / loop.MODEL, folder, args.out)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ _NO_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }
-_TPU_DIMENSIONS = {"v5p": 3, "v6e": 2}  # of the torus that the chips are wired in
+_TPU_DIMENSIONS = {"v5e": 2, "v5p": 3, "v6e": 2}  # of the torus that the chips are wired in
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,10 +33,22 @@ DEVICES = {
         Device("H800", 80e9, 3.35e12, 989e12, 200e9, NETWORK, 8, "cuda"),
         Device("H200", 141e9, 4.8e12, 989e12, 450e9, NETWORK, 8, "cuda"),
         Device("B200", 180e9, 7.7e12, 2250e12, 900e9, NETWORK, 8, "cuda"),
+        Device("v5e", 16e9, 0.819e12, 197e12, 100e9, NETWORK / 8, 256, "tpu"),
         Device("v5p", 95e9, 2.765e12, 459e12, 300e9, NETWORK / 8, 8960, "tpu"),
         Device("v6e", 32e9, 1.64e12, 918e12, 200e9, NETWORK / 8, 256, "tpu"),
     )
 }
+
+
+# What jax calls them, where that is not their name.
+_KINDS = {"v5 lite": "v5e", "v6 lite": "v6e"}
+
+
+def known(kind: str) -> Device | None:
+    """The accelerator of a `device_kind` of jax's, such as "NVIDIA H100 80GB HBM3", if it is one of these."""
+    for alias, name in _KINDS.items():
+        kind = kind.replace(alias, name)
+    return next((device for name, device in DEVICES.items() if name in kind), None)
 
 
 def parse_devices(text: str) -> tuple[int, Device]:

@@ -254,7 +254,8 @@ def test_missing_wheels_and_wrong_devices(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("device", "count", "name"), [("v5p", 16, "v5p:2x2x4"), ("v5p", 512, "v5p:8x8x8"), ("v6e", 8, "v6e:2x4")]
+    ("device", "count", "name"),
+    [("v5p", 16, "v5p:2x2x4"), ("v5p", 512, "v5p:8x8x8"), ("v6e", 8, "v6e:2x4"), ("v5e", 4, "v5e:2x2")],
 )
 def test_tpu_slices_have_names(device: str, count: int, name: str) -> None:
     assert compiling.tpu_topology(DEVICES[device], count) == name

@@ -24,6 +24,7 @@ from tests.tools import DATA, rms_error, variant
 
 CONFIG = variant(vocab_size=64, num_key_value_heads=4, num_local_experts=8)
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = test_train_run.ENVIRONMENT  # with the tests' compilation cache
 LIMIT = 400  # seconds
 
 
@@ -55,6 +56,7 @@ def run(address: str, count: int, module: str, args: Sequence[str]) -> list[Ende
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env=ENVIRONMENT,
         )
         for i in range(count)
     ]
