@@ -20,8 +20,8 @@ from m1jax.train.forward import hidden_states
 from m1jax.train.loss import CHUNK, token_log_probs
 from m1jax.train.step import accumulated, cross_entropy
 from tests import numpy_m1
-from tests.test_kernels import gradients, normal, routing
-from tests.tools import SMALL, random_model, rms_error, variant
+from tests.test_kernels import gradients, routing
+from tests.tools import SMALL, normal, random_model, rms_error, variant
 
 # Lengths of the sequences in each row of 200; the rest of a row is padding, 0 is padding between two sequences.
 ROWS = [[130, 1, 69], [5, 150]]

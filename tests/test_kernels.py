@@ -15,14 +15,9 @@ from m1jax.kernels.lightning_attention.api import slopes
 from m1jax.kernels.linear import linear
 from m1jax.kernels.softmax_attention import softmax_attention
 from m1jax.kernels.softmax_attention import xla as softmax_xla
-from tests.tools import rms_error
+from tests.tools import TOLERANCE, normal, rms_error
 
-TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3}
 DTYPES = list(TOLERANCE)
-
-
-def normal(seed: int, *shape: int, dtype: str = "float32") -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)).astype(dtype)
 
 
 def gradients(fn: Any, *arrays: jax.Array) -> list[jax.Array]:

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from m1jax.kernels.lightning_attention import gpu, lightning_attention, log_decay
-from tests.test_kernels import TOLERANCE, gradients, normal
-from tests.tools import rms_error
+from tests.test_kernels import gradients
+from tests.tools import TOLERANCE, normal, rms_error
 
 H, D, T = 2, 32, 150
 DECAY = jnp.asarray(log_decay(H, 3, 9))

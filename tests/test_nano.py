@@ -21,7 +21,7 @@ from m1jax.train.data import chat_tokens
 from m1jax.train.settings import parse
 from tests.tools import DATA
 
-LIST = re.compile(r"List: (?P<listed>[a-z=, ]+)\. Again:(?P<again>( [a-z]+=[a-z]+)+)")
+LIST = re.compile(r"List: (?P<listed>[a-z\d, ]+)\. Again:(?P<again>( [a-z]+\d)+)")
 SHIPPED = 16_000_000  # bytes that the package may gain
 
 
@@ -67,15 +67,11 @@ def test_conversations_are_short_and_end(tokenizer: Tokenizer) -> None:
             assert tokenizer.encode(prompt) == tokens[: len(tokenizer.encode(prompt))]
 
 
-def test_documents_are_training_problems_lists_to_recall_and_sentences() -> None:
+def test_documents_are_training_problems_and_sentences() -> None:
     texts = list(itertools.islice(recipe.documents(seed=0), 400))
     assert texts == list(itertools.islice(recipe.documents(seed=0), 400))
     sentences = [text for text in texts if re.fullmatch(r"([A-Z][a-z ]+\.\s?)+", text)]
     assert 20 < len(sentences) < 90
-    lists = [found for text in texts if (found := LIST.fullmatch(text))]
-    assert 60 < len(lists) < 140
-    for found in lists:
-        assert set(found["again"].split()) <= set(found["listed"].split(", "))
     held_out = {p.question for task in TASKS.values() for p in task.problems(100, seed=1)}
     assert not held_out & {text.split("\n")[0] for text in texts}
 
@@ -87,13 +83,16 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
     training.prepare(tmp_path, plan, ["addition", "logic"])
     assert (tmp_path / "config.json").read_text() == "kept"
     lines = [json.loads(line) for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
-    assert len(lines) == 1000 + 1000 // 6
-    for line in lines[6:42:7]:  # lists to recall
+    documents = [json.loads(line) for line in (tmp_path / "pretrain.jsonl").read_text().splitlines()]
+    assert len(lines) == len(documents) == 1000 + 1000 // 3
+    for line in (*lines[3:40:4], *documents[3:40:4]):  # lists to recall
         found = LIST.fullmatch(tokenizer.decode(line["tokens"], keep=None))
         assert found is not None
         learnt = [token for token, weight in zip(line["tokens"], line["weights"], strict=True) if weight]
-        assert tokenizer.decode(learnt) == "".join(item.partition("=")[2] for item in found["again"].split())
-    for line in (line for n, line in enumerate(lines[:50], 1) if n % 7):
+        assert tokenizer.decode(learnt) == "".join(item[-1] for item in found["again"].split())
+        assert set(line["weights"]) == {0, training.FOUND}
+        assert set(found["again"].split()) <= set(found["listed"].split(", "))
+    for line in (line for n, line in enumerate(lines[:50], 1) if n % 4):
         learnt = [token for token, weight in zip(line["tokens"], line["weights"], strict=True) if weight]
         text, reply = tokenizer.decode(line["tokens"], keep=None), tokenizer.decode(learnt, keep=None)
         assert text.endswith(reply) and text.count(recipe.END) == 2
@@ -104,7 +103,7 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
         last = len(line["tokens"])
         assert tokens[:last].tolist() == line["tokens"] and weights[:last].tolist() == line["weights"]
         assert not weights[last:].any()
-    assert "text" in json.loads((tmp_path / "pretrain.jsonl").read_text().splitlines()[0])
+    assert all("text" in line for n, line in enumerate(documents, 1) if n % 4)
 
 
 @pytest.mark.parametrize("machine", list(training.PLANS))

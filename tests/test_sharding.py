@@ -16,6 +16,7 @@ from m1jax.sharding.mesh import MeshShape, Use, make_mesh
 from m1jax.sharding.rules import shardings
 from m1jax.train.forward import Routing, hidden_states
 from m1jax.train.loss import balancing_loss, head_weight, token_log_probs
+from m1jax.train.step import computing
 from tests.tools import random_model, rms_error, variant
 
 # Sizes that are split in many ways, and are no powers of two: 3 experts of width 15 on a device.
@@ -121,6 +122,29 @@ def test_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, (_, use) in MESHES.items() if use == "train"])
 def test_the_trainers_loss_and_its_gradients(name: str) -> None:
     check_gradients("training", name)
+
+
+@pytest.mark.parametrize("name", ["experts apart", "sequence and tensor", "everything but data"])
+def test_bfloat16_is_no_further_from_float32_than_on_one_device(name: str) -> None:
+    """Logits and gradients of the trainer's loss; weights and gradients stay float32."""
+
+    def run(model: M1) -> tuple[jax.Array, M1]:
+        def narrow(model: M1) -> jax.Array:
+            return training_loss(computing(model, "bfloat16"), SEGMENTS)
+
+        return computing(model, "bfloat16")(TOKENS), jax.grad(narrow)(model)
+
+    def named(logits: jax.Array, gradient: M1) -> dict[str, jax.Array]:
+        return {"logits": logits, **flatten(gradient)}
+
+    exact, one = named(model()(TOKENS), expected("training")[1]), named(*jax.jit(run)(model()))
+    mesh = mesh_of(name)
+    with jax.set_mesh(mesh):
+        several = named(*jax.jit(run)(on(mesh)))
+    for path, value in exact.items():
+        assert several[path].dtype == one[path].dtype == jnp.float32
+        error = rms_error(several[path], value)
+        assert error < 1.5 * rms_error(one[path], value) + 1e-6, path
 
 
 @pytest.mark.parametrize("name", MESHES)

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from m1jax.kernels.softmax_attention import gpu, softmax_attention
-from tests.tools import rms_error
+from tests.tools import TOLERANCE, rms_error
 
-TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3}
 H, K, D = 6, 2, 32
 
 reference: Any = functools.partial(softmax_attention, implementation="reference")

@@ -14,6 +14,8 @@ from m1jax.model import M1, build
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "m1_tiny"
 
+TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3}  # relative RMS error of a kernel
+
 SMALL = M1Config(
     vocab_size=61,
     hidden_size=32,
@@ -40,6 +42,11 @@ def rms_error(ours: Any, theirs: Any) -> float:
     """Root mean square of the difference, relative to that of `theirs`."""
     a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)))
+
+
+def normal(seed: int, *shape: int, dtype: str = "float32") -> jax.Array:
+    """Standard normal numbers."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)).astype(dtype)
 
 
 def random_model(config: M1Config, seed: int = 0, dtype: str = "float32") -> M1:

@@ -17,11 +17,11 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from m1jax.chat_template import ChatTemplate
 from m1jax.config import M1Config
 from m1jax.tasks import TASKS, Problem, Task, mixture
-from m1jax.tasks.retrieval import named_colours
+from m1jax.tasks.retrieval import THINGS
 
 TOKENIZER_CONFIG = Path(__file__).parent / "tokenizer_config.json"  # M1's own, with its chat template
 MARKS = ("<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>")
-VOCABULARY = 1008
+VOCABULARY = 640
 END = "<end_of_sentence>"
 
 # Letters inside quotes are tokens of their own, as digits are: a letter is only known apart from its neighbours.
@@ -93,24 +93,23 @@ def sentence(rng: random.Random) -> str:
 
 
 def recall(rng: random.Random) -> list[str]:
-    """A list of named colours, then some of the names, each followed by its colour: teaches to find a name again."""
-    colours = named_colours(rng, rng.randint(1, 16))
-    again = rng.sample(list(colours), min(len(colours), 12))
-    listed = ", ".join(f"{name}={colour}" for name, colour in colours.items())
-    return [f"List: {listed}. Again:", *(part for name in again for part in (f" {name}=", colours[name]))]
+    """A list of named numbers, then its names again, each followed by its number, which are every second part.
+
+    Short lists are as frequent as long ones: finding a name again is learnt from few, then from more.
+    """
+    names = rng.sample(THINGS, round(16 ** rng.random()))
+    numbers = {name: str(rng.randrange(10)) for name in names}
+    listed = ", ".join(name + number for name, number in numbers.items())
+    again = rng.sample(names, min(len(names), 12))
+    return [f"List: {listed}. Again:", *(part for name in again for part in (f" {name}", numbers[name]))]
 
 
 def documents(seed: int, tasks: Sequence[Task] = tuple(TASKS.values())) -> Iterator[str]:
-    """Pretraining documents without end: problems as plain text, lists to recall, a few simple sentences."""
+    """Pretraining documents without end: problems as plain text, and a few simple sentences."""
     rng, problems = random.Random(f"documents {seed}"), mixture(tasks, seed)
     while True:
-        kind = rng.random()
-        if kind < 1 / 8:
-            yield " ".join(sentence(rng) for _ in range(rng.randint(1, 4)))
-        elif kind < 3 / 8:
-            yield "".join(recall(rng))
-        else:
-            yield plain(next(problems))
+        few = rng.random() < 1 / 8
+        yield " ".join(sentence(rng) for _ in range(rng.randint(1, 4))) if few else plain(next(problems))
 
 
 def train_tokenizer(folder: Path, samples: int = 4000) -> tokenizers.Tokenizer:

@@ -23,6 +23,7 @@ Stage = Literal["pretrain", "sft", "rl"]
 STAGES: tuple[Stage, ...] = ("pretrain", "sft", "rl")
 
 LENGTH = 256  # tokens of a row; the longest conversation of the shipped difficulties fits
+FOUND = 4  # weight of a number found again: there are few among the tokens of replies
 WINDOWS = (112, 136, 160)  # tokens of a reply, in stages of RL
 # The tasks that are learnt last: twice as frequent in SFT; in RL hardly a group of the others' replies is mixed, and
 # groups that are not teach nothing.
@@ -33,7 +34,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "dtype": "float32",
         "rows": 8,
-        "steps": {"pretrain": 1600, "sft": 11000, "rl": 24},
+        "steps": {"pretrain": 1000, "sft": 8500, "rl": 24},
         "rate": {"pretrain": 2e-3, "sft": 1.5e-3, "rl": 1e-4},
         "passes": 1,
         "rl": {"questions": 64, "replies": 8, "updates": 4, "attempts": 2},
@@ -64,11 +65,11 @@ def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
     # About 40 tokens a document, 80 a conversation.
     count = {name: steps * plan["rows"] * LENGTH // plan["passes"] for name, steps in plan["steps"].items()}
     texts = itertools.islice(recipe.documents(1, chosen), max(1000, count["pretrain"] // 40))
-    _write(out / "pretrain.jsonl", ({"text": text} for text in texts))
     tokenizer = Tokenizer.load(out / "tokenizer")
+    _write(out / "pretrain.jsonl", _among(({"text": text} for text in texts), reminders(1, tokenizer)))
     often = [*chosen, *(task for task in chosen if task.name in OPEN)]
     problems = itertools.islice(mixture(often, seed=2), max(1000, count["sft"] // 80))
-    _write(out / "sft.jsonl", _among(conversations(problems, tokenizer), reminders(2, tokenizer), every=6))
+    _write(out / "sft.jsonl", _among(conversations(problems, tokenizer), reminders(2, tokenizer)))
 
 
 def conversations(problems: Iterable[Problem], tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
@@ -82,20 +83,19 @@ def conversations(problems: Iterable[Problem], tokenizer: Tokenizer) -> Iterator
 
 
 def reminders(seed: int, tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
-    """Lists to recall without end, as tokens and weights: of use are the colours found again."""
+    """Lists to recall without end, as tokens and weights: of use are the numbers found again."""
     rng = random.Random(f"reminders {seed}")
     while True:
         parts = [tokenizer.encode(part) for part in recipe.recall(rng)]
-        found = [len(part) * [int(n > 0 and n % 2 == 0)] for n, part in enumerate(parts)]
+        found = [len(part) * [FOUND * (n > 0 and n % 2 == 0)] for n, part in enumerate(parts)]
         yield {"tokens": [t for part in parts for t in part], "weights": [w for part in found for w in part]}
 
 
-def _among(
-    rows: Iterable[dict[str, list[int]]], others: Iterator[dict[str, list[int]]], every: int
-) -> Iterator[dict[str, list[int]]]:
+def _among(rows: Iterable[Any], others: Iterator[Any]) -> Iterator[Any]:
+    """Three of the rows, then one of the others."""
     for n, row in enumerate(rows, 1):
         yield row
-        if n % every == 0:
+        if n % 3 == 0:
             yield next(others)
 
 
