@@ -101,6 +101,8 @@ class Remote:
             text = response.read().decode("utf-8", errors="replace")
         except (OSError, http.client.HTTPException, socket.gaierror) as error:
             raise UserError(f"{self.url} cannot be reached ({error}): start the server, or correct the URL") from None
+        except ValueError as error:
+            raise UserError(f"{self.url} or its key cannot be sent ({error}): correct them") from None
         finally:
             connection.close()
         if response.status != 200:

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from m1jax.errors import main_guard
-from m1jax.nano.training import LENGTH, PLANS, WINDOWS
+from m1jax.nano.training import LENGTH, PLANS, WINDOWS, claim
 from m1jax.rl import stage
 from m1jax.runtime import use_compilation_cache
 from m1jax.train.settings import Settings, parse
@@ -102,6 +102,8 @@ def main() -> None:
     parser.add_argument("--task", action="append", metavar="NAME")
     args = parser.parse_args()
     use_compilation_cache()
+    same = {name: getattr(args, name) for name in ("machine", "steps", "every", "problems", "task")}
+    claim(args.out, {"model": str(args.model), **same})
     for seed in range(args.seeds):
         for loss in LOSSES:
             if not (args.out / f"{loss}-{seed}" / "model").exists():

@@ -17,7 +17,7 @@ import jax
 
 from m1jax.errors import main_guard
 from m1jax.evaluate import open_local, score
-from m1jax.nano.training import PLANS, STAGES, WINDOWS, install, prepare, scaled, settings
+from m1jax.nano.training import PLANS, STAGES, WINDOWS, claim, install, prepare, scaled, settings
 from m1jax.rl import stage as rl_stage
 from m1jax.runtime import use_compilation_cache
 from m1jax.tasks import find
@@ -74,6 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     use_compilation_cache()
     plan, tasks = scaled(PLANS[args.machine], args.scale), args.task or ["all"]
+    claim(args.out, {"machine": args.machine, "scale": args.scale, "tasks": tasks})
     prepare(args.out, plan, tasks)
     file = args.out / "results.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -41,13 +41,12 @@ DEVICES = {
 
 
 # What jax calls them, where that is not their name.
-_KINDS = {"v5 lite": "v5e", "v6 lite": "v6e"}
+_KINDS = {"TPU v5 lite": "v5e", "TPU v6 lite": "v6e", "TPU v5": "v5p"}
 
 
 def known(kind: str) -> Device | None:
     """The accelerator of a `device_kind` of jax's, such as "NVIDIA H100 80GB HBM3", if it is one of these."""
-    for alias, name in _KINDS.items():
-        kind = kind.replace(alias, name)
+    kind = _KINDS.get(kind, kind)
     return next((device for name, device in DEVICES.items() if name in kind), None)
 
 

@@ -181,6 +181,7 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     cases = [
         (["--against", "localhost:8000"], "is not an address"),
         (["--against", "http://127.0.0.1:9/v1"], "cannot be reached"),
+        (["--against", "http://my..host/v1"], "cannot be sent"),
         (["--against", "http://localhost", "--model", str(HELLO)], "contradict"),
         (["--name", "x"], "--name goes with --against"),
         (["--task", "adition"], "did you mean 'addition'"),

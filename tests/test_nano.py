@@ -106,6 +106,13 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert all("text" in line for n, line in enumerate(documents, 1) if n % 4)
 
 
+def test_runs_made_otherwise_are_not_gone_on_with(tmp_path: Path) -> None:
+    for _ in range(2):
+        training.claim(tmp_path / "out", {"machine": "cpu", "scale": 0.1})
+    with pytest.raises(UserError, match=r"out was made with scale 0.1, not 1.0: choose another --out"):
+        training.claim(tmp_path / "out", {"machine": "cpu", "scale": 1.0})
+
+
 @pytest.mark.parametrize("machine", list(training.PLANS))
 def test_settings_of_every_stage(machine: str) -> None:
     for stage in training.STAGES:

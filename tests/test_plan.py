@@ -18,7 +18,7 @@ from m1jax.presets import find_config
 from m1jax.sharding import compiling
 from m1jax.sharding.flops import Collective
 from m1jax.sharding.liveness import temporaries
-from m1jax.sharding.machines import DEVICES, parse_devices
+from m1jax.sharding.machines import DEVICES, known, parse_devices
 from m1jax.sharding.mesh import MeshShape, abstract_mesh, factorings
 from m1jax.sharding.plan import (
     Traffic,
@@ -333,6 +333,20 @@ def test_bad_command_lines(
     code, _, err = run(capsys, monkeypatch, *required, *options)
     assert code == 2 and message in err
     assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_devices_by_the_names_that_jax_gives_them() -> None:
+    names = {
+        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA H200": "H200",
+        "TPU v5 lite": "v5e",
+        "TPU v5": "v5p",
+        "TPU v5p": "v5p",
+        "TPU v6 lite": "v6e",
+    }
+    for kind, name in names.items():
+        assert known(kind) == DEVICES[name], kind
+    assert known("cpu") is None and known("TPU v4") is None
 
 
 def test_devices() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -24,7 +25,6 @@ from tests.tools import DATA, rms_error, variant
 
 CONFIG = variant(vocab_size=64, num_key_value_heads=4, num_local_experts=8)
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = test_train_run.ENVIRONMENT  # with the tests' compilation cache
 LIMIT = 400  # seconds
 
 
@@ -56,7 +56,7 @@ def run(address: str, count: int, module: str, args: Sequence[str]) -> list[Ende
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=ENVIRONMENT,
+            env=os.environ | test_train_run.CACHED,
         )
         for i in range(count)
     ]
@@ -176,7 +176,8 @@ def test_trains_as_one_process(
     (path / "corpus.jsonl").write_text("\n".join(lines))
 
     def settings(out: Path) -> Path:
-        table = test_train_run.toml(path, out, steps=4, mesh=mesh, model={"dtype": dtype})
+        data = {"validation": [str(path / "corpus.jsonl")], "validate_every": 2}
+        table = test_train_run.toml(path, out, steps=4, mesh=mesh, model={"dtype": dtype}, data=data)
         return test_train_run.write_toml(table, out.with_suffix(".toml"))
 
     alone, shared = tmp_path / "alone", tmp_path / "shared"
@@ -194,6 +195,9 @@ def test_trains_as_one_process(
         ours, theirs = (flatten(m1jax.load(out / "model")) for out in (shared, alone))
         assert all(rms_error(ours[name], theirs[name]) < 1e-4 for name in ours)
         assert (shared / "model" / "tokenizer.json").exists() and (shared / "curves.png").exists()
+        validated = [[row.get("validation_loss") for row in test_train_run.rows(out)] for out in (shared, alone)]
+        assert [value is None for value in validated[0]] == [True, False] * 2
+        assert rms_error(*(row[1::2] for row in validated)) < 1e-5
         shutil.rmtree(shared / "model")
         shutil.rmtree(shared / "checkpoints" / "4")
     assert "going on from step 2 of 4" in ended[0].err

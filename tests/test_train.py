@@ -1,5 +1,6 @@
 """The trainer's parts: settings, data, the step. Runs of the command are in `test_train_run.py`."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ TABLE: dict[str, Any] = {"stage": "sft", "out": "run", "steps": 10, "model": {"p
         ({"optimizer": {"decay": -1}}, "optimizer.decay = -1 must be 0 or more"),
         ({"model": {"config": "x", "capacity": -1.0}}, "model.capacity = -1.0 must be 0"),
         ({"model": {}}, "needs either path"),
+        ({"seed": -1}, "seed = -1 must be 0 or more"),
+        ({"guard": {"spike": -1.0}}, "guard.spike = -1.0 must be 0"),
     ],
 )
 def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
@@ -109,6 +112,13 @@ def test_only_the_assistants_turns_are_learnt(tmp_path: Path) -> None:
     assert tokenizer.decode([int(t) for t in one["targets"][one["weights"] > 0]], keep=None) == "One.<end_of_sentence>"
 
 
+def file_of(save: Any, array: np.ndarray) -> bytes:
+    """What `numpy.save` or `numpy.savez` writes."""
+    stream = io.BytesIO()
+    save(stream, array)
+    return stream.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -131,6 +141,11 @@ def test_only_the_assistants_turns_are_learnt(tmp_path: Path) -> None:
         ("a.jsonl", b'{"tokens": [1.7, 2]}\n', "tokens or weights is not a list of numbers"),
         ("a.jsonl", b'{"tokens": [-1, 5]}\n', "token -1 is outside the model's vocabulary"),
         ("a.jsonl", b'{"tokens": [5, 4294967297]}\n', "token 4294967297 is outside the model's vocabulary"),
+        ("a.npy", file_of(np.save, np.asarray([5, 4294967297])), "token 4294967297 is outside the model's vocabulary"),
+        ("a.npy", file_of(np.savez, np.arange(9)), "a.npy is an archive of arrays: save one array"),
+        ("a.jsonl", b'{"tokens": [5, 6], "weights": [0, NaN]}\n', "line 1: weights must be finite, and 0 or more"),
+        ("a.jsonl", b'{"tokens": [5, 6], "weights": [1, -1]}\n', "line 1: weights must be finite, and 0 or more"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not valid JSON"),
     ],
 )
 def test_bad_data_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -213,6 +228,16 @@ def test_accumulated_gradients_are_those_of_one_batch() -> None:
         assert not leaf.size or rms_error(leaf, flatten(want)[path]) < 1e-5, path
     for name in ("loss", "cross_entropy", "entropy", "load", "router_entropy"):
         assert rms_error(metrics[name], wanted[name]) < 2e-6, name
+
+
+def test_a_batch_of_padding_adds_nothing() -> None:
+    model, one = random_model(CONFIG), batch(0, accumulate=1)
+    padded = {name: np.concatenate([x, np.zeros_like(x)]) for name, x in one.items()}
+    loss = cross_entropy("float32", "layer", 0.1)
+    (got, metrics), (want, wanted) = (jax.jit(lambda b: accumulated(loss, model, b))(b) for b in (padded, one))
+    assert metrics["loss"] == wanted["loss"]
+    for path, leaf in flatten(got).items():
+        np.testing.assert_array_equal(leaf, flatten(want)[path], err_msg=path)
 
 
 def test_adamw_as_written_down() -> None:

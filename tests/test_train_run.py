@@ -33,10 +33,8 @@ from tests.tools import DATA, rms_error, variant
 
 HELLO = DATA / "m1_hello"
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"  # as in conftest
-ENVIRONMENT = os.environ | {
-    "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-}
+CACHED = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+ENVIRONMENT = os.environ | CACHED
 CONFIG = variant(layer_types=("lightning", "softmax"), vocab_size=512, hidden_size=16, num_hidden_layers=2)
 
 
@@ -182,6 +180,18 @@ def test_the_validation_loss_is_that_of_every_document_once(folder: Path, whole:
     assert found[8] == pytest.approx(-np.mean(each), rel=1e-5)
 
 
+def test_a_bad_validation_document_is_found_before_the_training(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "validation.jsonl").write_text('{"text": "This one is fine."}\n{"text": 3}\n')
+    with pytest.raises(UserError, match="line 2: text is not a string"):
+        loop.run(settings(folder, tmp_path / "out", data={"validation": [str(tmp_path / "validation.jsonl")]}))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_auto_takes_all_devices(folder: Path, tmp_path: Path) -> None:
+    parts = loop.prepare(settings(folder, tmp_path / "out", mesh="auto"))
+    assert parts.mesh.size == jax.device_count() > 1
+
+
 def spoilt(folder: Path, path: str) -> Path:
     """A model with a NaN in one parameter."""
     dst = folder / f"spoilt {path}"
@@ -300,6 +310,10 @@ def test_a_checkpoint_of_another_model_or_of_other_data_is_refused(folder: Path,
         loop.run(settings(folder, whole, model={"config": str(config)}))
     with pytest.raises(UserError, match=r"was written with data.length 24, not 32"):
         loop.run(settings(folder, whole, data={"length": 32}))
+    with pytest.raises(UserError, match=r"was written with data.bins 4, not 8"):
+        loop.run(settings(folder, whole, data={"bins": 8}))
+    with pytest.raises(UserError, match=r"was written with seed 0, not 1"):
+        loop.run(settings(folder, whole, seed=1))
 
 
 def test_a_damaged_checkpoint_is_named(folder: Path, whole: Path, tmp_path: Path) -> None:

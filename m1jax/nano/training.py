@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import numpy as safetensors
 
+from m1jax.errors import UserError
 from m1jax.loading import load
 from m1jax.nano import FOLDER, recipe
 from m1jax.params import flatten, param_table
@@ -53,6 +54,20 @@ PLANS: dict[str, dict[str, Any]] = {
 def scaled(plan: dict[str, Any], scale: float) -> dict[str, Any]:
     """The plan with every stage's steps multiplied."""
     return plan | {"steps": {name: max(4, round(count * scale)) for name, count in plan["steps"].items()}}
+
+
+def claim(out: Path, made_by: dict[str, Any]) -> None:
+    """Notes in `out` what its runs are made by. Raises `UserError` if those there were made by something else."""
+    file = out / "made_by.json"
+    if not file.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(made_by) + "\n", encoding="utf-8")
+        return
+    found = json.loads(file.read_text(encoding="utf-8"))
+    other = [name for name, value in made_by.items() if found.get(name) != value]
+    if other:
+        name = other[0]
+        raise UserError(f"{out} was made with {name} {found.get(name)}, not {made_by[name]}: choose another --out")
 
 
 def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:

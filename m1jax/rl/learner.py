@@ -20,7 +20,7 @@ from m1jax.rl.settings import RLSettings
 from m1jax.tasks import Problem, find, mixture
 from m1jax.train.step import TrainState, computing
 
-Metrics = dict[str, float]
+Metrics = dict[str, Any]
 # (state, batch [A, B, T]) -> state, metrics on the host
 UpdateFunction = Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Mapping[str, Any]]]
 
@@ -166,11 +166,7 @@ class Learner:
             state, metrics = update(state, batch)
             told.append(metrics)
         agreement = np.asarray(told[0]["agreement"])
-        means = {
-            name: float(np.mean([metrics[name] for metrics in told]))
-            for name, value in told[0].items()
-            if np.ndim(value) == 0
-        }
+        means = {name: np.mean([metrics[name] for metrics in told], axis=0) for name in told[0] if name != "agreement"}
         return state, means | {
             "correlation_logp": correlation(agreement[0]),
             "correlation_p": correlation(agreement[1]),

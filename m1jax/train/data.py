@@ -67,10 +67,10 @@ class Documents:
         return len(self.places)
 
     def __getitem__(self, index: Any) -> tuple[Place, Any]:
-        """A document: text, the object of a JSONL line, or int32 tokens."""
+        """A document: text, the object of a JSONL line, or tokens."""
         place = self.places[int(index)]
         if place.kind == "tokens":
-            return place, np.asarray(np.load(place.file, mmap_mode="r")[place.first : place.last], np.int32)
+            return place, np.asarray(np.load(place.file, mmap_mode="r")[place.first : place.last])
         with place.file.open("rb") as stream:
             stream.seek(place.first)
             text = stream.read(place.last - place.first).decode("utf-8")
@@ -80,7 +80,7 @@ class Documents:
 def _json(text: str, place: Place) -> Mapping[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{place}: expected an object such as {{'text': …}}, found {type(value).__name__}")
@@ -106,6 +106,8 @@ def _token_places(file: Path, length: int) -> list[Place]:
         tokens = np.load(file, mmap_mode="r")
     except (ValueError, EOFError) as error:
         raise UserError(f"{file} is not a NumPy file ({error})") from None
+    if not isinstance(tokens, np.ndarray):
+        raise UserError(f"{file} is an archive of arrays: save one array with numpy.save")
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"{file} holds {tokens.dtype} {tokens.shape}: expected integers of one dimension")
     return [Place(file, "tokens", at, min(at + length + 1, len(tokens)), 0) for at in range(0, len(tokens) - 1, length)]
@@ -179,6 +181,8 @@ class Encoder:
             raise UserError("tokens or weights is not a list of numbers") from None
         if tokens.ndim != 1 or weights.shape != tokens.shape:
             raise UserError(f"tokens and weights must be lists of one length, not {tokens.shape} and {weights.shape}")
+        if not np.all(np.isfinite(weights) & (weights >= 0)):
+            raise UserError("weights must be finite, and 0 or more")
         return self._cut(tokens, weights)
 
     def _need_tokenizer(self) -> Tokenizer:
@@ -275,7 +279,7 @@ def batches(documents: Documents, encoder: Encoder, settings: DataSettings, seed
     Raises:
       UserError: no document has two tokens.
     """
-    check_any(documents, encoder)
+    _check_any(documents, encoder)
     shuffled = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()  # pyright: ignore
     shaped = (
         _packed(shuffled, encoder, settings)
@@ -305,12 +309,20 @@ def _packed(documents: Any, encoder: Encoder, settings: DataSettings) -> Any:
     )
 
 
-def check_any(documents: Documents, encoder: Encoder) -> None:
-    """Raises `UserError` if no document has two tokens: grain would look for one forever."""
-    for index in range(len(documents)):
-        if encoder(documents[index]):
-            return
-    raise UserError(f"{documents.name}: no document has two tokens or more")
+def check_all(documents: Documents, encoder: Encoder) -> None:
+    """Raises `UserError` if a document is not as it should be, or none has two tokens."""
+    if not sum(len(encoder(documents[index])) for index in range(len(documents))):
+        raise _too_short(documents)
+
+
+def _check_any(documents: Documents, encoder: Encoder) -> None:
+    """Without a single sample grain would look for one forever."""
+    if not any(encoder(documents[index]) for index in range(len(documents))):
+        raise _too_short(documents)
+
+
+def _too_short(documents: Documents) -> UserError:
+    return UserError(f"{documents.name}: no document has two tokens or more")
 
 
 def _shape(packed: Mapping[str, Any], accumulate: int) -> dict[str, NDArray[Any]]:

@@ -199,7 +199,7 @@ def drive(parts: Parts, stage: Stage, profile: bool) -> None:
         if first:
             state, position = checkpoints.load(parts.shapes)
             stage.go_on(position)
-        report = stack.enter_context(Report(settings, parts.config, first))
+        report = stack.enter_context(Report(settings, parts.config, parts.mesh.size, first))
         if first:
             report.say(f"going on from step {first} of {settings.steps}")
         state = _steps(parts, stage, state or fresh(parts), checkpoints, report, first, profile)
@@ -225,9 +225,11 @@ def _steps(
     traced = profiled(first, settings.steps) if profile else range(0)
     if profile and not traced:
         report.say("warning: no step is left to profile")
+    killed_at_evaluation = bool(first) and stage.evaluates(first - 1) and not report.has(stage.judged_by)
     with contextlib.ExitStack() as trace, jax.set_mesh(parts.mesh):
-        if first and stage.evaluates(first - 1) and not report.has(stage.judged_by):  # killed while it was evaluated
+        if killed_at_evaluation:
             report.add(stage.evaluate(state))
+        report.resume()
         for number in range(first, settings.steps):
             if number in traced[:1]:
                 jax.profiler.start_trace(str(Path(settings.out) / "profile"))
@@ -241,6 +243,7 @@ def _steps(
                     report.say(f"warning: {problem}; training goes on")
             if stage.evaluates(number):
                 report.add(stage.evaluate(state))
+            report.resume()
     return state
 
 
@@ -270,9 +273,12 @@ class Supervised:
         self._source = data.batches(documents, self._encoder, d, settings.seed)
         self._validation = data.Documents(d.validation, d.length, "data.validation") if d.validation else None
         if self._validation is not None:
-            data.check_any(self._validation, self._encoder)
+            data.check_all(self._validation, self._encoder)
         self.identity: Mapping[str, Any] = {
             "data": documents.fingerprint,
+            "seed": settings.seed,
+            "data.bins": d.bins,
+            "data.end_token": d.end_token,
             "data.length": d.length,
             "data.rows": d.rows,
             "data.accumulate": d.accumulate,

@@ -81,8 +81,8 @@ def head_weight(model: M1) -> jax.Array:
 def balancing_loss(routing: Routing) -> jax.Array:
     """E · Σ_{j, e} f_je · p̄_e, f and p̄ means over all layers' valid tokens (official `load_balancing_loss_func`).
 
-    k where all experts are used alike; f counts and has no gradient.
+    k where all experts are used alike; f counts and has no gradient. 0 of padding alone.
     """
-    E, total = routing.probability.shape[1], jnp.sum(routing.tokens)
+    E, total = routing.probability.shape[1], jnp.maximum(jnp.sum(routing.tokens), 1.0)
     share = jnp.sum(routing.chosen, axis=(0, 1)) / total
     return E * jnp.sum(share * jnp.sum(routing.probability, axis=0) / total)

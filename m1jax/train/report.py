@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from m1jax.config import M1Config
@@ -42,14 +43,16 @@ class Report:
     Args:
       settings: of the run.
       config: of the model.
+      devices: that share the run.
       first: the step that comes next; what was written from there on, by a run that was killed, is dropped.
 
     Raises:
       UserError: something that the report needs is not installed.
     """
 
-    def __init__(self, settings: Settings, config: M1Config, first: int) -> None:
+    def __init__(self, settings: Settings, config: M1Config, devices: int, first: int) -> None:
         self._settings, self._config, self._out = settings, config, Path(settings.out)
+        self._devices = devices
         self._file = self._out / METRICS
         self._stream = self._board = None
         self._row: dict[str, Any] = {"step": first}  # of the last step, and where its line starts in the file
@@ -76,7 +79,7 @@ class Report:
         seconds, self._clock = now - self._clock, now
         figures = {name: float(value) for name, value in values.items() if np.ndim(value) == 0}
         figures |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-        tflops = flops_per_token(self._config, context) * tokens / seconds / 1e12 / jax.device_count()
+        tflops = flops_per_token(self._config, context) * tokens / seconds / 1e12 / self._devices
         figures["tflops_per_device"] = tflops
         if self._peak:
             figures["utilisation"] = tflops / self._peak
@@ -106,8 +109,15 @@ class Report:
                 self._board.add_scalar(name, value, self._row["step"])
 
     def has(self, name: str) -> bool:
-        """Whether a figure of this name is among those of the step that was reported last, maybe by an earlier run."""
-        return name in self._row
+        """Whether a figure of this name is among those of the step that was reported last, maybe by an earlier run.
+
+        Process 0, which holds the file, says it to all; every process has to ask.
+        """
+        return bool(multihost_utils.broadcast_one_to_all(np.int32(name in self._row)))
+
+    def resume(self) -> None:
+        """Starts the clock of the next step: what came since the last one, such as an evaluation, is not its own."""
+        self._clock = time.perf_counter()
 
     def _text(self, figures: Mapping[str, float]) -> str:
         parts = [f"loss {figures['loss']:.4f}", f"{figures['tokens_per_second']:.0f} tokens/s"]
@@ -188,11 +198,8 @@ def curves(metrics: Path, picture: Path) -> None:
     """Draws the curves in a metrics file. Raises `UserError` without matplotlib."""
     Figure, FigureCanvasAgg = _drawing()
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    names = [
-        name
-        for name, value in (rows[-1] if rows else {}).items()
-        if isinstance(value, float) and name not in ("seconds", "good", "limit")
-    ]
+    plotted = (name for row in rows for name, value in row.items() if isinstance(value, float))
+    names = [name for name in dict.fromkeys(plotted) if name not in ("seconds", "good", "limit")]
     if not names:
         return
     figure = Figure(figsize=(12, 2.6 * -(-len(names) // 3)), layout="constrained")

@@ -117,6 +117,8 @@ class Settings:
             "optimizer.final": (o.final, 0 <= o.final <= 1, "between 0 and 1"),
             "optimizer.warmup": (o.warmup, o.warmup >= 0, "0 or more"),
             "optimizer.decay": (o.decay, o.decay >= 0, "0 or more"),
+            "seed": (self.seed, self.seed >= 0, "0 or more"),
+            "guard.spike": (self.guard.spike, self.guard.spike >= 0, "0 (no limit) or more"),
             "model.capacity": (self.model.capacity, self.model.capacity >= 0, "0 (no token is dropped) or more"),
         }
         for name, (value, good, wanted) in ranges.items():
