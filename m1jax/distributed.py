@@ -66,6 +66,8 @@ def start(args: argparse.Namespace) -> int:
             args.process_id,
             initialization_timeout=CONNECT,
             heartbeat_timeout_seconds=HEARTBEAT,
+            # SLURM and the like would overrule what is given, and leave this process one device.
+            cluster_detection_method=None if address is None else "deactivate",
         )
     except (RuntimeError, ValueError) as error:
         found = "no cluster was found" if address is None else f"the processes did not meet at {address}"

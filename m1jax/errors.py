@@ -28,6 +28,11 @@ def several_processes(index: int) -> None:
     _process = index
 
 
+def alone() -> bool:
+    """Whether this is the only process."""
+    return _process is None
+
+
 def main_guard(main: Callable[P, int | None]) -> Callable[P, NoReturn]:
     """Wraps a command's `main`: `UserError` becomes ``error: …`` on stderr and exit code 2, Ctrl-C exit code 130."""
 

@@ -41,11 +41,15 @@ _WINDOW = 32 << 20  # bytes of a source tensor mapped at once
 
 
 class Source(NamedTuple):
-    """An opened model folder: its config, how to read any block of any parameter, how the experts are quantised."""
+    """An opened model folder: its config, how to read any block of any parameter, how the experts are quantised.
+
+    `stored` is whether they are quantised in the folder, not while they are read.
+    """
 
     config: M1Config
     read: Reader
     quantize: Quantization | None = None
+    stored: bool = False
 
 
 def load(
@@ -74,12 +78,17 @@ def load(
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is not supported: choose float32 or bfloat16")
     path = Path(path)
-    config, read, quantize = open_parameters(path, quantize)
+    config, read, quantize, stored = open_parameters(path, quantize)
+    if mesh is None and jax.process_count() > 1:
+        raise UserError(
+            f"mesh is missing: {jax.process_count()} processes share a model by one, such as expert=8 or auto"
+        )
     if isinstance(mesh, str):
-        mesh = make_mesh(choose(config, jax.device_count()) if mesh == "auto" else MeshShape.parse(mesh))
+        chosen = choose(config, jax.device_count(), quantize=quantize) if mesh == "auto" else MeshShape.parse(mesh)
+        mesh = make_mesh(chosen)
     if mesh is not None:
-        check(config, mesh)
-    require_room(str(path), config, mesh, dtype, quantize)
+        check(config, mesh, quantize)
+    require_room(str(path), config, mesh, dtype, quantize, stored)
 
     def leaf(name: str, spec: ParamSpec) -> jax.Array:
         kind = np.dtype(jnp.dtype(spec.dtype or dtype))
@@ -116,7 +125,8 @@ def _open(path: Path) -> Source:
     if (path / MARKER).exists():
         from m1jax import checkpoint  # it builds on this module
 
-        return checkpoint.open_parameters(path)
+        source = checkpoint.open_parameters(path)
+        return source._replace(stored=source.quantize is not None)
     config, tensors, pieces = open_source(path)
 
     def read(name: str, spec: ParamSpec, block: tuple[slice, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

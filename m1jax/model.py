@@ -28,7 +28,7 @@ from m1jax.kernels.experts import Quantization
 from m1jax.kernels.lightning_attention import log_decay
 from m1jax.kernels.linear import linear
 from m1jax.params import STATE_AXES, ParamSpec, join_quantized, nest, param_table
-from m1jax.sharding.region import block, constrain, gathered, lookup, on_mesh, start, total, ways, whole
+from m1jax.sharding.region import block, constrain, gathered, lookup, mesh_in_use, on_mesh, start, total, ways, whole
 
 Logits = Literal["all", "last"]
 
@@ -130,10 +130,15 @@ class M1(nnx.Module):
                 f"max_length {max_length} exceeds the context of {cfg.max_position_embeddings} tokens: shorten it"
             )
         H, K, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-        s = jnp.zeros((len(cfg.lightning_layers), batch, H, D, D), jnp.float32)
-        kv = jnp.zeros((len(cfg.softmax_layers), batch, K, max_length, D), self.dtype)
-        state = M1State(LightningState(s), KVCache(kv, jnp.zeros_like(kv)), jnp.zeros((batch,), jnp.int32))
-        return jax.tree.map(constrain, state, _STATE)
+
+        def empty() -> M1State:
+            s = jnp.zeros((len(cfg.lightning_layers), batch, H, D, D), jnp.float32)
+            kv = jnp.zeros((len(cfg.softmax_layers), batch, K, max_length, D), self.dtype)
+            state = M1State(LightningState(s), KVCache(kv, jnp.zeros_like(kv)), jnp.zeros((batch,), jnp.int32))
+            return jax.tree.map(constrain, state, _STATE)
+
+        # On a mesh each device makes its own part: one alone might have no room for all of it.
+        return empty() if mesh_in_use() is None else jax.jit(empty)()
 
     def step(
         self, tokens: ArrayLike, state: M1State, lengths: ArrayLike | None = None, logits: Logits = "all"

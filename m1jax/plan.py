@@ -11,7 +11,7 @@ asks the compiler. Times are the data sheet's: nothing is faster, most things ar
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from m1jax import distributed
@@ -97,9 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"context {context} exceeds the model's {config.max_position_embeddings} tokens")
     work = Workload(args.mode, args.batch, context, args.chunk, args.dtype, args.quantize)
     if args.sweep:
-        found = [best(config, work, n, device) for n in COUNTS if n <= count]
-        plans = [plan for plan in found if plan is not None]
-        _print(args, [describe(plan) for plan in plans], sweep_table(plans))
+        plans = {n: best(config, work, n, device) for n in sorted({*COUNTS, count}) if n <= count}
+        _print(args, [describe(plan) for plan in plans.values() if plan is not None], sweep_table(plans))
         return
     mesh = _mesh(config, args.mesh, count, device, work)
     plan = make_plan(config, work, mesh, device)
@@ -113,7 +112,7 @@ def _mesh(config: "M1Config", text: str | None, count: int, device: "Device", wo
     from m1jax.sharding.mesh import MeshShape, choose
 
     if text is None:
-        return choose(config, count, work.use, device.memory / 1e9)
+        return choose(config, count, work.use, device.memory / 1e9, work.quantize)
     shape = MeshShape.parse(text)
     if shape.size != count:
         raise UserError(f"mesh {shape} has {shape.size} devices, --devices says {count}: make them agree")
@@ -197,14 +196,17 @@ def _traffic_rows(plan: "Plan") -> list[tuple[str, ...]]:
     return rows if plan.traffic else [("none",)]
 
 
-def sweep_table(plans: Sequence["Plan"]) -> str:
-    """One line for each number of devices."""
+def sweep_table(plans: Mapping[int, "Plan | None"]) -> str:
+    """One line for each number of devices; None is where nothing fits."""
     rows = [("devices", "mesh", "batch", "GB", "largest batch", "longest context", "ms", "bound by", "tokens/s")]
-    for p in plans:
+    for count, p in plans.items():
+        if p is None:
+            rows.append((str(count), "does not fit", *[""] * 7))
+            continue
         limits = str(p.largest_batch), str(p.longest_context)
         speed = _ms(p.roofline.seconds), p.roofline.bound, f"{p.tokens_per_second:.0f}"
-        rows.append((str(p.mesh.size), str(p.mesh), str(p.work.batch), _gb(p.memory.total), *limits, *speed))
-    return "\n".join(_table(rows)) if plans else "It fits on none of them."
+        rows.append((str(count), str(p.mesh), str(p.work.batch), _gb(p.memory.total), *limits, *speed))
+    return "\n".join(_table(rows))
 
 
 def _gb(size: float) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from m1jax import errors
 from m1jax.errors import UserError
 
 _GC_CALLBACK = "_xla_gc_callback"  # what jax has Python call at each garbage collection
@@ -54,7 +55,8 @@ class Interrupts:
     """Ctrl-C: at once, or, while text is generated, after the current step.
 
     The device's state is handed from step to step; ending between two steps keeps it whole. So the first Ctrl-C of a
-    `caught` stretch only raises a flag, the second one `KeyboardInterrupt`.
+    `caught` stretch only raises a flag, the second one `KeyboardInterrupt`. Of several processes one that stops between
+    steps would leave the others waiting: there the first one ends the process, and thereby the others.
     """
 
     def __init__(self) -> None:
@@ -83,7 +85,7 @@ class Interrupts:
             self._catching = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._catching and not self.requested:
+        if self._catching and not self.requested and errors.alone():
             self.requested = True
         elif frame is not None and frame.f_code.co_name == _GC_CALLBACK:
             # Python drops exceptions raised there, and a signal that arrives inside XLA often lands there: try again.

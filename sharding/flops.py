@@ -198,7 +198,8 @@ def _collective(eqn: Any) -> Cost:
     n = math.prod(sizes[axis] for axis in axes)
     values = [v for v in eqn.invars if hasattr(v.aval, "dtype")]
     if eqn.primitive.name == "ragged_all_to_all":
-        values = values[:1]  # then come the output, offsets and sizes
+        # Operand and output, then offsets and sizes. The larger of the two has room to spare.
+        values = [min(values[:2], key=lambda v: math.prod(v.aval.shape))]
     kind = _COLLECTIVES[eqn.primitive.name]
     collectives: dict[Collective, float] = {}
     for v in values:

@@ -107,11 +107,18 @@ PRESETS: dict[Use, tuple[Preset, ...]] = {
 }
 
 
-def choose(config: M1Config, devices: int, use: Use = "serve", memory: float = 80) -> MeshShape:
+def choose(
+    config: M1Config,
+    devices: int,
+    use: Use = "serve",
+    memory: float = 80,
+    quantize: Literal["int8", "int4"] | None = None,
+) -> MeshShape:
     """A mesh for so many devices of `memory` GB each: the machine's preset, or the one that splits parameters most.
 
-    A preset serves the released M1; a model that it does not divide, or an unknown machine, gets the first mesh that
-    divides the model, of those with fewest repeated parameters and then the least traffic within a layer.
+    `quantize` is what the experts are held in. A preset serves the released M1; a model that it does not divide, or an
+    unknown machine, gets the first mesh that divides the model, of those with fewest repeated parameters and then the
+    least traffic within a layer.
 
     Raises:
       UserError: no mesh of so many devices divides the model.
@@ -123,7 +130,7 @@ def choose(config: M1Config, devices: int, use: Use = "serve", memory: float = 8
     reasons = []
     for shape in (*(preset.mesh for preset in known), *factorings(devices, use)):
         try:
-            check(config, abstract_mesh(shape, use))
+            check(config, abstract_mesh(shape, use), quantize)
         except UserError as error:
             reasons.append(str(error))
         else:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from m1jax.config import M1Config
 from m1jax.errors import UserError
@@ -56,16 +57,32 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """A collective in a step: how often, the bytes each device sends in all, and whether they leave the node."""
+    """A collective in a step: how often it runs, and how many devices of a group are on one node."""
 
     collective: Collective
     times: float
-    between_nodes: bool
+    nearby: int
 
     @property
     def sent(self) -> float:
-        """Bytes."""
+        """Bytes that each device sends in all."""
         return self.times * self.collective.sent
+
+    @property
+    def between_nodes(self) -> bool:
+        """Whether some of them leave the node."""
+        return self.nearby < self.collective.devices
+
+    def seconds(self, device: Device) -> float:
+        """The least time: what leaves a node is shared out among its adapters, unless each device sends its own."""
+        n, m = self.collective.devices, self.nearby
+        if not self.between_nodes:
+            return self.sent / device.link
+        if self.collective.kind == "ppermute":
+            return self.sent / device.network
+        if self.collective.kind == "all_to_all":
+            return max(self.sent / device.link, self.sent * (n - m) / (n - 1) / device.network)
+        return max(self.sent / device.link, self.sent / m / device.network)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +136,7 @@ def make_plan(config: M1Config, work: Workload, mesh: MeshShape, device: Device)
       UserError: the mesh does not divide the model or the rows.
     """
     axes = abstract_mesh(mesh, work.use)
-    check(config, axes)
+    check(config, axes, work.quantize)
     work = dataclasses.replace(work, batch=work.batch or shards(axes, "batch"))
     check_rows(work, mesh)
     return _with_limits(config, _without_limits(config, work, mesh, device))
@@ -135,10 +152,10 @@ def _without_limits(config: M1Config, work: Workload, mesh: MeshShape, device: D
     memory, cost = measure(config, work, mesh)
     flops = model_flops(config, work)
     traffic = tuple(
-        Traffic(collective, times, _leaves_node(collective.axes, mesh, work, device))
+        Traffic(collective, times, _nearby(collective.axes, mesh, work, device))
         for collective, times in sorted(cost.collectives.items(), key=lambda item: -item[1] * item[0].sent)
     )
-    seconds = sum(t.sent / (device.network if t.between_nodes else device.link) for t in traffic)
+    seconds = sum(t.seconds(device) for t in traffic)
     read = bytes_read(config, work, mesh, memory)
     roofline = Roofline(flops / mesh.size / device.flops, read / device.bandwidth, seconds)
     return Plan(mesh, work, device, memory, traffic, flops, roofline, None, None)
@@ -182,7 +199,7 @@ def _possible(config: M1Config, work: Workload, mesh: MeshShape, device: Device)
     axes = abstract_mesh(mesh, work.use)
     smallest = dataclasses.replace(work, batch=work.batch or shards(axes, "batch"))
     try:
-        check(config, axes)
+        check(config, axes, work.quantize)
         check_rows(smallest, mesh)
     except UserError:
         return False
@@ -266,7 +283,8 @@ def measure(config: M1Config, work: Workload, mesh: MeshShape) -> tuple[Memory, 
     step = make_step(config, work, axes)
     with jax.sharding.use_abstract_mesh(axes):
         jaxpr = jax.make_jaxpr(step.function)(*step.arguments).jaxpr
-    return arguments(config, work, mesh, temporaries_of(jaxpr, mesh.size)), cost_of(jaxpr)
+    alive, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # a compiler leaves out what nobody reads
+    return arguments(config, work, mesh, temporaries_of(jaxpr, mesh.size)), cost_of(alive)
 
 
 def arguments(config: M1Config, work: Workload, mesh: MeshShape, temporary: int) -> Memory:
@@ -316,15 +334,15 @@ def bytes_read(config: M1Config, work: Workload, mesh: MeshShape, memory: Memory
     return memory.parameters - experts * missed - embedding + memory.cache + 2 * memory.state
 
 
-def _leaves_node(axes: tuple[str, ...], mesh: MeshShape, work: Workload, device: Device) -> bool:
-    """Whether the devices of a group are on several nodes: the last axis of the mesh is innermost."""
-    span, stride = 1, 1
+def _nearby(axes: tuple[str, ...], mesh: MeshShape, work: Workload, device: Device) -> int:
+    """How many devices of a group are on the same node: the last axis of the mesh is innermost."""
+    nearby, stride = 1, 1
     for axis in reversed(AXES[work.use]):
         size = getattr(mesh, axis)
-        if axis in axes and size > 1:
-            span = stride * size
+        if axis in axes:
+            nearby *= min(size, max(1, device.node // stride))
         stride *= size
-    return span > device.node
+    return nearby
 
 
 def _largest_batch(config: M1Config, plan: Plan) -> int | None:

@@ -19,8 +19,6 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from m1jax.config import M1Config
-from m1jax.errors import UserError
-from m1jax.sharding.mesh import AXES
 from m1jax.sharding.rules import rules_of, shardings, spec
 
 Axes = tuple[str, ...]
@@ -31,10 +29,7 @@ def mesh_in_use() -> AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return None
-    if set(mesh.axis_names) not in map(set, AXES.values()):
-        raise UserError(
-            f"the mesh in use has axes {', '.join(mesh.axis_names)}: make it with m1jax.sharding.mesh.make_mesh"
-        )
+    rules_of(mesh)
     return mesh
 
 

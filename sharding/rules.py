@@ -14,7 +14,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from m1jax.config import M1Config
 from m1jax.errors import UserError
+from m1jax.kernels.experts.quantized import Quantization, group_of
 from m1jax.params import STATE_AXES, ParamSpec, param_table
+from m1jax.sharding.mesh import AXES
 
 Rules = Mapping[str, tuple[str, ...]]
 AnyMesh = Mesh | AbstractMesh
@@ -52,7 +54,13 @@ _TRAIN: Rules = {
 
 
 def rules_of(mesh: AnyMesh) -> Rules:
-    """The table for a mesh: training if it has an `fsdp` axis, else serving with or without a `tensor` axis."""
+    """The table for a mesh: training if it has an `fsdp` axis, else serving with or without a `tensor` axis.
+
+    Raises:
+      UserError: it has other axes.
+    """
+    if set(mesh.shape) not in map(set, AXES.values()):
+        raise UserError(f"the mesh has axes {', '.join(mesh.shape)}: make it with m1jax.sharding.mesh.make_mesh")
     if "fsdp" in mesh.shape:
         return _TRAIN
     return _SERVE if mesh.shape["tensor"] > 1 else _SERVE_WITHOUT_TENSOR
@@ -111,18 +119,22 @@ def _divides(mesh: AnyMesh, name: str, axis: str, size: int, over: tuple[str, ..
         )
 
 
-def check(config: M1Config, mesh: AnyMesh) -> None:
-    """Raises `UserError` if the mesh does not divide the model's parameters or states."""
-    param_specs(config, mesh)
+def check(config: M1Config, mesh: AnyMesh, quantize: Quantization | None = None) -> None:
+    """Raises `UserError` if the mesh does not divide the model's parameters, experts quantised or not, or states."""
+    param_specs(config, mesh, quantize)
     heads, keys = config.num_attention_heads, config.num_key_value_heads
     # The state has the heads of the parameters; only a model without a kind of layers could have them unsplit.
     _divides(mesh, "state", "heads", heads, rules_of(mesh)["heads"])
     _divides(mesh, "cache", "kv_heads", keys, rules_of(mesh)["kv_heads"])
 
 
-def param_specs(config: M1Config, mesh: AnyMesh) -> dict[str, PartitionSpec]:
+def param_specs(config: M1Config, mesh: AnyMesh, quantize: Quantization | None = None) -> dict[str, PartitionSpec]:
     """The partition of every parameter by its path. Raises `UserError`."""
-    return {path: spec(mesh, path, p.axes, p.shape) for path, p in param_table(config).items()}
+    try:
+        table = param_table(config, quantize)
+    except ValueError as error:
+        raise UserError(f"the experts cannot be held in {quantize}: {error}") from None
+    return {path: spec(mesh, path, p.axes, p.shape) for path, p in table.items()}
 
 
 def param_sharding(mesh: AnyMesh, path: str, param: ParamSpec) -> NamedSharding:
@@ -175,6 +187,10 @@ def _find(names: list[str], table: Mapping[str, Any]) -> str | None:
 def _aligned(mesh: AnyMesh, name: str, param: ParamSpec, shape: tuple[int, ...]) -> PartitionSpec:
     """The spec of an array that belongs to a parameter: the parameter itself, or its scales."""
     spec(mesh, name, param.axes, param.shape)
+    width = param.shape[-1]
+    if len(shape) == len(param.shape) and 1 < shape[-1] < width:  # int4: a group's values share bytes and a scale
+        axis = param.axes[-1]
+        _divides(mesh, name, f"groups of {axis}", width // group_of(width), rules_of(mesh)[axis])
     kept = [
         axis if size > 1 or whole == 1 else _WHOLE[0]
         for axis, size, whole in zip(param.axes, shape, param.shape, strict=False)

@@ -41,7 +41,12 @@ def parameter_bytes(config: M1Config, mesh: AnyMesh, dtype: str, quantize: Quant
 
 
 def require_room(
-    name: str, config: M1Config, mesh: Mesh | None, dtype: str, quantize: Quantization | None = None
+    name: str,
+    config: M1Config,
+    mesh: Mesh | None,
+    dtype: str,
+    quantize: Quantization | None = None,
+    stored: bool = False,
 ) -> None:
     """Raises `UserError` if the parameters do not fit into the free memory of this process's devices.
 
@@ -51,6 +56,7 @@ def require_room(
       mesh: where it is to lie; None is the first device.
       dtype: of the parameters.
       quantize: what the experts are held in, if not in that.
+      stored: whether the checkpoint has them so and cannot give them otherwise.
     """
     devices = jax.devices()[:1] if mesh is None else mesh.local_devices
     shape = abstract_mesh(MeshShape()) if mesh is None else mesh
@@ -65,7 +71,7 @@ def require_room(
     stored = f"{dtype} and {quantize}" if quantize else dtype
     raise UserError(
         f"{name} needs {needed / 1e9:.1f} GB of memory on {where} in {stored}, {free / 1e9:.1f} GB are free: "
-        + remedy(config, dtype, free, len(jax.devices()), on_host, quantize)
+        + remedy(config, dtype, free, len(jax.devices()), on_host, quantize, stored)
     )
 
 
@@ -76,23 +82,27 @@ def remedy(
     present: int,
     on_host: bool = False,
     quantize: Quantization | None = None,
+    stored: bool = False,
 ) -> str:
     """What would fit into `free` bytes per device: the widest dtype on as few devices, first of those present.
 
-    With `on_host` the devices are processes on machines of so much memory.
+    With `on_host` the devices are processes on machines of so much memory. Experts that are `stored` quantised stay so.
     """
     thing = "machine" if on_host else "device"
-    asked = (dtype, quantize)
+    storages = STORAGES[[kind for kind, _ in STORAGES].index(dtype) :]
+    if quantize is not None:
+        both = ((dtype, quantize), ("bfloat16", quantize), ("bfloat16", "int4"))
+        storages = tuple(dict.fromkeys(both[:2] if stored else both))
     here = [1] if on_host else sorted({1, present})
     for count in [*here, *(n for n in (2**i for i in range(1, 10)) if n > max(here))]:
-        for kind, experts in STORAGES[STORAGES.index(asked) if asked in STORAGES else -1 :]:
+        for kind, experts in storages:
             try:
-                shape = choose(config, count, memory=free / 1e9)
+                shape = choose(config, count, memory=free / 1e9, quantize=experts)
                 each = parameter_bytes(config, abstract_mesh(shape), kind, experts)
             except UserError:  # this many do not divide the model
                 continue
             if each <= free:
-                extra = f" --quantize {experts}" if experts else ""
+                extra = f" --quantize {experts}" if experts and not stored else ""
                 return f"--dtype {kind}{extra} --mesh {shape} fits, {each / 1e9:.1f} GB on each of {count} {thing}s"
     return f"no mesh of up to 512 {thing}s of this size holds it"
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import m1jax
-from m1jax import distributed
+from m1jax import distributed, loading
 from m1jax.errors import main_guard
 from m1jax.params import flatten
 from m1jax.saving import save
@@ -19,10 +20,25 @@ from m1jax.sharding.mesh import MeshShape, make_mesh
 
 def copy(source: str, target: str, mesh: str, dtype: str) -> None:
     """Loads a checkpoint onto a mesh and saves it; every process has its share of the experts only."""
+    read: dict[str, int] = {}
+    open_parameters = loading.open_parameters
+
+    def counting(*args: Any) -> loading.Source:
+        opened = open_parameters(*args)
+
+        def reader(name: str, *block: Any) -> Any:
+            out = opened.read(name, *block)
+            read[name] = read.get(name, 0) + out.size
+            return out
+
+        return opened._replace(read=reader)
+
+    loading.open_parameters = counting
     model = m1jax.load(source, dtype, mesh=mesh)
-    gate_up = flatten(model)["moe.gate_up"]
-    own = sum(shard.data.size for shard in gate_up.addressable_shards)
-    assert own == gate_up.size // jax.process_count(), "more than its share"
+    for name, array in flatten(model).items():
+        own = {str(shard.index): shard.data.size for shard in array.addressable_shards}
+        assert read.get(name, 0) == sum(own.values()), f"{name}: not each block that is here once"
+    assert read["moe.gate_up"] == flatten(model)["moe.gate_up"].size // jax.process_count()
     save(model, target)
     print(f"process {jax.process_index()} of {jax.process_count()} has saved", flush=True)
 

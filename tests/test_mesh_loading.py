@@ -67,14 +67,14 @@ def test_only_the_shards_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch)
     read: dict[str, int] = {}
 
     def counting(path: Path, quantize: Any) -> Any:
-        config, inner, quantize = open_parameters(path, quantize)
+        source = open_parameters(path, quantize)
 
         def reader(name: str, spec: Any, block: Block, dtype: Any) -> Any:
-            out = inner(name, spec, block, dtype)
+            out = source.read(name, spec, block, dtype)
             read[name] = read.get(name, 0) + out.size
             return out
 
-        return config, reader, quantize
+        return source._replace(read=reader)
 
     open_parameters = loading.open_parameters
     monkeypatch.setattr(loading, "open_parameters", counting)

@@ -158,8 +158,15 @@ def test_groups_within_a_node_and_between() -> None:
     found = make_plan(FULL, Workload("serve", 64, 4096), MeshShape(expert=8, tensor=8), H200)
     over = {t.collective.axes: t.between_nodes for t in found.traffic}
     assert over[("tensor",)] is False and over[("expert",)] is True
+    # In training, fsdp and expert together gather over 64 devices, 8 of them on each node.
+    gathered = next(t for t in make_plan(FULL, Workload("train", 64, 1024), MeshShape(fsdp=8, expert=8), H200).traffic
+                    if t.collective.devices == 64 and t.collective.kind == "all_gather")  # fmt: skip
+    assert gathered.nearby == 8 and gathered.seconds(H200) == gathered.sent / 8 / H200.network
+    everybody = Traffic(Collective("all_to_all", ("a",), 16, 1600), 1, 8)
+    assert everybody.sent == 1500 and everybody.seconds(H200) == 800 / H200.network
+    assert Traffic(Collective("psum", ("a",), 8, 800), 1, 8).seconds(H200) == 1400 / H200.link
     collective = Collective("psum", ("a",), 8, 800)
-    assert Traffic(collective, 3, False).sent == 3 * 2 * 7 / 8 * 800
+    assert Traffic(collective, 3, 8).sent == 3 * 2 * 7 / 8 * 800
 
 
 def test_best_mesh() -> None:

@@ -1,5 +1,6 @@
 """The model on 8 devices against the model on one: logits, states, gradients, for every way of splitting it."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from jax.sharding import AxisType
 
 from m1jax.errors import UserError
+from m1jax.kernels.experts import quantize
 from m1jax.model import M1, build
 from m1jax.params import flatten
+from m1jax.sharding import experts as parallel
 from m1jax.sharding.mesh import MeshShape, Use, make_mesh
 from m1jax.sharding.rules import shardings
 from m1jax.train.forward import Routing, hidden_states
@@ -124,6 +127,30 @@ def test_the_trainers_loss_and_its_gradients(name: str) -> None:
     check_gradients("training", name)
 
 
+@pytest.mark.parametrize("name", ["experts apart", "sequence and tensor", "fsdp", "everything but data"])
+def test_gradients_through_the_exchange_of_many_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What more than FEW rows take; a layer is computed again in the backward pass."""
+    monkeypatch.setattr(parallel, "FEW", 0)
+    monkeypatch.setattr(parallel, "CHUNK", 7)
+    check_gradients("training", name)
+
+
+@pytest.mark.parametrize("few", [0, parallel.FEW])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_experts(kind: Any, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "FEW", few)
+    config = dataclasses.replace(CONFIG, intermediate_size=256)  # two groups of int4
+    arrays = flatten(random_model(config))
+    for path in ("moe.gate_up", "moe.down"):
+        quantized = quantize(arrays.pop(path), kind)
+        arrays |= {f"{path}.values": quantized.values, f"{path}.scales": quantized.scales}
+    model = build(config, lambda path, _: arrays[path], kind)
+    mesh = mesh_of("experts apart")
+    with jax.set_mesh(mesh):
+        got = jax.device_put(model, shardings(config, mesh, model))(TOKENS)
+    assert rms_error(got, model(TOKENS)) < 2e-6
+
+
 @pytest.mark.parametrize("name", ["experts apart", "sequence and tensor", "everything but data"])
 def test_bfloat16_is_no_further_from_float32_than_on_one_device(name: str) -> None:
     """Logits and gradients of the trainer's loss; weights and gradients stay float32."""
@@ -205,5 +232,5 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused() -> None:
 
 def test_a_mesh_of_other_axes_is_refused() -> None:
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    with jax.set_mesh(mesh), pytest.raises(UserError, match="the mesh in use has axes x"):
+    with jax.set_mesh(mesh), pytest.raises(UserError, match="the mesh has axes x"):
         model()(TOKENS)
