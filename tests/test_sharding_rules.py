@@ -115,12 +115,12 @@ def test_meshes_that_do_not_fit_the_devices_are_refused() -> None:
 def test_axes_that_do_not_divide_name_parameter_axis_and_sizes() -> None:
     with pytest.raises(UserError, match=r"softmax.k_proj: kv_heads = 8 cannot be split 32 ways .* work are 1, 2, 4, 8"):
         check(FULL, abstract_mesh(MeshShape(expert=32)))
-    with pytest.raises(UserError, match="the mesh has axes rack: make it with m1jax.sharding.mesh.make_mesh"):
+    with pytest.raises(UserError, match="the mesh has axes rack: make it with m1jax"):
         check(FULL, jax.make_mesh((1,), ("rack",)))
     one_group = dataclasses.replace(FULL, intermediate_size=128)  # of int4
     with pytest.raises(UserError, match=r"moe.down.scales: expert_width = 1 cannot be split 2 ways"):
         check(one_group, abstract_mesh(MeshShape(expert=4, tensor=2)), "int4")
-    with pytest.raises(UserError, match=r"moe.down: groups of expert_width = 1 cannot be split 2 ways"):
+    with pytest.raises(UserError, match=r"moe.down.values: groups of expert_width = 1 cannot be split 2 ways"):
         shardings(one_group, abstract_mesh(MeshShape(expert=4, tensor=2)), m1.abstract(one_group, quantize="int4"))
     assert choose(one_group, 16, quantize="int4").tensor == 1
     with pytest.raises(UserError, match="the experts cannot be held in int4: in-channels"):
