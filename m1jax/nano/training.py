@@ -34,9 +34,9 @@ OPEN = ("subtraction", "multiplication", "sorting", "sequence", "retrieval")
 PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "dtype": "float32",
-        "rows": 8,
-        "steps": {"pretrain": 1000, "sft": 8500, "rl": 24},
-        "rate": {"pretrain": 2e-3, "sft": 1.5e-3, "rl": 1e-4},
+        "rows": 16,
+        "steps": {"pretrain": 1200, "sft": 7900, "rl": 24},
+        "rate": {"pretrain": 3e-3, "sft": 1.5e-3, "rl": 1e-4},
         "passes": 1,
         "rl": {"questions": 64, "replies": 8, "updates": 4, "attempts": 2},
     },
@@ -107,10 +107,10 @@ def reminders(seed: int, tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]
 
 
 def _among(rows: Iterable[Any], others: Iterator[Any]) -> Iterator[Any]:
-    """Three of the rows, then one of the others."""
+    """Six of the rows, then one of the others."""
     for n, row in enumerate(rows, 1):
         yield row
-        if n % 3 == 0:
+        if n % 6 == 0:
             yield next(others)
 
 
