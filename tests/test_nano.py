@@ -84,15 +84,15 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert (tmp_path / "config.json").read_text() == "kept"
     lines = [json.loads(line) for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
     documents = [json.loads(line) for line in (tmp_path / "pretrain.jsonl").read_text().splitlines()]
-    assert len(lines) == len(documents) == 1000 + 1000 // 3
-    for line in (*lines[3:40:4], *documents[3:40:4]):  # lists to recall
+    assert len(lines) == len(documents) == 1000 + 1000 // 6
+    for line in (*lines[6:42:7], *documents[6:42:7]):  # lists to recall
         found = LIST.fullmatch(tokenizer.decode(line["tokens"], keep=None))
         assert found is not None
         learnt = [token for token, weight in zip(line["tokens"], line["weights"], strict=True) if weight]
         assert tokenizer.decode(learnt) == "".join(item[-1] for item in found["again"].split())
         assert set(line["weights"]) == {0, training.FOUND}
         assert set(found["again"].split()) <= set(found["listed"].split(", "))
-    for line in (line for n, line in enumerate(lines[:50], 1) if n % 4):
+    for line in (line for n, line in enumerate(lines[:50], 1) if n % 7):
         learnt = [token for token, weight in zip(line["tokens"], line["weights"], strict=True) if weight]
         text, reply = tokenizer.decode(line["tokens"], keep=None), tokenizer.decode(learnt, keep=None)
         assert text.endswith(reply) and text.count(recipe.END) == 2
@@ -103,7 +103,7 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
         last = len(line["tokens"])
         assert tokens[:last].tolist() == line["tokens"] and weights[:last].tolist() == line["weights"]
         assert not weights[last:].any()
-    assert all("text" in line for n, line in enumerate(documents, 1) if n % 4)
+    assert all("text" in line for n, line in enumerate(documents, 1) if n % 7)
 
 
 def test_runs_made_otherwise_are_not_gone_on_with(tmp_path: Path) -> None:
