@@ -28,7 +28,18 @@ from m1jax.kernels.experts import Quantization
 from m1jax.kernels.lightning_attention import log_decay
 from m1jax.kernels.linear import linear
 from m1jax.params import STATE_AXES, ParamSpec, join_quantized, nest, param_table
-from m1jax.sharding.region import block, constrain, gathered, lookup, mesh_in_use, on_mesh, start, total, ways, whole
+from m1jax.sharding.region import (
+    block,
+    gathered,
+    lookup,
+    mesh_in_use,
+    on_mesh,
+    partition,
+    start,
+    total,
+    ways,
+    whole,
+)
 
 Logits = Literal["all", "last"]
 
@@ -134,11 +145,13 @@ class M1(nnx.Module):
         def empty() -> M1State:
             s = jnp.zeros((len(cfg.lightning_layers), batch, H, D, D), jnp.float32)
             kv = jnp.zeros((len(cfg.softmax_layers), batch, K, max_length, D), self.dtype)
-            state = M1State(LightningState(s), KVCache(kv, jnp.zeros_like(kv)), jnp.zeros((batch,), jnp.int32))
-            return jax.tree.map(constrain, state, _STATE)
+            return M1State(LightningState(s), KVCache(kv, jnp.zeros_like(kv)), jnp.zeros((batch,), jnp.int32))
 
-        # On a mesh each device makes its own part: one alone might have no room for all of it.
-        return empty() if mesh_in_use() is None else jax.jit(empty)()
+        if mesh_in_use() is None:
+            return empty()
+        # Each device makes its own part: one alone might have no room for all of it.
+        places = jax.tree.map(lambda x, axes: partition(x.shape, axes), jax.eval_shape(empty), _STATE)
+        return jax.jit(empty, out_shardings=places)()
 
     def step(
         self, tokens: ArrayLike, state: M1State, lengths: ArrayLike | None = None, logits: Logits = "all"

@@ -76,12 +76,10 @@ def on_mesh(function: Callable[..., Any], config: M1Config | None, out: Any, **n
     return run
 
 
-def constrain(x: jax.Array, axes: Axes) -> jax.Array:
-    """x, to lie on the mesh in use as its logical axes say; for what surrounds the model. Raises `UserError`."""
+def partition(shape: tuple[int, ...], axes: Axes) -> PartitionSpec:
+    """Over what the mesh in use splits an array with these logical axes. Raises `UserError`."""
     mesh = mesh_in_use()
-    if mesh is None:
-        return x
-    return lax.with_sharding_constraint(x, spec(mesh, "array", axes, x.shape))
+    return PartitionSpec() if mesh is None else spec(mesh, "array", axes, shape)
 
 
 def everywhere(x: jax.Array) -> jax.Array:

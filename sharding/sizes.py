@@ -68,9 +68,9 @@ def require_room(
     if needed <= free:
         return
     where = "this machine" if on_host else f"each of {1 if mesh is None else mesh.size} devices"
-    stored = f"{dtype} and {quantize}" if quantize else dtype
+    held = f"{dtype} and {quantize}" if quantize else dtype
     raise UserError(
-        f"{name} needs {needed / 1e9:.1f} GB of memory on {where} in {stored}, {free / 1e9:.1f} GB are free: "
+        f"{name} needs {needed / 1e9:.1f} GB of memory on {where} in {held}, {free / 1e9:.1f} GB are free: "
         + remedy(config, dtype, free, len(jax.devices()), on_host, quantize, stored)
     )
 
