@@ -4,6 +4,7 @@ Every parameter is one buffer, filled straight from the mapped files and cast on
 over without a copy: memory holds the data once.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -140,13 +141,17 @@ def _quantizing(source: Source, kind: Quantization) -> Reader:
     """Reads values and scales of experts that are stored as floats: matrix by matrix, in whole in-channels."""
     table = param_table(source.config)
 
+    @functools.lru_cache(maxsize=1)  # devices that share the in-channels of a block ask for it one after another
+    def rounded(path: str, bounds: tuple[range, ...]) -> tuple[NDArray[Any], NDArray[Any]]:
+        return _quantize_block(source.read, path, table[path], bounds, kind)
+
     def read(name: str, spec: ParamSpec, block: tuple[slice, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         path, _, part = name.rpartition(".")
         if part not in ("values", "scales") or path not in QUANTIZED:
             return source.read(name, spec, block, dtype)
         depth = len(table[path].shape) - 1  # axes before the in-channels
-        bounds = [range(*b.indices(size)) for b, size in zip(block, spec.shape, strict=True)]
-        values, scales = _quantize_block(source.read, path, table[path], bounds[:depth], kind)
+        bounds = tuple(range(*b.indices(size)) for b, size in zip(block[:depth], spec.shape, strict=False))
+        values, scales = rounded(path, bounds)
         return values[..., block[depth]] if part == "values" else scales[(..., *block[depth:])]
 
     return read

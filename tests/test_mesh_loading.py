@@ -1,6 +1,7 @@
 """Loading onto meshes: the same values as on one device, from as few bytes as the shards have; refusals."""
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -80,6 +81,25 @@ def test_only_the_shards_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(loading, "open_parameters", counting)
     m1jax.load(folder, mesh=mesh_of(MESHES[1]))
     assert read == {name: spec.size for name, spec in param_table(CONFIG).items()}
+
+
+def test_quantising_while_loading_reads_each_matrix_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For values and for scales; not for each of the devices that share its in-channels."""
+    down, read = param_table(CONFIG)["moe.down"].shape, 0
+
+    def counting(sources: Any, shape: Any, *block: Any) -> Any:
+        nonlocal read
+        out = read_block(sources, shape, *block)
+        read += out.size * (shape == down)
+        return out
+
+    read_block = loading.read_block
+    monkeypatch.setattr(loading, "read_block", counting)
+    model = m1jax.load(folder, "bfloat16", "int8", mesh=mesh_of("expert=2,tensor=4"))
+    assert read == 2 * math.prod(down)
+    alone = flatten(m1jax.load(folder, "bfloat16", "int8"))
+    for name, value in flatten(model).items():
+        np.testing.assert_array_equal(np.asarray(value, np.float32), np.asarray(alone[name], np.float32), err_msg=name)
 
 
 @pytest.mark.parametrize("stream", [False, True])
