@@ -198,10 +198,11 @@ def _traffic_rows(plan: "Plan") -> list[tuple[str, ...]]:
 
 def sweep_table(plans: Mapping[int, "Plan | None"]) -> str:
     """One line for each number of devices; None is where nothing fits."""
-    rows = [("devices", "mesh", "batch", "GB", "largest batch", "longest context", "ms", "bound by", "tokens/s")]
+    head = ("devices", "mesh", "batch", "GB", "largest batch", "longest context", "ms", "bound by", "tokens/s")
+    rows: list[tuple[str, ...]] = [head]
     for count, p in plans.items():
         if p is None:
-            rows.append((str(count), "does not fit", *[""] * 7))
+            rows.append((str(count), "does not fit", *7 * ("",)))
             continue
         limits = str(p.largest_batch), str(p.longest_context)
         speed = _ms(p.roofline.seconds), p.roofline.bound, f"{p.tokens_per_second:.0f}"

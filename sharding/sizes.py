@@ -91,8 +91,8 @@ def remedy(
     thing = "machine" if on_host else "device"
     storages = STORAGES[[kind for kind, _ in STORAGES].index(dtype) :]
     if quantize is not None:
-        both = ((dtype, quantize), ("bfloat16", quantize), ("bfloat16", "int4"))
-        storages = tuple(dict.fromkeys(both[:2] if stored else both))
+        own: tuple[tuple[str, Quantization | None], ...] = ((dtype, quantize), ("bfloat16", quantize))
+        storages = own if stored else (*own, ("bfloat16", "int4"))
     here = [1] if on_host else sorted({1, present})
     for count in [*here, *(n for n in (2**i for i in range(1, 10)) if n > max(here))]:
         for kind, experts in storages:

@@ -189,12 +189,12 @@ def test_load_quantises_and_a_conversion_keeps_it(tmp_path: Path, layout: Any, k
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_of_a_shard_are_those_of_the_whole(kind: Any) -> None:
     whole = flatten(load(TINY, quantize=kind))
-    config, read, _ = open_parameters(TINY, kind)
-    for path, spec in param_table(config, kind).items():
+    source = open_parameters(TINY, kind)
+    for path, spec in param_table(source.config, kind).items():
         if not path.startswith(("moe.gate_up", "moe.down")):
             continue
         block = tuple(slice(size // 2, size) for size in spec.shape)
-        got = read(path, spec, block, np.dtype(spec.dtype))
+        got = source.read(path, spec, block, np.dtype(spec.dtype))
         np.testing.assert_array_equal(got, np.asarray(whole[path])[block])
 
 
