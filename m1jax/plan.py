@@ -215,7 +215,7 @@ def _gb(size: float) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}"
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
