@@ -166,7 +166,7 @@ def open_parameters(folder: Path) -> Source:
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{folder}: {name} is damaged ({short(error)}): convert the model again") from error
 
-    return Source(config, read, marker["quantize"])
+    return Source(config, read, marker["quantize"], stored=marker["quantize"] is not None)
 
 
 def _read_block(store: ts.TensorStore, spec: ParamSpec, block: tuple[slice, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

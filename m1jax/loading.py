@@ -126,8 +126,7 @@ def _open(path: Path) -> Source:
     if (path / MARKER).exists():
         from m1jax import checkpoint  # it builds on this module
 
-        source = checkpoint.open_parameters(path)
-        return source._replace(stored=source.quantize is not None)
+        return checkpoint.open_parameters(path)
     config, tensors, pieces = open_source(path)
 
     def read(name: str, spec: ParamSpec, block: tuple[slice, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -28,13 +28,13 @@ from m1jax.kernels.experts import Quantization
 from m1jax.kernels.lightning_attention import log_decay
 from m1jax.kernels.linear import linear
 from m1jax.params import STATE_AXES, ParamSpec, join_quantized, nest, param_table
+from m1jax.sharding import rules
 from m1jax.sharding.region import (
     block,
     gathered,
     lookup,
     mesh_in_use,
     on_mesh,
-    partition,
     start,
     total,
     ways,
@@ -147,10 +147,11 @@ class M1(nnx.Module):
             kv = jnp.zeros((len(cfg.softmax_layers), batch, K, max_length, D), self.dtype)
             return M1State(LightningState(s), KVCache(kv, jnp.zeros_like(kv)), jnp.zeros((batch,), jnp.int32))
 
-        if mesh_in_use() is None:
+        mesh = mesh_in_use()
+        if mesh is None:
             return empty()
         # Each device makes its own part: one alone might have no room for all of it.
-        places = jax.tree.map(lambda x, axes: partition(x.shape, axes), jax.eval_shape(empty), _STATE)
+        places = jax.tree.map(lambda x, axes: rules.spec(mesh, "state", axes, x.shape), jax.eval_shape(empty), _STATE)
         return jax.jit(empty, out_shardings=places)()
 
     def step(

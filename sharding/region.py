@@ -76,12 +76,6 @@ def on_mesh(function: Callable[..., Any], config: M1Config | None, out: Any, **n
     return run
 
 
-def partition(shape: tuple[int, ...], axes: Axes) -> PartitionSpec:
-    """Over what the mesh in use splits an array with these logical axes. Raises `UserError`."""
-    mesh = mesh_in_use()
-    return PartitionSpec() if mesh is None else spec(mesh, "array", axes, shape)
-
-
 def everywhere(x: jax.Array) -> jax.Array:
     """x, whole on every device of the mesh in use, so that every process can read it."""
     return x if mesh_in_use() is None else lax.with_sharding_constraint(x, PartitionSpec())
