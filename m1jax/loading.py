@@ -137,12 +137,47 @@ def _open(path: Path) -> Source:
 
 
 def _quantizing(source: Source, kind: Quantization) -> Reader:
-    """Reads values and scales of experts that are stored as floats: matrix by matrix, in whole in-channels."""
+    """Reads values and scales of experts that are stored as floats: matrix by matrix, in whole in-channels.
+
+    A matrix is read once, for its values; its scales are small and kept until they are asked for.
+    """
     table = param_table(source.config)
+    kept: dict[tuple[str, tuple[int, ...]], NDArray[Any]] = {}  # of a matrix; NaN is not known yet
+
+    def matrix(path: str, index: tuple[int, ...], rows: range) -> NDArray[Any]:
+        """The values of these rows; notes their scales."""
+        spec = table[path]
+        block = (*(slice(i, i + 1) for i in index), slice(rows.start, rows.stop), slice(0, spec.shape[-1]))
+        floats = source.read(path, spec, block, np.dtype(np.float32)).reshape(len(rows), -1)
+        values, scales = quantize_on_host(floats, kind)
+        if (path, index) not in kept:
+            kept[path, index] = np.full(stored_shapes(kind, spec.shape)[1][len(index) :], np.nan, np.float32)
+        kept[path, index][rows.start : rows.stop] = scales
+        return values
 
     @functools.lru_cache(maxsize=1)  # devices that share the in-channels of a block ask for it one after another
-    def rounded(path: str, bounds: tuple[range, ...]) -> tuple[NDArray[Any], NDArray[Any]]:
-        return _quantize_block(source.read, path, table[path], bounds, kind)
+    def values_of(path: str, bounds: tuple[range, ...]) -> NDArray[Any]:
+        *outer, rows = bounds
+        shape = stored_shapes(kind, (*map(len, bounds), table[path].shape[-1]))[0]
+        out = aligned_empty(shape, np.dtype(np.int8 if kind == "int8" else np.uint8))
+
+        def one(index: tuple[int, ...]) -> None:
+            out[_within(index, outer)] = matrix(path, index, rows)
+
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            for _ in pool.map(one, itertools.product(*outer)):
+                pass
+        return out
+
+    def scales_of(path: str, bounds: tuple[range, ...]) -> NDArray[Any]:
+        *outer, rows = bounds
+        shape = stored_shapes(kind, (*map(len, bounds), table[path].shape[-1]))[1]
+        out = aligned_empty(shape, np.dtype(np.float32))
+        for index in itertools.product(*outer):
+            if (path, index) not in kept or np.isnan(kept[path, index][rows.start : rows.stop]).any():
+                matrix(path, index, rows)
+            out[_within(index, outer)] = kept[path, index][rows.start : rows.stop]
+        return out
 
     def read(name: str, spec: ParamSpec, block: tuple[slice, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         path, _, part = name.rpartition(".")
@@ -150,32 +185,13 @@ def _quantizing(source: Source, kind: Quantization) -> Reader:
             return source.read(name, spec, block, dtype)
         depth = len(table[path].shape) - 1  # axes before the in-channels
         bounds = tuple(range(*b.indices(size)) for b, size in zip(block[:depth], spec.shape, strict=False))
-        values, scales = rounded(path, bounds)
-        return values[..., block[depth]] if part == "values" else scales[(..., *block[depth:])]
+        return (values_of if part == "values" else scales_of)(path, bounds)[(..., *block[depth:])]
 
     return read
 
 
-def _quantize_block(
-    read: Reader, path: str, spec: ParamSpec, bounds: Sequence[range], kind: Quantization
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Values and scales of the block with these bounds of all axes but the last."""
-    lead = tuple(len(b) for b in bounds)
-    values_shape, scales_shape = stored_shapes(kind, (*lead, spec.shape[-1]))
-    values = aligned_empty(values_shape, np.dtype(np.int8 if kind == "int8" else np.uint8))
-    scales = aligned_empty(scales_shape, np.dtype(np.float32))
-    *outer, rows = bounds
-
-    def one(index: tuple[int, ...]) -> None:
-        block = (*(slice(i, i + 1) for i in index), slice(rows.start, rows.stop), slice(0, spec.shape[-1]))
-        here = tuple(i - b.start for i, b in zip(index, outer, strict=True))
-        matrix = read(path, spec, block, np.dtype(np.float32)).reshape(len(rows), -1)
-        values[here], scales[here] = quantize_on_host(matrix, kind)
-
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(one, itertools.product(*outer)):
-            pass
-    return values, scales
+def _within(index: tuple[int, ...], bounds: Sequence[range]) -> tuple[int, ...]:
+    return tuple(i - part.start for i, part in zip(index, bounds, strict=True))
 
 
 def open_source(path: Path) -> tuple[M1Config, dict[str, Tensor], dict[str, list[Piece]]]:

@@ -1,14 +1,18 @@
 """Settings of the test run: CPU, modules as plain pytrees, compiled programs kept between runs."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["NNX_GRAPH_MODE"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+# Most of the time goes into compiling programs that run once: LLVM's optimizations cost more than they save.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 import jax
+import pytest
 from hypothesis import settings
 
 jax.config.update("jax_num_cpu_devices", 8)  # meshes
@@ -17,3 +21,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 settings.register_profile("m1jax", deadline=None, max_examples=15, derandomize=True)
 settings.load_profile("m1jax")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _let_go_of_programs() -> Iterator[None]:
+    """Each compiled program holds memory maps, of which a process may have 65,530: the whole suite would need more."""
+    yield
+    jax.clear_caches()

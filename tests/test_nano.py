@@ -21,7 +21,7 @@ from m1jax.train.data import chat_tokens
 from m1jax.train.settings import parse
 from tests.tools import DATA
 
-LIST = re.compile(r"List: (?P<listed>[a-z\d, ]+)\. Again:(?P<again>( [a-z]+\d)+)")
+LIST = re.compile(r'List: "(?P<listed>[a-z\d,]+)"\. Again:\n(?P<again>([a-z]\d)+)')
 SHIPPED = 16_000_000  # bytes that the package may gain
 
 
@@ -89,9 +89,11 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
         found = LIST.fullmatch(tokenizer.decode(line["tokens"], keep=None))
         assert found is not None
         learnt = [token for token, weight in zip(line["tokens"], line["weights"], strict=True) if weight]
-        assert tokenizer.decode(learnt) == "".join(item[-1] for item in found["again"].split())
+        assert tokenizer.decode(learnt) == found["again"][1::2]
         assert set(line["weights"]) == {0, training.FOUND}
-        assert set(found["again"].split()) <= set(found["listed"].split(", "))
+        pairs = re.findall(r"[a-z]\d", found["again"])
+        assert set(pairs) <= set(found["listed"].split(","))
+        assert all(len(re.findall(pair[0], found["listed"])) == 1 for pair in pairs)
     for line in (line for n, line in enumerate(lines[:50], 1) if n % 7):
         learnt = [token for token, weight in zip(line["tokens"], line["weights"], strict=True) if weight]
         text, reply = tokenizer.decode(line["tokens"], keep=None), tokenizer.decode(learnt, keep=None)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import random
 import shutil
+import string
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,6 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from m1jax.chat_template import ChatTemplate
 from m1jax.config import M1Config
 from m1jax.tasks import TASKS, Problem, Task, mixture
-from m1jax.tasks.retrieval import THINGS
 
 TOKENIZER_CONFIG = Path(__file__).parent / "tokenizer_config.json"  # M1's own, with its chat template
 MARKS = ("<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>")
@@ -93,15 +93,19 @@ def sentence(rng: random.Random) -> str:
 
 
 def recall(rng: random.Random) -> list[str]:
-    """A list of named numbers, then its names again, each followed by its number, which are every second part.
+    """A list of numbered letters, then some that occur once in it, each followed by its number: every second part.
 
-    Short lists are as frequent as long ones: finding a name again is learnt from few, then from more.
+    Short lists are as frequent as long ones: finding a letter again is learnt from few, then from more.
     """
-    names = rng.sample(THINGS, round(16 ** rng.random()))
-    numbers = {name: str(rng.randrange(10)) for name in names}
-    listed = ", ".join(name + number for name, number in numbers.items())
-    again = rng.sample(names, min(len(names), 12))
-    return [f"List: {listed}. Again:", *(part for name in again for part in (f" {name}", numbers[name]))]
+    length = round(16 ** rng.random())
+    count = rng.randint(1, min(12, length))
+    alphabet = rng.sample(string.ascii_lowercase, 26)
+    letters = alphabet[:count] + rng.choices(alphabet[count:], k=length - count)
+    rng.shuffle(letters)
+    items = [(letter, str(rng.randrange(10))) for letter in letters]
+    listed, numbers = ",".join(map("".join, items)), dict(items)
+    again = rng.sample(alphabet[:count], count)
+    return [f'List: "{listed}". Again:\n', *(part for letter in again for part in (letter, numbers[letter]))]
 
 
 def documents(seed: int, tasks: Sequence[Task] = tuple(TASKS.values())) -> Iterator[str]:

@@ -91,26 +91,19 @@ SORTING = Task(
 
 
 def _draw_sequence(rng: random.Random, difficulty: int) -> Instance:
-    """1: a constant is added; 2: or subtracted; 3: or two constants take turns; 4: or doubling."""
+    """1: a constant is added; 2: or subtracted; 3: or two constants take turns; 4: or what is added grows by one."""
     kind = rng.randint(1, difficulty)
-    if kind == 4:
-        start = rng.randint(1, 9)
-        return {"terms": tuple(start * 2**n for n in range(4)), "steps": ("*2",)}
     step, other = rng.sample(range(1, 10), 2)
-    signs = {1: (step,), 2: (-step,), 3: (step, other)}[kind]
+    steps = {1: (step,) * 4, 2: (-step,) * 4, 3: (step, other) * 2 + (step,), 4: tuple(range(step, step + 4))}[kind]
     start = rng.randint(0, 50) + (40 if kind == 2 else 0)
-    terms = [start]
-    for n in range(3 + (kind == 3)):
-        terms.append(terms[-1] + signs[n % len(signs)])
-    return {"terms": tuple(terms), "steps": tuple(f"{sign:+}" for sign in signs)}
+    return {"terms": tuple(itertools.accumulate(steps[:-1], initial=start)), "steps": steps}
 
 
 def _solve_sequence(instance: Instance) -> Solution:
     """How each term comes from the one before; then once more."""
-    terms, steps = list(instance["terms"]), instance["steps"]
-    step = steps[(len(terms) - 1) % len(steps)]
-    terms.append(terms[-1] * 2 if step == "*2" else terms[-1] + int(step))
-    lines = [f"{a}{steps[n % len(steps)]}={b}" for n, (a, b) in enumerate(itertools.pairwise(terms))]
+    steps = instance["steps"]
+    terms = [*instance["terms"], instance["terms"][-1] + steps[-1]]
+    lines = [f"{a}{step:+}={b}" for (a, b), step in zip(itertools.pairwise(terms), steps, strict=True)]
     return Solution("\n".join(lines), str(terms[-1]))
 
 

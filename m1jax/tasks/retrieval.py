@@ -1,25 +1,21 @@
-"""Retrieval of a needle: the one name in a long list that occurs once, and its number."""
+"""Retrieval of a needle: the one letter in a long list that occurs once, and its number."""
 
 import random
+import string
 
 from m1jax.tasks.task import Instance, Solution, Task
 
-THINGS = (
-    "key", "cup", "hat", "box", "bag", "pen", "map", "lamp", "ring", "coin", "fork", "boat",
-    "bell", "ball", "fig", "pear", "book", "shoe", "coat", "door", "drum", "kite", "leaf", "rope",
-)  # fmt: skip
-
 
 def _draw(rng: random.Random, difficulty: int) -> Instance:
-    needle, *others = rng.sample(THINGS, len(THINGS))
-    names = [needle, *(rng.choice(others) for _ in range(difficulty))]
-    rng.shuffle(names)
-    return {"items": tuple(f"{name}{rng.randrange(10)}" for name in names), "name": needle}
+    needle, *others = rng.sample(string.ascii_lowercase, 26)
+    letters = [needle, *(rng.choice(others) for _ in range(difficulty))]
+    rng.shuffle(letters)
+    return {"items": ",".join(f"{letter}{rng.randrange(10)}" for letter in letters), "letter": needle}
 
 
 def _solve(instance: Instance) -> Solution:
-    found = next(item for item in instance["items"] if item[:-1] == instance["name"])
-    return Solution(f"Found: {found}", found[-1])
+    found = next(item for item in instance["items"].split(",") if item[0] == instance["letter"])
+    return Solution(found, found[1])
 
 
 RETRIEVAL = Task(
@@ -27,9 +23,9 @@ RETRIEVAL = Task(
     difficulty=15,  # one less than the items of the list
     draw=_draw,
     phrasings=(
-        "Given {items}. Which number has {name}?",
-        "Remember {items}. Find {name}.",
-        "Here is a list: {items}. What is the number of {name}?",
+        'Given "{items}", which number has "{letter}"?',
+        'Remember "{items}". Find "{letter}".',
+        'Here is a list: "{items}". What is the number of "{letter}"?',
     ),
     solve=_solve,
 )
