@@ -66,7 +66,7 @@ class Engine:
     Args:
       model: the model.
       tokenizer: its tokenizer.
-      cancelled: asked before every step; once true, all texts end as "interrupted".
+      cancelled: asked before every step and chunk of a prompt; once true, all texts end as "interrupted".
 
     Raises:
       UserError: the tokenizer has tokens that the model does not know.
@@ -168,6 +168,9 @@ class Engine:
 
         Returns:
           Logits `[B, V]` after each prompt's last token, and the state; B is the bucket of the number of prompts.
+
+        Raises:
+          Cancelled: it was, between two chunks.
         """
         B = self.rows_bucket(len(prompts))
         logits, state = self.run(device.empty, self.model, B=B, N=N)
@@ -176,6 +179,10 @@ class Engine:
         longest = max(map(len, prompts))
         chunk = min(CHUNK, max(SMALLEST_CHUNK, CHUNK_OF_ALL // B))
         for start in range(0, longest, chunk):
+            if start:
+                logits.block_until_ready()  # a long prompt can be given up between two chunks
+                if self.cancelled():
+                    raise Cancelled
             T = self.bucket(min(chunk, longest - start), SMALLEST_CHUNK)
             tokens, lengths = np.zeros((B, T), np.int32), np.zeros((B,), np.int32)
             for b, prompt in enumerate(prompts):
@@ -200,6 +207,10 @@ def check_context(prompt: int, context: int) -> None:
     """Raises `UserError` if a prompt of so many tokens leaves no room for an answer."""
     if prompt >= context:
         raise UserError(f"the prompt has {prompt} tokens, the model's context is {context}: shorten the prompt")
+
+
+class Cancelled(Exception):
+    """Reading prompts was given up."""
 
 
 class _Slot(NamedTuple):
@@ -278,7 +289,12 @@ class Generation:
         with engine.clock("prompt_seconds"):
             needed = max(len(slot.reply.request.tokens) + min(slot.reply.limit, ROOM) for slot in new)
             N = max(engine.cache_bucket(needed), self._rows.state.max_length if self._rows and live else 0)
-            tokens, rows = self._begin(new, N)
+            try:
+                tokens, rows = self._begin(new, N)
+            except Cancelled:
+                self._prior = None
+                self._queue.extendleft(reversed(new))  # they end with all others
+                return
             self._rows = self._join(rows, live, len(new)) if live else rows
             self._slots = [*(self._slots[b] for b in live), *new]
             self._chosen = [*(self._chosen[b] for b in live), *[1] * len(new)]

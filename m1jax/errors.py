@@ -1,5 +1,6 @@
 """The one exception users see, and the wrapper that turns it into exit code 2."""
 
+import contextlib
 import functools
 import os
 import sys
@@ -10,6 +11,7 @@ from typing import NoReturn, ParamSpec
 
 P = ParamSpec("P")
 
+BROKEN_PIPE = 141  # as the shell reports a program that SIGPIPE ended
 VERDICT = 15  # seconds that jax may take to name the process whose loss made another one's exchange fail
 
 _process: int | None = None  # which of several this is
@@ -34,17 +36,26 @@ def alone() -> bool:
 
 
 def main_guard(main: Callable[P, int | None]) -> Callable[P, NoReturn]:
-    """Wraps a command's `main`: `UserError` becomes ``error: …`` on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Wraps a command's `main`: `UserError` becomes ``error: …`` on stderr and exit code 2, Ctrl-C exit code 130.
+
+    What the file system refuses is bad input too. A reader of stdout that went away ends the command without a word.
+    """
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> NoReturn:
         try:
-            sys.exit(main(*args, **kwargs) or 0)
+            _end(main(*args, **kwargs) or 0)
         except UserError as error:
             where = f"process {_process}: " if _process else ""
             _fail(f"error: {where}{' '.join(str(error).split())}", 2)
         except KeyboardInterrupt:
             _fail("interrupted", 130)
+        except BrokenPipeError:
+            _silence_stdout()
+            _end(BROKEN_PIPE)
+        except OSError as error:
+            _silence_stdout()
+            _fail(f"error: {error.filename or 'the output'}: {error.strerror or error}", 2)
         except Exception:
             if _process is None:
                 raise
@@ -57,7 +68,18 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, NoReturn]:
 def _fail(message: str, code: int) -> NoReturn:
     stderr = sys.stderr if _process is None else sys.__stderr__
     print(message, file=stderr, flush=True)
-    if _process is None:
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    if _process is None or code == 0:
         sys.exit(code)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)
+
+
+def _silence_stdout() -> None:
+    """After a failed write: keeps Python from complaining about it once more when it exits."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

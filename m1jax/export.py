@@ -48,6 +48,8 @@ def export(src: Path, dst: Path, max_shard: int = 5_000_000_000, overwrite: bool
     with disk_errors(dst):
         dst.parent.mkdir(parents=True, exist_ok=True)
         with open_workplace(dst, _identity(src, max_shard), overwrite) as place:
+            for torn in place.path.glob("*.part"):  # written again from its start
+                torn.unlink()
             written = sum(file.stat().st_size for file in place.path.glob("*.safetensors"))
             check_space(place.path, total - written + (4 << 20))
             with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as bar:

@@ -13,24 +13,15 @@ from collections.abc import Sequence
 from m1jax import distributed
 from m1jax.arguments import parse
 from m1jax.errors import UserError, main_guard
-from m1jax.runtime import Interrupts, memory_errors, open_streams, silence_stdout
-
-BROKEN_PIPE = 141  # as the shell reports a program that SIGPIPE ended
+from m1jax.runtime import Interrupts, memory_errors, open_streams
 
 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `python -m m1jax.generate --help`."""
     open_streams()
-    try:
-        with Interrupts().installed() as interrupts:
-            return _run(argv, interrupts)
-    except BrokenPipeError:
-        silence_stdout()
-        return BROKEN_PIPE
-    except OSError as error:
-        silence_stdout()
-        raise UserError(f"{error.filename or 'the output'}: {error.strerror or error}") from None
+    with Interrupts().installed() as interrupts:
+        return _run(argv, interrupts)
 
 
 def _run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:

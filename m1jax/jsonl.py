@@ -25,6 +25,7 @@ from m1jax.loading import MARKER
 from m1jax.model import M1
 from m1jax.prompt import Options, Prompter
 from m1jax.reply import Reply, Request
+from m1jax.sampling import DEFAULT_SAMPLING
 
 # Options that a line may set, and their JSON types.
 OPTIONS: dict[str, tuple[type, ...]] = {
@@ -125,6 +126,10 @@ def _line(number: int, text: str, options: Options, prompter: Prompter) -> Line:
         raise UserError("give either prompt or messages")
     options = _options(values, options)
     carried = {key: values[key] for key in ("id", "metadata") if key in values}
+    try:
+        json.dumps(carried, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError("id and metadata must be Unicode: half a surrogate pair cannot be written as UTF-8") from None
     if "prompt" in values:
         if not isinstance(values["prompt"], str):
             raise UserError("prompt must be a string")
@@ -153,10 +158,13 @@ def _options(values: dict[str, Any], options: Options) -> Options:
         given[key] = value
     if given.get("n", 1) > MOST_TEXTS:
         raise UserError(f"n must be at most {MOST_TEXTS}, not {reprlib.repr(given['n'])}")
-    if given.pop("greedy", False):
+    greedy = given.pop("greedy", None)
+    if greedy:
         if given.get("temperature"):
             raise UserError("greedy and a temperature above 0 contradict each other: drop one")
         given["temperature"] = 0.0
+    elif greedy is False and options.sampling.temperature == 0:
+        given.setdefault("temperature", DEFAULT_SAMPLING.temperature)
     if "stop" in given:
         given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
         if not all(isinstance(item, str) for item in given["stop"]):

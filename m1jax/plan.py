@@ -110,9 +110,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _mesh(config: "M1Config", text: str | None, count: int, device: "Device", work: "Workload") -> "MeshShape":
     from m1jax.sharding.mesh import MeshShape, choose
+    from m1jax.sharding.plan import best, check_rows
 
     if text is None:
-        return choose(config, count, work.use, device.memory / 1e9, work.quantize)
+        shape = choose(config, count, work.use, device.memory / 1e9, work.quantize)
+        if work.batch is None:
+            return shape
+        try:
+            check_rows(work, shape)
+        except UserError:  # the usual mesh does not split so few rows: another may
+            other = best(config, work, count, device)
+            if other is None:
+                raise
+            return other.mesh
+        return shape
     shape = MeshShape.parse(text)
     if shape.size != count:
         raise UserError(f"mesh {shape} has {shape.size} devices, --devices says {count}: make them agree")

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from m1jax.checkpoint import read_marker
 from m1jax.errors import UserError
-from m1jax.kernels.experts import Quantization
 from m1jax.loading import MARKER, Source, open_parameters
 from m1jax.model import M1, Carry, all_decays, body, build, embed, final_norm, head
 from m1jax.params import ParamSpec, param_table
+from m1jax.tokenizer import Tokenizer
 
 _LENGTHS = (1, 7, 64)  # tokens of the random prompts
 _TEXTS = ("The quick brown fox jumps over the lazy dog.", "1 + 1 =", "Wer reitet so spät durch Nacht und Wind?")
@@ -41,8 +41,9 @@ def verify(src: Path, dst: Path) -> bool:
     """
     marker = read_marker(dst) if (dst / MARKER).exists() else {"dtype": "keep", "quantize": None}
     rounded, quantize = marker["dtype"] == "bfloat16", marker["quantize"]
-    wanted = _logits(src, quantize)
-    found = _logits(dst)
+    # Both are opened before the first is computed, which may take long.
+    sources = open_parameters(src, quantize), open_parameters(dst)
+    wanted, found = _logits(src, sources[0]), _logits(dst, sources[1])
     if {name: logits.shape for name, logits in wanted.items()} != {
         name: logits.shape for name, logits in found.items()
     }:
@@ -67,9 +68,8 @@ def compare(prompt: str, wanted: NDArray[np.float32], found: NDArray[np.float32]
     return Parity(prompt, float(np.abs(difference).max()), float(np.sqrt(np.mean(difference**2)) / scale), float(same))
 
 
-def _logits(path: Path, quantize: Quantization | None = None) -> dict[str, NDArray[np.float32]]:
+def _logits(path: Path, source: Source) -> dict[str, NDArray[np.float32]]:
     """Logits `[T, V]` by prompt, in float32."""
-    source = open_parameters(path, quantize)
     prompts = _prompts(path, source.config.vocab_size)
     lengths = np.asarray([len(tokens) for tokens in prompts.values()], np.int32)
     batch = np.zeros((len(prompts), lengths.max()), np.int32)
@@ -121,11 +121,9 @@ def _prompts(path: Path, vocab_size: int) -> dict[str, NDArray[np.int32]]:
     random = np.random.default_rng(0)
     out = {f"{n} random tokens": random.integers(0, vocab_size, n, dtype=np.int32) for n in _LENGTHS}
     if (path / "tokenizer.json").exists():
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer = Tokenizer.load(path)
         for text in _TEXTS:
-            ids = np.asarray(tokenizer.encode(text).ids, np.int32)
+            ids = np.asarray(tokenizer.encode(text), np.int32)
             if len(ids) and ids.max() < vocab_size:
                 out[repr(text)] = ids
     return out

@@ -51,12 +51,17 @@ def check_paths(src: Path, dst: Path, overwrite: bool) -> None:
         raise UserError(f"{dst} and {src} must be separate folders")
     if dst.is_symlink() or (dst.exists() and not dst.is_dir()):
         raise UserError(f"{dst} exists and is not a folder: choose another name")
+    if os.path.ismount(dst):
+        raise UserError(f"{dst} is a mount point, which cannot be replaced: give a new folder in it")
     if not dst.exists() or not any(dst.iterdir()):
         return
     if not overwrite:
         raise UserError(f"{dst} exists and is not empty: choose another name or give --overwrite")
     if not (dst / MARKER).exists() and not is_ours(dst):
         raise UserError(f"{dst} was not made by m1jax, so --overwrite does not replace it: choose another name")
+    old = _replaced(dst)
+    if os.path.lexists(old) and not (old / LOCK).exists():
+        raise UserError(f"{old} is in the way: move it")
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -131,10 +136,11 @@ def _replace(file: Path, text: str) -> None:
 
 def _finish(partial: Path, dst: Path, overwrite: bool) -> None:
     """Puts the finished folder in its place; what was there goes last."""
-    old = dst.with_name(dst.name + ".replaced")
+    old = _replaced(dst)
     if (old / LOCK).exists():
         shutil.rmtree(old)
-    if dst.exists() and any(dst.iterdir()):
+    replaces = dst.exists() and any(dst.iterdir())
+    if replaces:
         if not overwrite:
             raise UserError(f"{dst} appeared in the meantime: move it and run again")
         (dst / LOCK).touch()  # whoever finds it under its new name knows that it may go
@@ -142,8 +148,13 @@ def _finish(partial: Path, dst: Path, overwrite: bool) -> None:
     (partial / PROGRESS).unlink()
     os.rename(partial, dst)
     (dst / LOCK).unlink()
-    if old.exists():
+    if replaces:
         shutil.rmtree(old)
+
+
+def _replaced(dst: Path) -> Path:
+    """Where a folder goes that is being replaced."""
+    return dst.with_name(dst.name + ".replaced")
 
 
 def carry(src: Path, dst: Path) -> None:

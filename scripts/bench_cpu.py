@@ -3,7 +3,7 @@
 Tokens per second of m1jax and of transformers' `MiniMaxForCausalLM` in one run: same weights, same machine, in turns.
 The model has 950M parameters (hidden 1024, 16 layers 7:1, 16 heads × 64, 4 KV heads, 16 experts top-2 of width 1024,
 vocabulary 32000). Prefill fills the state from an empty one and gives the last token's logits (`logits_to_keep=1`);
-decode continues 64 tokens, greedily. Compilation is not counted. The last column is the share of what the machine
+decode continues 64 tokens by 16, greedily. Compilation is not counted. The last column is the share of what the machine
 can do that m1jax reaches, both limits measured in the same run: of the FLOP/s of a large matrix product in prefill, of
 the bytes of memory read per second in decode. Needs the extra `parity`.
 """

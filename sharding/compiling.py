@@ -26,6 +26,7 @@ Platform = Literal["cpu", "cuda", "tpu"]
 
 _LIBTPU = "0.0.42.*"
 # What keeps libtpu from asking the cloud about the machine that it is on, and from complaining of the answer.
+_SM_90 = ("H100", "H800", "H200")  # what the deviceless compiler is set up for
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -102,6 +103,8 @@ def _devices(platform: Platform, count: int, device: Device) -> list[jax.Device]
     if device.platform != platform:
         raise UserError(f"--compile {platform} does not compile for {device.name}, a {device.platform} device")
     if platform == "cuda":
+        if device.name not in _SM_90:
+            raise UserError(f"--compile cuda compiles for {', '.join(_SM_90)}, not for {device.name}: leave it out")
         from m1jax.kernels.gpu import deviceless
 
         return list(deviceless.mesh({"device": count}).devices.flat)

@@ -9,7 +9,7 @@ computed in vain count for nothing.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -172,8 +172,15 @@ def best(config: M1Config, work: Workload, count: int, device: Device) -> Plan |
     Where the workload leaves the batch open, each mesh gets about the largest that fits. Of meshes that differ only in
     the size of `expert`, those after the first that is slower than the one before are not looked at.
     """
+    found = _best(config, work, factorings(count, work.use, sequence=work.mode != "serve"), device)
+    if found is None and work.mode == "serve":  # where rows or memory are too few, the cache can be split
+        found = _best(config, work, factorings(count, work.use, sequence=True), device)
+    return found
+
+
+def _best(config: M1Config, work: Workload, meshes: Iterable[MeshShape], device: Device) -> Plan | None:
     lines: dict[tuple[int, int], list[tuple[float, MeshShape]]] = {}
-    for mesh in factorings(count, work.use, sequence=work.mode != "serve"):
+    for mesh in meshes:
         if _possible(config, work, mesh, device):
             bound = _speed_without_sending(config, work, mesh, device)
             lines.setdefault((mesh.seq, mesh.tensor), []).append((bound, mesh))

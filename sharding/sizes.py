@@ -93,7 +93,7 @@ def remedy(
     if quantize is not None:
         own: tuple[tuple[str, Quantization | None], ...] = ((dtype, quantize), ("bfloat16", quantize))
         storages = own if stored else (*own, ("bfloat16", "int4"))
-    here = [1] if on_host else sorted({1, present})
+    here = [1] if on_host else [present, *[1] * (present > 1)]
     for count in [*here, *(n for n in (2**i for i in range(1, 10)) if n > max(here))]:
         for kind, experts in storages:
             try:
@@ -102,8 +102,10 @@ def remedy(
             except UserError:  # this many do not divide the model
                 continue
             if each <= free:
-                extra = f" --quantize {experts}" if experts and not stored else ""
-                return f"--dtype {kind}{extra} --mesh {shape} fits, {each / 1e9:.1f} GB on each of {count} {thing}s"
+                options = f"--dtype {kind}" + f" --quantize {experts}" * bool(experts and not stored)
+                if count == 1:
+                    return f"{options} fits, {each / 1e9:.1f} GB on one {thing}"
+                return f"{options} --mesh {shape} fits, {each / 1e9:.1f} GB on each of {count} {thing}s"
     return f"no mesh of up to 512 {thing}s of this size holds it"
 
 

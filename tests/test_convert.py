@@ -377,6 +377,31 @@ def test_existing_things_are_safe(converted: Path, tmp_path: Path, monkeypatch: 
         run_convert(source, converted)
 
 
+def test_a_folder_called_replaced_is_safe(tmp_path: Path) -> None:
+    (tmp_path / "out.replaced").mkdir()
+    (tmp_path / "out.replaced" / "thesis.tex").write_text("...")
+    run_convert(TINY, tmp_path / "out")
+    with pytest.raises(UserError, match=r"out\.replaced is in the way"):
+        run_convert(TINY, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out.replaced" / "thesis.tex").read_text() == "..." and (tmp_path / "out" / MARKER).exists()
+
+
+def test_a_mount_point_is_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="is a mount point"):
+        run_convert(TINY, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_path_that_the_file_system_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (convert, export):
+        assert run(module, tmp_path / ("x" * 300), tmp_path / "out", monkeypatch=monkeypatch) == 2
+        assert "File name too long" in capsys.readouterr().err
+
+
 def test_empty_folder_is_a_fine_target(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     run_convert(TINY, tmp_path / "out")

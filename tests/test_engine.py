@@ -294,6 +294,17 @@ def test_interrupting_ends_every_text(engine: Engine) -> None:
     assert not out[5, 0].tokens
 
 
+def test_a_long_prompt_can_be_given_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "CHUNK", 16)
+    monkeypatch.setattr(engine_module, "SMALLEST_CHUNK", 16)
+    steps = iter(range(3))
+    other = like(engine, cancelled=lambda: next(steps, None) is None)
+    long, short = Request((1, 2, 3) * 40, GREEDY, max_tokens=9), Request((1,), GREEDY, max_tokens=9)
+    out = replies(other, [long, short], max_rows=1)
+    assert {(reply.finish, len(reply.tokens)) for reply in out.values()} == {("interrupted", 0)} and len(out) == 2
+    assert other.stats.prompt_tokens == 48
+
+
 def test_texts_that_are_not_due_are_not_made(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     init = Reply.__init__

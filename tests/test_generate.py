@@ -203,6 +203,14 @@ def test_lines_equal_single_runs(run: Run, finished: tuple[Path, Path, list[dict
     assert lines[3]["text"] == raw["text"] and lines[3]["prompt_tokens"] == raw["stats"]["prompt_tokens"]
 
 
+def test_a_line_switches_greedy_off(run: Run, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "Hello", "greedy": false}\n')
+    flags = ("--max-tokens", 9, "--seed", 0)
+    assert run("--greedy", "--input", source, "--output", out, *flags).code == 0
+    assert json.loads(out.read_text())["text"] == json.loads(run("--prompt", "Hello", "--json", *flags).out)["text"]
+
+
 @pytest.mark.parametrize("keep", [0, 1, 3, 6])
 @pytest.mark.parametrize("torn", ["", '{"line": 5, "sam', '{"li', "whole"])
 def test_a_broken_off_run_continues(
@@ -293,6 +301,8 @@ def test_foreign_output_is_left_alone(run: Run, tmp_path: Path, content: str) ->
         ('{"prompt": "x", "n": 1000000000}', "line 2: n must be at most 100000"),
         ("[" * 100_000, "line 2: not valid JSON"),
         ('{"prompt": "\\ud800"}', "line 2: the text is not valid UTF-8"),
+        ('{"prompt": "x", "metadata": "\\ud800"}', "line 2: id and metadata must be Unicode"),
+        ('{"prompt": "x", "id": ["\\udfff"]}', "line 2: id and metadata must be Unicode"),
     ],
 )
 def test_malformed_lines_are_named(run: Run, tmp_path: Path, line: str, error: str) -> None:

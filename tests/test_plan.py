@@ -175,6 +175,11 @@ def test_best_mesh() -> None:
     assert found is not None and found.fits and found.mesh.size == 8
 
 
+def test_one_row_is_split_over_its_cache() -> None:
+    found = best(FULL, Workload("serve", 1, 131072), 16, H200)  # 16 devices cannot split one row otherwise
+    assert found is not None and found.fits and found.mesh.seq > 1
+
+
 def test_one_long_prompt_is_split_over_its_tokens() -> None:
     work = Workload("prefill", 1, 1 << 20)
     found = best(FULL, work, 64, DEVICES["H800"])  # 64 devices cannot split one row otherwise
@@ -256,6 +261,8 @@ def test_missing_wheels_and_wrong_devices(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UserError, match="libtpu"):
         compiling.check_backend("tpu")
     monkeypatch.undo()
+    with pytest.raises(UserError, match="compiles for H100, H800, H200, not for A100"):
+        compiling.compile_step(SMALL, Workload("serve", 16, 32), MeshShape(data=16), "cuda", DEVICES["A100"])
     with pytest.raises(UserError, match="16 CPU devices are needed"):
         compiling.compile_step(SMALL, Workload("serve", 16, 32), MeshShape(data=16), "cpu", H200)
 

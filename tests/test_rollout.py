@@ -1,5 +1,7 @@
 """Rollouts on the device: the engine's replies, the policy's log-probabilities, and where they end."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ from m1jax.params import ParamSpec
 from m1jax.reply import Request
 from m1jax.rl.rollout import Rollout, padded_prompts, rollout, sampling_rows
 from m1jax.sampling import Sampling
+from m1jax.sharding.mesh import MeshShape, make_mesh
+from m1jax.sharding.rules import shardings
 from m1jax.tokenizer import Tokenizer
 from m1jax.train.forward import hidden_states
 from m1jax.train.loss import head_weight, token_log_probs
@@ -113,6 +117,16 @@ def test_repetition_loops_are_stopped(model: M1) -> None:
         runs = [bool(sure[n - 5 : n].all()) for n in range(5, len(sure) + 1)]
         assert out.looped[row] == any(runs) and sum(runs) <= 1, "stopped at the first run of five, not later"
     assert not run(model, temperature=1.0, loop_tokens=5).looped.any()
+
+
+def test_a_cache_that_is_split_need_not_divide_prompt_and_window(model: M1) -> None:
+    prompts, lengths = padded_prompts(PROMPTS, 8)
+    rows, mesh = sampling_rows(SEEDS, REPLIES, 1.0), make_mesh(MeshShape.parse("seq=8"))
+    run = functools.partial(rollout, replies=REPLIES, window=WINDOW - 1)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(model, shardings(model.config, mesh, model))
+        out = jax.eval_shape(run, sharded, prompts, lengths, rows, np.zeros((1,), np.int32), 3000)
+    assert out.tokens.shape == (len(PROMPTS) * REPLIES, WINDOW - 1)
 
 
 def test_prompts_are_padded_to_few_shapes() -> None:

@@ -173,18 +173,21 @@ def test_bfloat16_is_no_further_from_float32_than_on_one_device() -> None:
         assert error < 1.5 * rms_error(one[path], value) + 1e-6, path
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_logits_states_and_steps(name: str) -> None:
-    """A ragged prefill in two chunks, then two tokens one by one."""
+@pytest.mark.parametrize(("name", "room"), [*((name, 32) for name in MESHES), ("sequence", 16)])
+def test_logits_states_and_steps(name: str, room: int) -> None:
+    """A ragged prefill in two chunks, then two tokens one by one.
+
+    A chunk's queries travel to a cache of 32 places, the keys and values of one of 16 to the queries.
+    """
     lengths = [np.asarray(n, np.int32) for n in ([9, 4, 1, 7], [2, 0, 5, 3], [1, 1, 1, 1], [1, 1, 1, 1])]
     at = np.zeros(4, np.int32)
     mesh, want = mesh_of(name), model()(TOKENS)
     with jax.set_mesh(mesh):
         sharded = on(mesh)
         assert rms_error(sharded(TOKENS), want) < 2e-6
-        state = sharded.init_state(4, 32)
+        state = sharded.init_state(4, room)
         assert jax.tree.map(lambda x: x.sharding, state) == shardings(CONFIG, mesh, state)
-    plain = model().init_state(4, 32)
+    plain = model().init_state(4, room)
     for count in lengths:
         T = int(count.max())
         tokens = np.stack([np.resize(TOKENS[b, at[b] :], T) for b in range(4)])

@@ -1,5 +1,6 @@
 """Parity of two checkpoints, as ``python -m m1jax.convert --verify`` reports it."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,16 @@ def test_verify_commands_exit_code(converted: Path, tmp_path: Path, monkeypatch:
     assert run(convert, "--verify", TINY, converted, monkeypatch=monkeypatch) == 1
     monkeypatch.undo()
     assert run(convert, "--verify", TINY, tmp_path, monkeypatch=monkeypatch) == 2
+
+
+def test_a_corrupt_tokenizer_is_named(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(shutil.copytree(converted, tmp_path / "m"))
+    (source / "tokenizer.json").write_text("{")
+    monkeypatch.setattr("m1jax.verify.layer_by_layer", lambda *_: pytest.fail("computed before both were opened"))
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        verify(source, converted)
+    with pytest.raises(UserError, match="nothing is not"):
+        verify(converted, tmp_path / "nothing")
 
 
 def test_nan_is_never_parity() -> None:

@@ -25,6 +25,7 @@ STAGES: tuple[Stage, ...] = ("pretrain", "sft", "rl")
 
 LENGTH = 256  # tokens of a row; the longest conversation of the shipped difficulties fits
 FOUND = 4  # weight of a number found again: there are few among the tokens of replies
+RECALL = {"pretrain": 6, "sft": 2}  # rows of the stage's own for each list to recall, which takes longest to learn
 WINDOWS = (112, 136, 160)  # tokens of a reply, in stages of RL
 # The tasks that are learnt last: twice as frequent in SFT; in RL hardly a group of the others' replies is mixed, and
 # groups that are not teach nothing.
@@ -35,7 +36,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "dtype": "float32",
         "rows": 16,
-        "steps": {"pretrain": 1200, "sft": 7900, "rl": 24},
+        "steps": {"pretrain": 1200, "sft": 9800, "rl": 24},
         "rate": {"pretrain": 3e-3, "sft": 1.5e-3, "rl": 1e-4},
         "passes": 1,
         "rl": {"questions": 64, "replies": 8, "updates": 4, "attempts": 2},
@@ -81,10 +82,10 @@ def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
     count = {name: steps * plan["rows"] * LENGTH // plan["passes"] for name, steps in plan["steps"].items()}
     texts = itertools.islice(recipe.documents(1, chosen), max(1000, count["pretrain"] // 40))
     tokenizer = Tokenizer.load(out / "tokenizer")
-    _write(out / "pretrain.jsonl", _among(({"text": text} for text in texts), reminders(1, tokenizer)))
+    _write(out / "pretrain.jsonl", _among(({"text": text} for text in texts), reminders(1, tokenizer), RECALL["pretrain"]))
     often = [*chosen, *(task for task in chosen if task.name in OPEN)]
     problems = itertools.islice(mixture(often, seed=2), max(1000, count["sft"] // 80))
-    _write(out / "sft.jsonl", _among(conversations(problems, tokenizer), reminders(2, tokenizer)))
+    _write(out / "sft.jsonl", _among(conversations(problems, tokenizer), reminders(2, tokenizer), RECALL["sft"]))
 
 
 def conversations(problems: Iterable[Problem], tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
@@ -106,11 +107,11 @@ def reminders(seed: int, tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]
         yield {"tokens": [t for part in parts for t in part], "weights": [w for part in found for w in part]}
 
 
-def _among(rows: Iterable[Any], others: Iterator[Any]) -> Iterator[Any]:
-    """Six of the rows, then one of the others."""
+def _among(rows: Iterable[Any], others: Iterator[Any], count: int) -> Iterator[Any]:
+    """So many of the rows, then one of the others."""
     for n, row in enumerate(rows, 1):
         yield row
-        if n % 6 == 0:
+        if n % count == 0:
             yield next(others)
 
 

@@ -15,7 +15,7 @@ from jax import lax
 
 from m1jax.model import M1, M1State
 from m1jax.sampling import Sampling, SamplingRows, sample
-from m1jax.sharding.region import everywhere
+from m1jax.sharding.region import everywhere, ways
 
 SURE = 0.99  # the probability from which on a token counts as certain, in the search for repetition loops
 
@@ -68,7 +68,9 @@ def rollout(
     """
     Q, T = prompts.shape
     B = Q * replies
-    logits, state = model.step(prompts, model.init_state(Q, T + window), lengths=lengths, logits="last")
+    parts = ways("cache")
+    state = model.init_state(Q, -(-(T + window) // parts) * parts)
+    logits, state = model.step(prompts, state, lengths=lengths, logits="last")
     source = jnp.repeat(jnp.arange(Q), replies)
     seen = jnp.zeros((B, logits.shape[-1]), bool)  # only a repetition penalty would read it
     out = Rollout(
