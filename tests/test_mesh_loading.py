@@ -192,7 +192,7 @@ def test_what_would_fit_on_accelerators(monkeypatch: pytest.MonkeyPatch) -> None
     assert "59.8 GB on each of 8 devices" in sizes.remedy(config, "bfloat16", 64e9, 8)
     assert "--quantize int4 --mesh data=1,expert=4,tensor=1 fits, 68.4" in sizes.remedy(config, "bfloat16", 80e9, 1)
     assert "no mesh" in sizes.remedy(config, "bfloat16", 1e9, 8)
-    assert "--dtype float32 --mesh data=1,expert=8,tensor=1 fits, 228.2 GB" in sizes.remedy(config, "float32", 1e12, 8)
+    assert "--dtype float32 --mesh data=1,expert=8,tensor=1 fits, 228.1 GB" in sizes.remedy(config, "float32", 1e12, 8)
     assert sizes.remedy(config, "bfloat16", 920e9, 1) == "--dtype bfloat16 fits, 912.2 GB on one device"
     monkeypatch.setattr(sizes, "host_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"m needs .* on this machine in float32"):

@@ -121,7 +121,8 @@ def test_repetition_loops_are_stopped(model: M1) -> None:
 
 def test_a_cache_that_is_split_need_not_divide_prompt_and_window(model: M1) -> None:
     prompts, lengths = padded_prompts(PROMPTS, 8)
-    rows, mesh = sampling_rows(SEEDS, REPLIES, 1.0), make_mesh(MeshShape.parse("seq=8"))
+    rows = sampling_rows(SEEDS, REPLIES, 1.0)
+    mesh = make_mesh(MeshShape.parse("seq=4"), "serve", jax.devices()[:4])
     run = functools.partial(rollout, replies=REPLIES, window=WINDOW - 1)
     with jax.set_mesh(mesh):
         sharded = jax.device_put(model, shardings(model.config, mesh, model))

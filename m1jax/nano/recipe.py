@@ -21,7 +21,7 @@ from m1jax.tasks import TASKS, Problem, Task, mixture
 
 TOKENIZER_CONFIG = Path(__file__).parent / "tokenizer_config.json"  # M1's own, with its chat template
 MARKS = ("<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>")
-VOCABULARY = 640
+VOCABULARY = 600
 END = "<end_of_sentence>"
 
 # Letters inside quotes are tokens of their own, as digits are: a letter is only known apart from its neighbours.

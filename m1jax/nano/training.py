@@ -82,7 +82,9 @@ def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
     count = {name: steps * plan["rows"] * LENGTH // plan["passes"] for name, steps in plan["steps"].items()}
     texts = itertools.islice(recipe.documents(1, chosen), max(1000, count["pretrain"] // 40))
     tokenizer = Tokenizer.load(out / "tokenizer")
-    _write(out / "pretrain.jsonl", _among(({"text": text} for text in texts), reminders(1, tokenizer), RECALL["pretrain"]))
+    _write(
+        out / "pretrain.jsonl", _among(({"text": text} for text in texts), reminders(1, tokenizer), RECALL["pretrain"])
+    )
     often = [*chosen, *(task for task in chosen if task.name in OPEN)]
     problems = itertools.islice(mixture(often, seed=2), max(1000, count["sft"] // 80))
     _write(out / "sft.jsonl", _among(conversations(problems, tokenizer), reminders(2, tokenizer), RECALL["sft"]))
