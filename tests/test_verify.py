@@ -59,9 +59,9 @@ def test_a_corrupt_tokenizer_is_named(converted: Path, tmp_path: Path, monkeypat
     source = Path(shutil.copytree(converted, tmp_path / "m"))
     (source / "tokenizer.json").write_text("{")
     monkeypatch.setattr("m1jax.verify.layer_by_layer", lambda *_: pytest.fail("computed before both were opened"))
-    with pytest.raises(UserError, match="the tokenizer in .* cannot be read"):
+    with pytest.raises(UserError, match=r"the tokenizer in .* cannot be read"):
         verify(source, converted)
-    with pytest.raises(UserError, match="nothing is not"):
+    with pytest.raises(UserError, match="nothing does not exist"):
         verify(converted, tmp_path / "nothing")
 
 
