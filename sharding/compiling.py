@@ -99,12 +99,12 @@ def _devices(platform: Platform, count: int, device: Device) -> list[jax.Device]
         if len(present) < count:
             raise UserError(f"{count} CPU devices are needed, {len(present)} are set up")
         return present[:count]
-    check_backend(platform)
     if device.platform != platform:
         raise UserError(f"--compile {platform} does not compile for {device.name}, a {device.platform} device")
+    if platform == "cuda" and device.name not in _SM_90:
+        raise UserError(f"--compile cuda compiles for {', '.join(_SM_90)}, not for {device.name}: leave it out")
+    check_backend(platform)
     if platform == "cuda":
-        if device.name not in _SM_90:
-            raise UserError(f"--compile cuda compiles for {', '.join(_SM_90)}, not for {device.name}: leave it out")
         from m1jax.kernels.gpu import deviceless
 
         return list(deviceless.mesh({"device": count}).devices.flat)

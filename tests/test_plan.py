@@ -260,9 +260,9 @@ def test_missing_wheels_and_wrong_devices(monkeypatch: pytest.MonkeyPatch) -> No
         compiling.check_backend("cuda")
     with pytest.raises(UserError, match="libtpu"):
         compiling.check_backend("tpu")
-    monkeypatch.undo()
     with pytest.raises(UserError, match="compiles for H100, H800, H200, not for A100"):
         compiling.compile_step(SMALL, Workload("serve", 16, 32), MeshShape(data=16), "cuda", DEVICES["A100"])
+    monkeypatch.undo()
     with pytest.raises(UserError, match="16 CPU devices are needed"):
         compiling.compile_step(SMALL, Workload("serve", 16, 32), MeshShape(data=16), "cpu", H200)
 

@@ -37,9 +37,9 @@ PLANS: dict[str, dict[str, Any]] = {
         "dtype": "float32",
         "rows": 16,
         "steps": {"pretrain": 1200, "sft": 9800, "rl": 24},
-        "rate": {"pretrain": 3e-3, "sft": 1.5e-3, "rl": 1e-4},
+        "rate": {"pretrain": 3e-3, "sft": 1.5e-3, "rl": 3e-4},
         "passes": 1,
-        "rl": {"questions": 64, "replies": 8, "updates": 4, "attempts": 2},
+        "rl": {"questions": 64, "replies": 8, "updates": 2, "attempts": 2},  # more updates of so few replies are noise
     },
     "gpu": {
         "dtype": "float32",
