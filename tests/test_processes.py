@@ -164,7 +164,7 @@ def test_generates_the_same_text_as_one_process(address: str, mesh: str, monkeyp
     assert [(e.out, e.err) for e in ended[1:]] == [("", "")] * 3
 
 
-@pytest.mark.parametrize(("mesh", "dtype"), [("fsdp=2", "bfloat16")])
+@pytest.mark.parametrize(("mesh", "dtype"), [("fsdp=2", "bfloat16"), ("tensor=2", "float32")])
 def test_trains_as_one_process(
     tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, mesh: str, dtype: str
 ) -> None:
