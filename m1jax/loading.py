@@ -142,17 +142,18 @@ def _quantizing(source: Source, kind: Quantization) -> Reader:
     A matrix is read once, for its values; its scales are small and kept until they are asked for.
     """
     table = param_table(source.config)
-    kept: dict[tuple[str, tuple[int, ...]], NDArray[Any]] = {}  # of a matrix; NaN is not known yet
+
+    @functools.cache
+    def kept(path: str, index: tuple[int, ...]) -> NDArray[Any]:
+        """The scales of a matrix as far as they are known; the others are NaN."""
+        return np.full(stored_shapes(kind, table[path].shape)[1][len(index) :], np.nan, np.float32)
 
     def matrix(path: str, index: tuple[int, ...], rows: range) -> NDArray[Any]:
         """The values of these rows; notes their scales."""
         spec = table[path]
         block = (*(slice(i, i + 1) for i in index), slice(rows.start, rows.stop), slice(0, spec.shape[-1]))
         floats = source.read(path, spec, block, np.dtype(np.float32)).reshape(len(rows), -1)
-        values, scales = quantize_on_host(floats, kind)
-        if (path, index) not in kept:
-            kept[path, index] = np.full(stored_shapes(kind, spec.shape)[1][len(index) :], np.nan, np.float32)
-        kept[path, index][rows.start : rows.stop] = scales
+        values, kept(path, index)[rows.start : rows.stop] = quantize_on_host(floats, kind)
         return values
 
     @functools.lru_cache(maxsize=1)  # devices that share the in-channels of a block ask for it one after another
@@ -174,9 +175,10 @@ def _quantizing(source: Source, kind: Quantization) -> Reader:
         shape = stored_shapes(kind, (*map(len, bounds), table[path].shape[-1]))[1]
         out = aligned_empty(shape, np.dtype(np.float32))
         for index in itertools.product(*outer):
-            if (path, index) not in kept or np.isnan(kept[path, index][rows.start : rows.stop]).any():
+            known = kept(path, index)[rows.start : rows.stop]
+            if np.isnan(known).any():
                 matrix(path, index, rows)
-            out[_within(index, outer)] = kept[path, index][rows.start : rows.stop]
+            out[_within(index, outer)] = known
         return out
 
     def read(name: str, spec: ParamSpec, block: tuple[slice, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
