@@ -32,8 +32,8 @@ def settings(loss: str, seed: int, args: argparse.Namespace) -> Settings:
     rl = plan["rl"] | {
         "loss": loss,
         "tasks": args.task or ["all"],
-        "questions": args.questions,
-        "updates": args.updates,
+        "questions": args.questions or plan["rl"]["questions"],
+        "updates": args.updates or plan["rl"]["updates"],
         "windows": [args.window],
         "row_tokens": 2 * LENGTH,
         "evaluate_every": args.every,
@@ -47,7 +47,12 @@ def settings(loss: str, seed: int, args: argparse.Namespace) -> Settings:
             "steps": args.steps,
             "seed": seed,
             "model": {"path": str(args.model), "dtype": plan["dtype"], "remat": "none"},
-            "optimizer": {"learning_rate": args.rate, "warmup": 0, "eps": 1e-15, "weight_decay": 0.0},
+            "optimizer": {
+                "learning_rate": args.rate or plan["rate"]["rl"],
+                "warmup": 0,
+                "eps": 1e-15,
+                "weight_decay": 0.0,
+            },
             "checkpoint": {"every": 10},
             "guard": {"action": "skip"},
             "log": {"tensorboard": False},
@@ -101,10 +106,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--every", type=int, default=5, help="steps between evaluations (5)")
     parser.add_argument("--problems", type=int, default=100, help="per task and evaluation (100)")
-    parser.add_argument("--questions", type=int, default=32, help="of a generation batch, 8 replies to each (32)")
-    parser.add_argument("--updates", type=int, default=16, help="on each generation batch (16, the paper's)")
+    parser.add_argument("--questions", type=int, help="of a generation batch (as M1-nano's RL on that machine)")
+    parser.add_argument("--updates", type=int, help="on each generation batch (the same; the paper's are 16)")
     parser.add_argument("--window", type=int, default=WINDOWS[-1], help=f"tokens of a reply ({WINDOWS[-1]})")
-    parser.add_argument("--rate", type=float, default=3e-5, help="learning rate (3e-5)")
+    parser.add_argument("--rate", type=float, help="learning rate (the same)")
     parser.add_argument("--task", action="append", metavar="NAME")
     args = parser.parse_args()
     use_compilation_cache()
