@@ -25,8 +25,8 @@ from m1jax.sharding.steps import Workload, make_step
 Platform = Literal["cpu", "cuda", "tpu"]
 
 _LIBTPU = "0.0.42.*"
-# What keeps libtpu from asking the cloud about the machine that it is on, and from complaining of the answer.
 _SM_90 = ("H100", "H800", "H200")  # what the deviceless compiler is set up for
+# What keeps libtpu from asking the cloud about the machine that it is on, and from complaining of the answer.
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
