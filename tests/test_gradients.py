@@ -158,10 +158,10 @@ def biggest(fn: Any, *args: Any) -> int:
 
 def test_gradients_keep_no_scores_and_no_states() -> None:
     """What autodiff would store: T × T scores of softmax attention, a D × D state for each chunk of lightning's."""
-    T, H, D = 4096, 1, 64
+    T, H, D = 4096, 1, 32  # a chunk of D tokens would look like a state
     q, k = jnp.zeros((1, T, H, D)), jnp.zeros((1, H, T, D))
     softmax = jax.grad(lambda q, k: jnp.sum(softmax_attention(q, k, k)), (0, 1))
-    assert biggest(softmax, q, k) <= max(T * H * D, 256 * 512)
+    assert biggest(softmax, q, k) <= max(T * H * D, 256 * 256)
     qkv, decay = jnp.zeros((1, T, H, 3, D)), jnp.zeros(H)
     lightning = jax.grad(lambda x: jnp.sum(lightning_attention(x, decay)[0]))
     assert biggest(lightning, qkv) <= qkv.size

@@ -57,7 +57,8 @@ def blocked(
 
 def _sizes(rows: int) -> tuple[int, ...]:
     """Block sizes that are compiled: the last block of an expert takes the smallest that holds its rows."""
-    return tuple(sorted({max(rows * eighths // 8, 1) for eighths in range(1, 9)}))
+    parts = 16 if rows > 128 else 8
+    return tuple(sorted({max(rows * part // parts, 1) for part in range(1, parts + 1)}))
 
 
 def blocks_of(counts: jax.Array, n: int, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:

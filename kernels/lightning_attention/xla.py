@@ -63,8 +63,7 @@ def chunked(
     powers = powers_of(log_decay, C)
 
     def body(s: jax.Array, inputs: tuple[jax.Array, Chunk]) -> tuple[jax.Array, jax.Array]:
-        raw, tokens = inputs
-        q, k, v = jax.nn.silu(raw.astype(jnp.float32))  # [B, H, C, D]
+        (q, k, v), tokens = inputs  # [B, H, C, D]
         w = weights(log_decay, powers, tokens)
         scores = jnp.einsum("bhid,bhjd->bhij", q, k, precision="highest") * w.inside
         out = jnp.einsum("bhij,bhje->bhie", scores, v, precision="highest")
@@ -72,7 +71,9 @@ def chunked(
         s = w.keep * s + jnp.einsum("bhjd,bhje->bhde", k * w.after, v, precision="highest")
         return s, out.astype(qkv.dtype)
 
-    state, out = lax.scan(body, state, (split(qkv, C), chunks(lengths, segments, T, C)))  # out [n, B, H, C, D]
+    # For all chunks at once, which uses all cores; XLA:CPU runs what is as small as a chunk on one.
+    qkv_chunks = split(jax.nn.silu(qkv.astype(jnp.float32)), C)
+    state, out = lax.scan(body, state, (qkv_chunks, chunks(lengths, segments, T, C)))  # out [n, B, H, C, D]
     return join(out, T), state
 
 

@@ -26,10 +26,10 @@ def product(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
 
 def _on_cpu(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
     (N, I), O = x.shape, stack.shape[-2]
-    groups, terms = GROUPS_AND_TERMS[stack.dtype]
-    fusable = O % groups == 0 and I % (terms * LANE) == 0
-    if fusable and (N == 1 or (N == 2 and x.dtype == jnp.bfloat16)):
-        return isolated(_row_by_row, index[0], x, stack, index)
+    if (N, stack.dtype) in GROUPS_AND_TERMS:
+        groups, terms = GROUPS_AND_TERMS[N, stack.dtype]
+        if O % groups == 0 and I % (terms * LANE) == 0:
+            return isolated(fused, index[0], x, stack, index)
     if x.dtype == jnp.float32 and stack.dtype == jnp.bfloat16 and N <= FEW_ROWS:  # the LM head while decoding
         return isolated(_in_parts, index[0], x, stack, index)
     if stack.dtype == jnp.bfloat16:
@@ -38,10 +38,6 @@ def _on_cpu(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
         return dot(x, stack.reshape(O, I))  # nothing to pick, nothing to copy
     tiles = _divisor(O, max(1, O * I // TILE))
     return _tiled(x, stack, index, O // tiles) if FEW_ROWS < N < MANY_ROWS and tiles > 1 else _copied(x, stack, index)
-
-
-def _row_by_row(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
-    return jnp.concatenate([fused(x[n : n + 1], stack, index) for n in range(x.shape[0])])
 
 
 def _in_parts(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
@@ -89,24 +85,27 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.einsum("ni,oi->no", x, w, precision="highest", preferred_element_type=jnp.float32)
 
 
-# (row groups of W taken together, terms of the inner sum): measured best; with more, LLVM no longer unrolls.
-GROUPS_AND_TERMS = {jnp.dtype("float32"): (2, 8), jnp.dtype("bfloat16"): (2, 16)}
+# Of rows of x and dtype: row groups of W taken together, terms of the inner sum. Measured best; with more rows LLVM no
+# longer unrolls, and copying W is as fast.
+F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+GROUPS_AND_TERMS = {(1, F32): (2, 8), (1, BF16): (2, 16), (2, F32): (1, 16), (2, BF16): (1, 16)}
 
 
 def fused(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
-    """One row `[1, I]`, one pass over the matrix where it lies: each of its rows as `terms` pieces of contiguous lanes.
+    """One or two rows `[N, I]`, one pass over the matrix where it lies: its rows as `terms` pieces of contiguous lanes.
 
     All products of the pass are one variadic reduction, which XLA:CPU compiles to one vectorised loop.
     """
-    groups, terms = GROUPS_AND_TERMS[stack.dtype]
+    groups, terms = GROUPS_AND_TERMS[x.shape[0], stack.dtype]
     rows, lanes = stack.shape[-2] // groups, x.shape[1] // terms
     # bfloat16 is picked as bits: XLA:CPU slices, like all it does with bfloat16, by way of float32.
     bits = lax.bitcast_convert_type(stack, jnp.uint16) if stack.dtype == jnp.bfloat16 else stack
-    wide = x.astype(jnp.float32).reshape(1, terms, lanes)
-    products = tuple(wide * _wide(pick(bits, index, g * rows, rows)).reshape(rows, terms, lanes) for g in range(groups))
-    zeros = (jnp.float32(0),) * groups
+    wide = x.astype(jnp.float32).reshape(-1, 1, terms, lanes)
+    parts = [_wide(pick(bits, index, g * rows, rows)).reshape(rows, terms, lanes) for g in range(groups)]
+    products = tuple(row * part for row in wide for part in parts)
+    zeros = (jnp.float32(0),) * len(products)
     sums = lax.reduce(products, zeros, lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)), (1,))
-    return jnp.concatenate([jnp.sum(s, axis=-1) for s in sums])[None]
+    return jnp.concatenate([jnp.sum(s, axis=-1) for s in sums]).reshape(len(wide), -1)
 
 
 def _wide(w: jax.Array) -> jax.Array:

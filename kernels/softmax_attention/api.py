@@ -12,7 +12,7 @@ from m1jax.kernels.softmax_attention import gpu, reference, xla
 
 Implementation = Literal["reference", "xla", "cudnn", "pallas", "pallas_interpreted"]
 
-Q_BLOCK, K_BLOCK = 256, 512  # tokens; a block of scores stays in a core's cache
+Q_BLOCK, K_BLOCK = 256, 256  # tokens; a block of scores stays in a core's cache
 DIRECT = 1 << 20  # scores per row and key head up to which they are made at once
 
 

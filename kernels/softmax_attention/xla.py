@@ -74,7 +74,10 @@ def forward(
     """
     T = q.shape[1]
     n = _sizes(q, k, q_block, k_block)
-    queries = _to_blocks(q.astype(jnp.float32) * q.shape[3] ** -0.5, n)
+    scale = q.shape[3] ** -0.5
+    # bfloat16 products are exact in float32; float16, which no CPU multiplies fast, is not worth a form of its own.
+    kind = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
+    queries = _to_blocks(q.astype(kind), n)
     k, v, packed = _pad_keys(k, n), _pad_keys(v, n), _pad_segments(packed, n)
 
     def one_query_block(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -83,9 +86,9 @@ def forward(
         position = offset[:, None] + index * n.tq + jnp.arange(n.tq)  # [B, tq]
 
         def attend(running: Running, j: jax.Array) -> Running:
-            keys = lax.dynamic_slice_in_dim(k, j * n.tk, n.tk, 2).astype(jnp.float32)
-            values = lax.dynamic_slice_in_dim(v, j * n.tk, n.tk, 2).astype(jnp.float32)
-            scores = jnp.einsum("bkqd,bknd->bkqn", queries, keys, precision="highest")
+            keys = lax.dynamic_slice_in_dim(k, j * n.tk, n.tk, 2).astype(kind)
+            values = lax.dynamic_slice_in_dim(v, j * n.tk, n.tk, 2).astype(kind)
+            scores = _dot("bkqd,bknd->bkqn", queries, keys) * scale
             visible = _tile(_visible(position, segments, j, n), n.G)
             return _accumulate(running, jnp.where(visible, scores, -jnp.inf), values)
 
@@ -283,7 +286,12 @@ def _accumulate(running: Running, scores: jax.Array, values: jax.Array) -> Runni
     p = jnp.exp(scores - shift[..., None])
     scale = jnp.exp(maximum - shift)
     total = total * scale + jnp.sum(p, -1)
-    return new, total, weighted * scale[..., None] + jnp.einsum("bkqn,bknd->bkqd", p, values, precision="highest")
+    return new, total, weighted * scale[..., None] + _dot("bkqn,bknd->bkqd", p.astype(values.dtype), values)
+
+
+def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Summed in float32."""
+    return jnp.einsum(spec, a, b, precision="highest", preferred_element_type=jnp.float32)
 
 
 @jax.checkpoint  # the gradient makes the scores again: those of all layers together would fill the memory
