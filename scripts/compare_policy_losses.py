@@ -35,7 +35,7 @@ def settings(loss: str, seed: int, args: argparse.Namespace) -> Settings:
         "questions": args.questions or plan["rl"]["questions"],
         "updates": args.updates or plan["rl"]["updates"],
         "windows": [args.window],
-        "row_tokens": 2 * LENGTH,
+        "row_tokens": LENGTH,
         "evaluate_every": args.every,
         "evaluate_problems": args.problems,
     }

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import re
 import runpy
 import shutil
@@ -21,7 +22,7 @@ from m1jax.train.data import chat_tokens
 from m1jax.train.settings import parse
 from tests.tools import DATA
 
-LIST = re.compile(r'List: "(?P<listed>[a-z\d,]+)"\. Again:\n(?P<again>([a-z]\d)+)')
+LISTS = re.compile(r'(?P<listed>(List: "[a-z\d,]+"\. ?)+)Again:\n(?P<again>([a-z]\d)+)')
 SHIPPED = 16_000_000  # bytes that the package may gain
 
 
@@ -85,16 +86,18 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
     lines = [json.loads(line) for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
     documents = [json.loads(line) for line in (tmp_path / "pretrain.jsonl").read_text().splitlines()]
     assert len(documents) == 1000 + 1000 // 6 and len(lines) == 1000 + 1000 // 2
-    for line in (*lines[2:18:3], *documents[6:42:7]):  # lists to recall
-        found = LIST.fullmatch(tokenizer.decode(line["tokens"], keep=None))
+    for line in (*lines[2:72:6], *documents[6:84:7]):  # lists to recall
+        found = LISTS.fullmatch(tokenizer.decode(line["tokens"], keep=None))
         assert found is not None
         learnt = [token for token, weight in zip(line["tokens"], line["weights"], strict=True) if weight]
         assert tokenizer.decode(learnt) == found["again"][1::2]
         assert set(line["weights"]) == {0, training.FOUND}
         pairs = re.findall(r"[a-z]\d", found["again"])
-        assert set(pairs) <= set(found["listed"].split(","))
-        assert all(len(re.findall(pair[0], found["listed"])) == 1 for pair in pairs)
-    for line in (line for n, line in enumerate(lines[:50], 1) if n % 3):
+        items = re.findall(r"[a-z]\d", found["listed"])
+        assert set(pairs) <= set(items) and all(len([i for i in items if i[0] == pair[0]]) == 1 for pair in pairs)
+        lengths = [len(text.split(",")) for text in found["listed"].split('"')[1::2]]
+        assert max(lengths) <= TASKS["retrieval"].difficulty + 1 and len(lengths) <= 8
+    for line in (line for n, line in enumerate(lines[:50], 1) if n % 6 != 3):
         learnt = [token for token, weight in zip(line["tokens"], line["weights"], strict=True) if weight]
         text, reply = tokenizer.decode(line["tokens"], keep=None), tokenizer.decode(learnt, keep=None)
         assert text.endswith(reply) and text.count(recipe.END) == 2
@@ -106,6 +109,16 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
         assert tokens[:last].tolist() == line["tokens"] and weights[:last].tolist() == line["weights"]
         assert not weights[last:].any()
     assert all("text" in line for n, line in enumerate(documents, 1) if n % 7)
+
+
+def test_scattered_lists_are_retrievals_from_lists_no_longer_than_the_tasks() -> None:
+    rng = random.Random(0)
+    for problem in (recipe.scattered(rng) for _ in range(50)):
+        texts = re.findall(r'"([a-z\d,]+)"', problem.question)
+        *lists, letter = sorted(texts, key=len, reverse=True)
+        assert 2 <= len(lists) <= 8 and all(8 <= len(text.split(",")) <= 16 for text in lists)
+        assert [i for text in lists for i in text.split(",") if i[0] == letter] == [problem.thought]
+        assert problem.thought == letter + problem.answer
 
 
 def test_runs_made_otherwise_are_not_gone_on_with(tmp_path: Path) -> None:

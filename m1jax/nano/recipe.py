@@ -18,6 +18,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from m1jax.chat_template import ChatTemplate
 from m1jax.config import M1Config
 from m1jax.tasks import TASKS, Problem, Task, mixture
+from m1jax.tasks.retrieval import RETRIEVAL
 
 TOKENIZER_CONFIG = Path(__file__).parent / "tokenizer_config.json"  # M1's own, with its chat template
 MARKS = ("<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>")
@@ -93,19 +94,38 @@ def sentence(rng: random.Random) -> str:
 
 
 def recall(rng: random.Random) -> list[str]:
-    """A list of numbered letters, then some that occur once in it, each followed by its number: every second part.
+    """Lists of numbered letters, then some that occur but once, each followed by its number: every second part.
 
-    Short lists are as frequent as long ones: finding a letter again is learnt from few, then from more.
+    Half of the time one list, short ones as frequent as long ones: finding a letter again is learnt from few, then from
+    more. Else several.
     """
-    length = round(16 ** rng.random())
-    count = rng.randint(1, min(12, length))
+    lists, once = _lists(rng, _several(rng) if rng.random() < 0.5 else [round(16 ** rng.random())], 12)
+    shown = " ".join(f'List: "{items}".' for items in lists)
+    return [f"{shown} Again:\n", *(part for letter, number in once for part in (letter, number))]
+
+
+def scattered(rng: random.Random) -> Problem:
+    """Retrieval from several lists at once."""
+    lists, [(letter, number)] = _lists(rng, _several(rng), 1)
+    question = rng.choice(RETRIEVAL.phrasings).format(items='", "'.join(lists), letter=letter)
+    return Problem(RETRIEVAL.name, question, letter + number, number, question)
+
+
+def _several(rng: random.Random) -> list[int]:
+    """Lengths of lists, none longer than retrieval's own: a letter is to be found from afar and among many."""
+    return [rng.randint(8, RETRIEVAL.difficulty + 1) for _ in range(rng.randint(2, 8))]
+
+
+def _lists(rng: random.Random, lengths: list[int], most: int) -> tuple[list[str], list[tuple[str, str]]]:
+    """Lists of numbered letters, and at most so many letters that occur once in all of them, with their numbers."""
+    count = rng.randint(1, min(most, sum(lengths)))
     alphabet = rng.sample(string.ascii_lowercase, 26)
-    letters = alphabet[:count] + rng.choices(alphabet[count:], k=length - count)
+    letters = alphabet[:count] + rng.choices(alphabet[count:], k=sum(lengths) - count)
     rng.shuffle(letters)
     items = [(letter, str(rng.randrange(10))) for letter in letters]
-    listed, numbers = ",".join(map("".join, items)), dict(items)
-    again = rng.sample(alphabet[:count], count)
-    return [f'List: "{listed}". Again:\n', *(part for letter in again for part in (letter, numbers[letter]))]
+    numbers, rest = dict(items), iter(map("".join, items))
+    lists = [",".join(islice(rest, length)) for length in lengths]
+    return lists, [(letter, numbers[letter]) for letter in rng.sample(alphabet[:count], count)]
 
 
 def documents(seed: int, tasks: Sequence[Task] = tuple(TASKS.values())) -> Iterator[str]:

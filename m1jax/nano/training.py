@@ -23,7 +23,7 @@ from m1jax.weights import expected
 Stage = Literal["pretrain", "sft", "rl"]
 STAGES: tuple[Stage, ...] = ("pretrain", "sft", "rl")
 
-LENGTH = 256  # tokens of a row; the longest conversation of the shipped difficulties fits
+LENGTH = 512  # tokens of a row; the longest conversation of the shipped difficulties and lists to recall fit
 FOUND = 4  # weight of a number found again: there are few among the tokens of replies
 RECALL = {"pretrain": 6, "sft": 2}  # rows of the stage's own for each list to recall, which takes longest to learn
 WINDOWS = (112, 136, 160)  # tokens of a reply, in stages of RL
@@ -35,7 +35,7 @@ OPEN = ("subtraction", "multiplication", "sorting", "sequence", "retrieval")
 PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "dtype": "float32",
-        "rows": 16,
+        "rows": 8,
         "steps": {"pretrain": 1200, "sft": 9800, "rl": 24},
         "rate": {"pretrain": 3e-3, "sft": 1.5e-3, "rl": 3e-4},
         "passes": 1,
@@ -43,7 +43,7 @@ PLANS: dict[str, dict[str, Any]] = {
     },
     "gpu": {
         "dtype": "float32",
-        "rows": 128,
+        "rows": 64,
         "steps": {"pretrain": 400, "sft": 3000, "rl": 100},
         "rate": {"pretrain": 4e-3, "sft": 4e-3, "rl": 5e-5},
         "passes": 2,
@@ -87,7 +87,10 @@ def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
     )
     often = [*chosen, *(task for task in chosen if task.name in OPEN)]
     problems = itertools.islice(mixture(often, seed=2), max(1000, count["sft"] // 80))
-    _write(out / "sft.jsonl", _among(conversations(problems, tokenizer), reminders(2, tokenizer), RECALL["sft"]))
+    rng = random.Random("scattered")
+    afar = conversations((recipe.scattered(rng) for _ in itertools.count()), tokenizer)
+    others = (row for pair in zip(reminders(2, tokenizer), afar, strict=False) for row in pair)
+    _write(out / "sft.jsonl", _among(conversations(problems, tokenizer), others, RECALL["sft"]))
 
 
 def conversations(problems: Iterable[Problem], tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
@@ -141,7 +144,7 @@ def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]
     rate = {"learning_rate": plan["rate"][stage], "balance": 0.01}  # with M1's own 0.001 experts of so few die
     if stage == "rl":
         chosen = OPEN if list(tasks) == ["all"] else tasks
-        rl = plan["rl"] | {"tasks": list(chosen), "windows": list(WINDOWS), "row_tokens": 2 * LENGTH}
+        rl = plan["rl"] | {"tasks": list(chosen), "windows": list(WINDOWS), "row_tokens": LENGTH}
         optimizer = rate | {"warmup": 0, "eps": 1e-15, "weight_decay": 0.0}
         return parse(Settings, common | {"optimizer": optimizer, "checkpoint": {"every": 10}, "rl": rl})
     optimizer = rate | {"warmup": min(50, steps // 10), "decay": steps // 3, "final": 0.02, "weight_decay": 0.01}
