@@ -32,6 +32,7 @@ def settings(loss: str, seed: int, args: argparse.Namespace) -> Settings:
     rl = plan["rl"] | {
         "loss": loss,
         "tasks": args.task or ["all"],
+        "difficulty": args.difficulty,
         "questions": args.questions or plan["rl"]["questions"],
         "updates": args.updates or plan["rl"]["updates"],
         "windows": [args.window],
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=WINDOWS[-1], help=f"tokens of a reply ({WINDOWS[-1]})")
     parser.add_argument("--rate", type=float, help="learning rate (the same)")
     parser.add_argument("--task", action="append", metavar="NAME")
+    parser.add_argument("--difficulty", type=float, default=1.0, help="as a fraction of the tasks' shipped one (1)")
     args = parser.parse_args()
     use_compilation_cache()
     same = {name: getattr(args, name) for name in vars(args) if name not in ("model", "out", "seeds")}
