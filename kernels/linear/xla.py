@@ -85,27 +85,32 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.einsum("ni,oi->no", x, w, precision="highest", preferred_element_type=jnp.float32)
 
 
-# Of rows of x and dtype: row groups of W taken together, terms of the inner sum. Measured best; with more rows LLVM no
-# longer unrolls, and copying W is as fast.
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
-GROUPS_AND_TERMS = {(1, F32): (2, 8), (1, BF16): (2, 16), (2, F32): (1, 16), (2, BF16): (1, 16)}
+# Of rows of x and dtype: row groups of W taken together, terms of the inner sum. Measured best; LLVM unrolls no more
+# than some 32 products, and with more rows copying W is as fast.
+GROUPS_AND_TERMS = {
+    (1, F32): (2, 16), (2, F32): (1, 16), (3, F32): (1, 16), (4, F32): (1, 8),
+    (1, BF16): (4, 8), (2, BF16): (2, 8), (3, BF16): (1, 8),
+}  # fmt: skip
 
 
 def fused(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
-    """One or two rows `[N, I]`, one pass over the matrix where it lies: its rows as `terms` pieces of contiguous lanes.
+    """A few rows `[N, I]`, one pass over the matrix where it lies: its rows in pieces of `terms` vector registers.
 
-    All products of the pass are one variadic reduction, which XLA:CPU compiles to one vectorised loop.
+    All products of the pass are one variadic reduction, which XLA:CPU compiles to one vectorised loop. Pieces are
+    contiguous: the same sums with registers that lie apart read memory at half the speed.
     """
     groups, terms = GROUPS_AND_TERMS[x.shape[0], stack.dtype]
-    rows, lanes = stack.shape[-2] // groups, x.shape[1] // terms
+    rows, I = stack.shape[-2] // groups, x.shape[1]
     # bfloat16 is picked as bits: XLA:CPU slices, like all it does with bfloat16, by way of float32.
     bits = lax.bitcast_convert_type(stack, jnp.uint16) if stack.dtype == jnp.bfloat16 else stack
-    wide = x.astype(jnp.float32).reshape(-1, 1, terms, lanes)
-    parts = [_wide(pick(bits, index, g * rows, rows)).reshape(rows, terms, lanes) for g in range(groups)]
+    pieces = (I // (terms * LANE), terms, LANE)
+    wide = x.astype(jnp.float32).reshape(-1, 1, *pieces)
+    parts = [_wide(pick(bits, index, g * rows, rows)).reshape(rows, *pieces) for g in range(groups)]
     products = tuple(row * part for row in wide for part in parts)
     zeros = (jnp.float32(0),) * len(products)
-    sums = lax.reduce(products, zeros, lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)), (1,))
-    return jnp.concatenate([jnp.sum(s, axis=-1) for s in sums]).reshape(len(wide), -1)
+    sums = lax.reduce(products, zeros, lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)), (2,))
+    return jnp.concatenate([jnp.sum(s, axis=(1, 2)) for s in sums]).reshape(len(wide), -1)
 
 
 def _wide(w: jax.Array) -> jax.Array:

@@ -75,7 +75,8 @@ def forward(
     T = q.shape[1]
     n = _sizes(q, k, q_block, k_block)
     scale = q.shape[3] ** -0.5
-    # bfloat16 products are exact in float32; float16, which no CPU multiplies fast, is not worth a form of its own.
+    # Products of bfloat16 are exact in float32; the weights of the values are rounded to it. No CPU multiplies float16
+    # fast: it is not worth a form of its own.
     kind = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
     queries = _to_blocks(q.astype(kind), n)
     k, v, packed = _pad_keys(k, n), _pad_keys(v, n), _pad_segments(packed, n)
@@ -159,15 +160,15 @@ def backward(
         def block(j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             key = lax.dynamic_slice_in_dim(keys, j * n.tk, n.tk, 2).astype(jnp.float32)
             value = lax.dynamic_slice_in_dim(values, j * n.tk, n.tk, 2).astype(jnp.float32)
-            scores = jnp.einsum("bkqd,bknd->bkqn", query, key, precision="highest")
+            scores = _dot("bkqd,bknd->bkqn", query, key)
             visible = _tile(_visible(position, segments, j, n), n.G)
             p = jnp.exp(jnp.where(visible, scores - lse[..., None], -jnp.inf))
-            d_p = jnp.einsum("bkqd,bknd->bkqn", d_o, value, precision="highest")
+            d_p = _dot("bkqd,bknd->bkqn", d_o, value)
             d_s = p * (d_p - row_delta[..., None])
             return (
-                jnp.einsum("bkqn,bknd->bkqd", d_s, key, precision="highest"),
-                jnp.einsum("bkqn,bkqd->bknd", d_s, query, precision="highest"),
-                jnp.einsum("bkqn,bkqd->bknd", p, d_o, precision="highest"),
+                _dot("bkqn,bknd->bkqd", d_s, key),
+                _dot("bkqn,bkqd->bknd", d_s, query),
+                _dot("bkqn,bkqd->bknd", p, d_o),
             )
 
         def nothing(_: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
