@@ -43,6 +43,8 @@ from m1jax.sharding.region import (
 
 Logits = Literal["all", "last"]
 
+MOST_LOGITS = 1 << 24  # that exist at a time where they are only looked at
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -188,10 +190,10 @@ class M1(nnx.Module):
 
     def first_bad_layer(self, tokens: ArrayLike, segments: ArrayLike | None = None) -> str | None:
         """Where NaN or infinity first appears in `model(tokens, segments)`; None if nowhere."""
-        trace = self.trace(tokens, segments)
+        tokens = _tokens(tokens)
+        bad = np.asarray(_bad(self, tokens, _segments(segments, tokens)))
         places = ["embedding", *(f"layer {i} ({kind})" for i, kind in enumerate(self.config.layer_types)), "lm_head"]
-        values = [trace.embedding, *trace.hidden, head(self, trace.final)]
-        return next((p for p, x in zip(places, values, strict=True) if not bool(jnp.all(jnp.isfinite(x)))), None)
+        return next((place for place, count in zip(places, bad, strict=True) if count), None)
 
 
 def build(config: M1Config, leaf: Callable[[str, ParamSpec], Any], quantize: Quantization | None = None) -> M1:
@@ -242,6 +244,7 @@ class Carry(NamedTuple):
     v: jax.Array | None  # KVCache.v
     hidden: jax.Array | None  # Trace.hidden
     router_logits: jax.Array | None  # Trace.router_logits
+    bad: jax.Array | None = None  # int32 [L], 1 where a layer's output is not finite
 
 
 class Run(NamedTuple):
@@ -296,7 +299,7 @@ def body(
     T = carry.x.shape[1]
     first = start("sequence", T)  # of this device's tokens
     lengths = jnp.clip(lengths - first, 0, T)
-    valid = jnp.arange(T) < lengths[:, None]  # [B, T]
+    own = valid = jnp.arange(T) < lengths[:, None]  # [B, T]
     position = tokens_seen[:, None] + first + jnp.arange(T)
     if segments is not None:
         valid &= segments > 0
@@ -323,6 +326,8 @@ def body(
             carry = carry._replace(hidden=carry.hidden.at[i].set(x))
         if carry.router_logits is not None:
             carry = carry._replace(router_logits=carry.router_logits.at[i].set(logits))
+        if carry.bad is not None:
+            carry = carry._replace(bad=carry.bad.at[i].set(_not_finite(x, own)))
         return carry._replace(x=x)
 
     def run_layers(run: Run, carry: Carry, i: jax.Array, n: jax.Array) -> Carry:
@@ -356,11 +361,24 @@ def _residual(x: jax.Array, y: jax.Array, alpha: float, beta: float) -> jax.Arra
     return x * alpha + y * beta
 
 
+def _not_finite(x: jax.Array, own: jax.Array) -> jax.Array:
+    """1 if x `[..., M]` has NaN or infinity at a token that is `own`, bool `[...]`; else 0, int32."""
+    return jnp.any(~jnp.isfinite(x) & own[..., None]).astype(jnp.int32)
+
+
 def head(model: M1, x: jax.Array) -> jax.Array:
     """Logits float32 `[..., V]` of normed hidden states `[..., M]`; the weights are up-cast, products exact float32."""
+    return _logits(x, _head_weight(model))
+
+
+def _head_weight(model: M1) -> jax.Array:
     w = model.embed if model.lm_head is None else model.lm_head
+    return whole(w[...], w.axes)
+
+
+def _logits(x: jax.Array, weight: jax.Array) -> jax.Array:
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    return linear(flat, whole(w[...], w.axes)[None], 0).reshape(*x.shape[:-1], -1)
+    return linear(flat, weight[None], 0).reshape(*x.shape[:-1], -1)
 
 
 def _tokens(tokens: ArrayLike) -> jax.Array:
@@ -454,6 +472,36 @@ def _trace(model: M1, tokens: jax.Array, segments: jax.Array | None) -> Trace:
     run = on_mesh(local, cfg, Trace._make(out), model=(), tokens=TOKENS, lengths=("batch",), segments=TOKENS)
     trace: Trace = run(model, stretched(tokens), jnp.full((B,), T, jnp.int32), stretched(segments))
     return Trace(trace.embedding[:, :T], trace.hidden[:, :, :T], trace.final[:, :T], trace.router_logits[:, :, :T])
+
+
+@jax.jit
+def _bad(model: M1, tokens: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """Above 0 where something is not finite: int32 `[L + 2]` for the embedding, each layer's output, the logits.
+
+    Nothing of a layer is kept, and of the logits there are only those of a few tokens at a time: a batch that was
+    trained on leaves no room for more.
+    """
+    cfg = model.config
+
+    def local(model: M1, tokens: jax.Array, lengths: jax.Array, segments: jax.Array | None) -> jax.Array:
+        x = embed(model, tokens)
+        B, T, M = x.shape
+        own = start("sequence", T) + jnp.arange(T) < lengths[:, None]
+        layers = jnp.zeros((cfg.num_hidden_layers,), jnp.int32)
+        carry = _stateless(model, tokens, lengths, Carry(x, None, None, None, None, None, layers), segments)
+        assert carry.bad is not None
+        weight = _head_weight(model)
+        C = min(max(1, MOST_LOGITS // weight.shape[0]), B * T)
+        more = -(B * T) % C
+        last = jnp.pad(final_norm(model, carry.x).reshape(-1, M), ((0, more), (0, 0))).reshape(-1, C, M)
+        of_last = jnp.pad(own.reshape(-1), (0, more)).reshape(-1, C)
+        logits = lax.map(lambda some: _not_finite(_logits(some[0], weight), some[1]), (last, of_last))
+        bad = jnp.concatenate([_not_finite(x, own)[None], carry.bad, total(jnp.max(logits), "vocab")[None]])
+        return total(total(bad, "batch"), "sequence")
+
+    B, T = tokens.shape
+    run = on_mesh(local, cfg, ("layer",), model=(), tokens=TOKENS, lengths=("batch",), segments=TOKENS)
+    return run(model, stretched(tokens), jnp.full((B,), T, jnp.int32), stretched(segments))
 
 
 @functools.partial(jax.jit, static_argnames="logits")

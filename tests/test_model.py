@@ -17,6 +17,7 @@ from m1jax.errors import UserError
 from m1jax.params import count, flatten
 from m1jax.presets import find_config
 from tests import numpy_m1
+from tests.test_gradients import biggest
 from tests.tools import SMALL, random_model, rms_error, variant
 
 # What the golden checkpoint does not show: other head counts, irregular layers, every option of the Text-01 family.
@@ -205,6 +206,13 @@ def test_first_bad_layer_is_named() -> None:
     assert spoil("softmax.o_proj", (0, 0, 0, 0)).first_bad_layer(tokens) == "layer 1 (softmax)"
     assert spoil("embed", (int(tokens[0, 2]), 0)).first_bad_layer(tokens) == "embedding"
     assert spoil("lm_head", (3, 0)).first_bad_layer(tokens) == "lm_head"
+
+
+def test_the_first_bad_layer_is_found_without_all_logits_or_layers() -> None:
+    """Where it is asked, after a step of training, they would not fit."""
+    config = variant(vocab_size=50_000, layer_types=("lightning", "softmax") * 50)
+    tokens = jax.ShapeDtypeStruct((2, 3000), jnp.int32)
+    assert biggest(m1._bad, m1.abstract(config), tokens, None) <= m1.MOST_LOGITS < 2 * 3000 * 100 * config.hidden_size
 
 
 def test_bad_arguments_are_named() -> None:
