@@ -65,20 +65,18 @@ def _bwd(
     C = min(chunk, T)
     powers = xla.powers_of(log_decay, C)
     tokens = xla.chunks(lengths, segments, T, C)
-    raw, d_o = xla.split(qkv, C), xla.split(d_out, C)  # [n, 3, B, H, C, D], [n, B, H, C, D]
+    qkv_chunks = xla.activated(qkv, C)
+    d_o = xla.split(d_out.astype(jnp.float32), C)  # [n, B, H, C, D]
 
     def from_state(s: jax.Array, inputs: tuple[jax.Array, jax.Array, xla.Chunk]) -> tuple[jax.Array, jax.Array]:
-        raw, d_o, tokens = inputs
-        k, v = jax.nn.silu(raw[1:].astype(jnp.float32))
+        (_, k, v), d_o, tokens = inputs
         w = xla.weights(log_decay, powers, tokens)
-        d_q = w.before * jnp.einsum("bhie,bhde->bhid", d_o.astype(jnp.float32), s, precision="highest")
+        d_q = w.before * jnp.einsum("bhie,bhde->bhid", d_o, s, precision="highest")
         s = w.keep * s + jnp.einsum("bhjd,bhje->bhde", k * w.after, v, precision="highest")
-        return s, d_q.astype(jnp.float32)
+        return s, d_q
 
     def rest(g: jax.Array, inputs: tuple[jax.Array, jax.Array, jax.Array, xla.Chunk]) -> tuple[jax.Array, jax.Array]:
-        raw, d_o, d_q, tokens = inputs
-        (q, k, v), undo = jax.vjp(jax.nn.silu, raw.astype(jnp.float32))
-        d_o = d_o.astype(jnp.float32)
+        (q, k, v), d_o, d_q, tokens = inputs
         w = xla.weights(log_decay, powers, tokens)
         scores = jnp.einsum("bhid,bhjd->bhij", q, k, precision="highest") * w.inside
         d_scores = jnp.einsum("bhie,bhje->bhij", d_o, v, precision="highest") * w.inside
@@ -88,11 +86,13 @@ def _bwd(
         d_v = jnp.einsum("bhij,bhie->bhje", scores, d_o, precision="highest")
         d_v += w.after * jnp.einsum("bhjd,bhde->bhje", k, g, precision="highest")
         g = w.keep * g + jnp.einsum("bhid,bhie->bhde", q * w.before, d_o, precision="highest")
-        return g, undo(jnp.stack([d_q, d_k, d_v]))[0].astype(qkv.dtype)
+        return g, jnp.stack([d_q, d_k, d_v])
 
-    _, d_q = lax.scan(from_state, state, (raw, d_o, tokens))
-    d_state, d_raw = lax.scan(rest, d_state, (raw, d_o, d_q, tokens), reverse=True)
-    return xla.join(d_raw, T), None, d_state, None, None
+    _, d_q = lax.scan(from_state, state, (qkv_chunks, d_o, tokens))
+    d_state, d_activated = lax.scan(rest, d_state, (qkv_chunks, d_o, d_q, tokens), reverse=True)
+    _, through_silu = jax.vjp(jax.nn.silu, qkv.astype(jnp.float32))
+    (d_qkv,) = through_silu(xla.join(d_activated, T))
+    return d_qkv.astype(qkv.dtype), None, d_state, None, None
 
 
 _chunked.defvjp(_fwd, _bwd)

@@ -69,12 +69,19 @@ def chunked(
         out = jnp.einsum("bhij,bhje->bhie", scores, v, precision="highest")
         out += jnp.einsum("bhid,bhde->bhie", q * w.before, s, precision="highest")
         s = w.keep * s + jnp.einsum("bhjd,bhje->bhde", k * w.after, v, precision="highest")
-        return s, out.astype(qkv.dtype)
+        return s, out
 
-    # For all chunks at once, which uses all cores; XLA:CPU runs what is as small as a chunk on one.
-    qkv_chunks = split(jax.nn.silu(qkv.astype(jnp.float32)), C)
-    state, out = lax.scan(body, state, (qkv_chunks, chunks(lengths, segments, T, C)))  # out [n, B, H, C, D]
-    return join(out, T), state
+    state, out = lax.scan(body, state, (activated(qkv, C), chunks(lengths, segments, T, C)))  # out [n, B, H, C, D]
+    return join(out, T).astype(qkv.dtype), state
+
+
+def activated(qkv: jax.Array, C: int) -> jax.Array:
+    """silu of q, k and v, float32 chunks `[n, 3, B, H, C, D]`.
+
+    For all chunks at once, which uses all cores: XLA:CPU runs what is as small as a chunk on one. And one by one: of
+    the three together it makes a pass of its own for the transposition.
+    """
+    return jnp.stack([split(jax.nn.silu(qkv[..., i, :].astype(jnp.float32)), C) for i in range(3)], axis=1)
 
 
 def split(x: jax.Array, C: int) -> jax.Array:
