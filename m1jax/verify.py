@@ -2,10 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,7 +19,7 @@ from m1jax.tokenizer import Tokenizer
 
 _LENGTHS = (1, 7, 64)  # tokens of the random prompts
 _TEXTS = ("The quick brown fox jumps over the lazy dog.", "1 + 1 =", "Wer reitet so spät durch Nacht und Wind?")
-_EXACT, _ROUNDED = 3e-6, 5e-2  # relative RMS allowed with the same weights, and with weights rounded to bfloat16
+_TOLERANCE = 3e-6  # relative RMS between logits of the same weights
 
 
 class Parity(NamedTuple):
@@ -29,35 +30,45 @@ class Parity(NamedTuple):
     relative_rms: float
     argmax: float  # share of positions with the same argmax
 
-    def within(self, tolerance: float) -> bool:
-        """NaN is never within; with equal weights every argmax must agree as well."""
-        return self.relative_rms <= tolerance and (tolerance > _EXACT or self.argmax == 1)
+    @property
+    def same(self) -> bool:
+        """Whether the weights can be the same; with NaN they cannot."""
+        return self.relative_rms <= _TOLERANCE and self.argmax == 1
 
 
 def verify(src: Path, dst: Path) -> bool:
     """Prints a table of the parity in float32 of two checkpoints; true if they agree. Raises `UserError`.
 
-    If `dst` is quantised, it is compared with `src` quantised while it is read.
+    What was rounded to make `dst`, to bfloat16 or in quantising, is rounded in `src` too while it is read.
     """
     marker = read_marker(dst) if (dst / MARKER).exists() else {"dtype": "keep", "quantize": None}
     rounded, quantize = marker["dtype"] == "bfloat16", marker["quantize"]
     # Both are opened before the first is computed, which may take long.
-    sources = open_parameters(src, quantize), open_parameters(dst)
-    wanted, found = _logits(src, sources[0]), _logits(dst, sources[1])
+    source, other = open_parameters(src, quantize), open_parameters(dst)
+    wanted, found = _logits(src, _rounding(source) if rounded else source), _logits(dst, other)
     if {name: logits.shape for name, logits in wanted.items()} != {
         name: logits.shape for name, logits in found.items()
     }:
         raise UserError(f"{src} and {dst} are different models: their vocabularies or tokenizers differ")
     rows = [compare(name, wanted[name], found[name]) for name in wanted]
-    tolerance = _ROUNDED if rounded else _EXACT
     print(f"{'prompt':<44} {'max abs':>9} {'rel. RMS':>9} {'argmax':>7}")
     for row in rows:
         print(f"{row.prompt:<44} {row.max_abs:>9.2e} {row.relative_rms:>9.2e} {row.argmax:>7.1%}")
-    good = all(row.within(tolerance) for row in rows)
-    why = "weights rounded to bfloat16" if rounded else "the same weights"
-    why += f", experts {quantize}" if quantize else ""
-    print(f"{'same' if good else 'DIFFERENT'}: relative RMS at most {tolerance:.0e} allowed ({why})")
+    good = all(row.same for row in rows)
+    how = [*(["rounded to bfloat16"] if rounded else []), *([f"experts in {quantize}"] if quantize else [])]
+    why = ", ".join(["the same weights", *how])
+    print(f"{'same' if good else 'DIFFERENT'}: relative RMS at most {_TOLERANCE:.0e} allowed ({why})")
     return good
+
+
+def _rounding(source: Source) -> Source:
+    """Reads what has no dtype of its own as bfloat16 holds it."""
+
+    def read(name: str, spec: ParamSpec, block: tuple[slice, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        values = source.read(name, spec, block, dtype)
+        return values if spec.dtype else values.astype(ml_dtypes.bfloat16).astype(dtype)
+
+    return source._replace(read=read)
 
 
 def compare(prompt: str, wanted: NDArray[np.float32], found: NDArray[np.float32]) -> Parity:
