@@ -5,20 +5,22 @@ heartbeats and ends all of them when one is missing, naming it. Only process 0 p
 """
 
 import argparse
-import atexit
+import hashlib
 import os
 import re
 import secrets
-import shutil
 import sys
-import tempfile
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from m1jax import errors
 from m1jax.errors import UserError
+from m1jax.rendezvous import meet
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 HEARTBEAT = 10  # seconds without one until a process counts as lost
-CONNECT = 120  # seconds until all processes must have called
+CONNECT = 600  # seconds until all processes must have called: one machine may have an image to fetch first
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +44,8 @@ def check(args: argparse.Namespace) -> None:
         return
     if not re.fullmatch(r"\S+:[0-9]{1,5}", args.coordinator):
         raise UserError(f"--coordinator {args.coordinator!r}: expected HOST:PORT or auto")
+    if not 1 <= int(args.coordinator.rpartition(":")[2]) <= 65535:
+        raise UserError(f"--coordinator {args.coordinator}: a port is a number from 1 to 65535")
     if count is None or index is None:
         raise UserError("--coordinator HOST:PORT needs --num-processes and --process-id")
     if not 0 <= index < count:
@@ -52,13 +56,15 @@ def start(args: argparse.Namespace) -> int:
     """Joins the other processes, if there are any; which process this is. To be called before jax is used.
 
     Raises:
-      UserError: no cluster is found, or the others do not answer.
+      UserError: no cluster is found, the others do not answer, or the coordinator's port is taken.
     """
     if args.coordinator is None:
         return 0
+    address = None if args.coordinator == "auto" else args.coordinator
+    if address is not None:
+        meet(address, args.num_processes, args.process_id, CONNECT)
     import jax
 
-    address = None if args.coordinator == "auto" else args.coordinator
     try:
         jax.distributed.initialize(
             address,
@@ -100,25 +106,35 @@ def agreed_seed(seed: int | None) -> int | None:
     if seed is not None:
         return seed
     import numpy as np
+
+    return int(of_first(np.asarray([secrets.randbelow(1 << 31)], np.int32))[0])
+
+
+def of_first(rows: "NDArray[Any]") -> "NDArray[Any]":
+    """Process 0's array `[n, …]`, on every process; theirs count for nothing but dtype and the other sizes."""
+    if errors.alone():
+        return rows
+    import jax
+    import numpy as np
     from jax.experimental import multihost_utils
 
-    return int(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbelow(1 << 31))))
-
-
-def own_output(file: Path | None) -> Path | None:
-    """Where this process writes what all of them write alike: process 0 to the file, the others to copies of it."""
-    if file is None:
-        return None
-    import jax
-
-    own = file
+    n = int(multihost_utils.broadcast_one_to_all(np.int32(len(rows))))
     if jax.process_index():
-        own = Path(tempfile.mkdtemp(prefix="m1jax-")) / file.name
-        atexit.register(shutil.rmtree, own.parent, ignore_errors=True)
-        if file.exists():
-            shutil.copyfile(file, own)
-    wait("the output so far is read")
-    return own
+        rows = np.zeros((n, *rows.shape[1:]), rows.dtype)
+    return np.asarray(multihost_utils.broadcast_one_to_all(rows)) if n else rows
+
+
+def check_same(name: str, value: str) -> None:
+    """Raises `UserError`, in every process, if they do not all have the same value."""
+    if errors.alone():
+        return
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.int32)
+    for i, other in enumerate(np.asarray(multihost_utils.process_allgather(digest))):
+        if (other != digest).any():
+            raise UserError(f"process {i} has another {name} than this one: give all of them the same")
 
 
 def wait(name: str) -> None:

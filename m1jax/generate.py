@@ -37,9 +37,8 @@ def _run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
     from m1jax.prompt import Options, Prompter
     from m1jax.tokenizer import Tokenizer
 
-    if args.coordinator is not None:
+    if args.coordinator is not None and args.input is None:
         args.seed = distributed.agreed_seed(args.seed)
-        args.output = distributed.own_output(args.output)
     options = Options.of(args)
     args.model = args.model or default_model()
     if not args.model.is_dir():

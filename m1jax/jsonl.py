@@ -13,10 +13,13 @@ import json
 import os
 import reprlib
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+
+from m1jax import distributed, errors
 from m1jax.arguments import MOST_TEXTS
 from m1jax.engine import Engine, check_context
 from m1jax.errors import UserError
@@ -303,6 +306,35 @@ class Output:
             raise UserError(f"{self.path} holds a text twice (its line {number}): remove one")
         self.done.add(key)
         self.precision = known
+
+
+class Elsewhere(Output):
+    """The output in a process that does not write it, nor need see the disk that it is on."""
+
+    def __init__(self, done: Iterable[tuple[int, int]]) -> None:
+        self.done = set(done)
+        self.precision = None
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def append(self, line: Line, reply: Reply) -> None:
+        """Notes a text."""
+        self.done.add((line.number, reply.sample))
+
+    def sort(self) -> None:
+        """Nothing: there is no file."""
+
+
+def open_output(path: Path, lines: Sequence[Line]) -> Output:
+    """The output for these lines. Of several processes the first one has the file, and tells the others what is done.
+
+    Raises `UserError`, also if they have different lines.
+    """
+    distributed.check_same("--input", repr([line._replace(model="") for line in lines]))
+    output = Output(path, lines) if errors.first() else Elsewhere([])
+    done = distributed.of_first(np.asarray(sorted(output.done), np.int32).reshape(-1, 2))
+    return output if errors.first() else Elsewhere((line, sample) for line, sample in done.tolist())
 
 
 def record(line: Line, reply: Reply, precision: str | None) -> dict[str, Any]:

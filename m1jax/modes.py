@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from m1jax import distributed
 from m1jax.arguments import read_prompt
 from m1jax.chat import Chat
 from m1jax.config import M1Config
 from m1jax.engine import Engine, Stats, check_context
 from m1jax.errors import UserError
-from m1jax.jsonl import Output, describe, generate_lines, read_lines
+from m1jax.jsonl import describe, generate_lines, open_output, read_lines
 from m1jax.loading import load
 from m1jax.prompt import Options, Prompter
 from m1jax.reply import Reply
@@ -30,6 +31,7 @@ def single(
     """Streams the text for one prompt, or prints it as JSON."""
     request = prompter.plain(read_prompt(args), options)
     check_context(len(request.tokens), config.max_position_embeddings)
+    distributed.check_same("prompt", repr(request))
     engine, seconds = start(args, prompter.tokenizer, interrupts)
     found: dict[int, Reply] = {}
     printer = None if args.json else Printer(sys.stdout, request.n)
@@ -105,7 +107,7 @@ def batch(
     """Generates for each line of `--input` what `--output` lacks."""
     lines = read_lines(args.input, options, prompter, config.max_position_embeddings)
     total = sum(line.request.n for line in lines)
-    with Output(args.output, lines) as output:
+    with open_output(args.output, lines) as output:
         if len(output.done) < total:
             engine, seconds = start(args, prompter.tokenizer, interrupts)
             bar = tqdm(total=total, initial=len(output.done), unit="text", dynamic_ncols=True, file=sys.stderr)

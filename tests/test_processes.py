@@ -9,18 +9,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import m1jax
 from m1jax import distributed
 from m1jax.errors import UserError
+from m1jax.generate import main as generate
 from m1jax.params import flatten
+from m1jax.rendezvous import meet
 from tests import test_train_run
 from tests.checkpoints import random_tensors, write_checkpoint
+from tests.generation_fixtures import tiny_config, write_model
 from tests.tools import DATA, rms_error, variant
 
 CONFIG = variant(vocab_size=64, num_key_value_heads=4, num_local_experts=8)
@@ -144,12 +149,47 @@ def test_an_error_of_one_process_ends_the_others(address: str) -> None:
         ("here", 4, 0, "expected HOST:PORT or auto"),
         ("here:1", None, 0, "needs --num-processes and --process-id"),
         ("here:1", 4, 4, "--process-id 4 must be 0 … 3"),
+        ("here:99999", 2, 0, "a port is a number from 1 to 65535"),
     ],
 )
 def test_bad_flags(coordinator: str | None, count: int | None, index: int | None, message: str) -> None:
     args = argparse.Namespace(coordinator=coordinator, num_processes=count, process_id=index)
     with pytest.raises(UserError, match=message):
         distributed.check(args)
+
+
+def meeting(*arrivals: tuple[str, int, int]) -> list[str]:
+    """What each of these processes (address, how many there are, which one it is) is told: "" where it may go on."""
+
+    def arrive(arrival: tuple[str, int, int]) -> str:
+        try:
+            meet(*arrival, seconds=10 if arrival[2] else 1)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(arrivals)) as pool:
+        return list(pool.map(arrive, arrivals))
+
+
+def test_processes_wait_for_each_other(address: str) -> None:
+    port = address.rpartition(":")[2]
+    assert meeting(*((address, 4, i) for i in (3, 1, 0, 2))) == [""] * 4
+    assert meeting((address, 1, 0)) == [""]
+    first, other = meeting((address, 4, 0), (address, 4, 2))
+    assert first == f"of 4 processes these did not come to {address} in time: 1, 3"
+    assert other == f"process 0 at {address} sent this one away: it says why, or two have the same number"
+    assert meeting((address, 2, 0), (address, 3, 2))[0] == "process 2 says that there are 3 processes, process 0 that 2"
+    with socket.create_server(("", int(port))):
+        assert meeting((address, 2, 0))[0].startswith(f"process 0 cannot listen at port {port} (Address already in use")
+
+
+def test_a_process_that_waits_in_vain_says_so(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "CONNECT", 0.3)
+    with pytest.raises(UserError, match=r"did not come to .* in time: 1$"):
+        distributed.start(argparse.Namespace(coordinator=address, num_processes=2, process_id=0))
+    with pytest.raises(UserError, match=r"process 0 did not answer at .* in time \(Connection refused\)"):
+        distributed.start(argparse.Namespace(coordinator=address, num_processes=2, process_id=1))
 
 
 @pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2"])
@@ -162,6 +202,39 @@ def test_generates_the_same_text_as_one_process(address: str, mesh: str, monkeyp
     assert [e.code for e in ended] == [0] * 4, ended
     assert ended[0].out == alone[0].out and len(alone[0].out) > 10
     assert [(e.out, e.err) for e in ended[1:]] == [("", "")] * 3
+
+
+def test_a_file_of_lines_is_continued(tmp_path: Path, address: str) -> None:
+    """By two processes, of which the second sees neither the output nor these files of weights; and a NaN is named."""
+    lines = [json.dumps({"prompt": f"Who are you {i}?", "max_tokens": 3}) for i in range(3)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    config = tiny_config(num_hidden_layers=2, attn_type_list=[0, 1], num_key_value_heads=2)
+    for i in range(2):
+        write_model(tmp_path / f"m{i}", config)
+        os.utime(tmp_path / f"m{i}" / "model.safetensors", (i, i))
+        (tmp_path / f"disk{i}").mkdir()
+
+    def options(index: object) -> list[str]:
+        files = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / f"disk{index}" / "out.jsonl"]
+        return [*map(str, files), "--model", str(tmp_path / f"m{index}"), "--batch-size", "1"]
+
+    out = tmp_path / "disk0" / "out.jsonl"
+    with pytest.raises(SystemExit) as exit:
+        generate(options(0))
+    assert exit.value.code == 0
+    whole = out.read_bytes()
+    out.write_bytes(whole.splitlines(keepends=True)[2] + b'{"line": 1, "sam')
+    for _ in range(2):  # the second time nothing is left
+        ended = several(address, 2, "generate", *options("{index}"), "--mesh", "tensor=2")
+        assert [e.code for e in ended] == [0, 0] and out.read_bytes() == whole, ended
+    assert not list((tmp_path / "disk1").iterdir())
+    for i in range(2):
+        file = tmp_path / f"m{i}" / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] = np.nan
+        save_file(tensors, file, {"format": "pt"})
+    ended = several(address, 2, "generate", "--model", tmp_path / "m{index}", "--prompt", "Hi", "--mesh", "tensor=2")
+    assert ended[0].code == 2 and "first in layer 1 (softmax): its weights are damaged" in ended[0].err, ended
 
 
 @pytest.mark.parametrize(("mesh", "dtype"), [("fsdp=2", "bfloat16"), ("tensor=2", "float32")])
