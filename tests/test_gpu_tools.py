@@ -52,6 +52,12 @@ def test_what_a_kernel_does_not_write_shows() -> None:
     assert np.array_equal(np.isnan(y), np.arange(8) >= 4)
 
 
+def test_what_a_kernel_touches_outside_its_arrays_shows() -> None:
+    x = np.zeros(8, np.float32)
+    with pytest.raises(Exception, match="outside its arrays"):
+        interpret.run(triton_kernels.add, (3,), x, 1.0, np.zeros_like(x), N=4)
+
+
 def test_target_is_the_device_of_the_mesh() -> None:
     assert capability() is None  # the tests run on the CPU
     assert "CUDA" in str(refusal())

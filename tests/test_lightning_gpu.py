@@ -18,16 +18,20 @@ DECAY = jnp.asarray(log_decay(H, 3, 9))
 
 
 def packed() -> jax.Array:
-    """A segment that goes on with the state, one of one token, padding inside and at the end; then leading padding."""
-    rows = np.zeros((2, T), np.int32)
+    """A segment that goes on with the state, one of one token, padding inside and at the end; then leading padding.
+
+    More of it than a chunk, and a row of nothing else.
+    """
+    rows = np.zeros((3, T), np.int32)
     rows[0, :40], rows[0, 40:47], rows[0, 47], rows[0, 50:110], rows[0, 110:145] = 5, 2, 8, 3, 9
-    rows[1, 2:64], rows[1, 64:120] = 1, 7
+    rows[1, 70:110], rows[1, 110:120] = 1, 7
     return jnp.asarray(rows)
 
 
-def compare(forms: list[Any], dtype: str, segments: jax.Array | None, lengths: tuple[int, int]) -> None:
+def compare(forms: list[Any], dtype: str, segments: jax.Array | None, lengths: tuple[int, ...]) -> None:
     """Every form against the reference: outputs, final states and gradients of all of them."""
-    qkv, state = normal(0, 2, T, H, 3, D, dtype=dtype), normal(1, 2, H, D, D)
+    B = len(lengths)
+    qkv, state = normal(0, B, T, H, 3, D, dtype=dtype), normal(1, B, H, D, D)
     valid = jnp.arange(T) < jnp.asarray(lengths)[:, None]
     valid = (valid if segments is None else valid & (segments > 0))[..., None, None]
 
@@ -58,7 +62,7 @@ def compare(forms: list[Any], dtype: str, segments: jax.Array | None, lengths: t
 def test_values_and_gradients(segments: jax.Array | None, dtype: str) -> None:
     form = gpu.default_form(D, jnp.dtype(dtype), segments is not None, interpreted=True)
     form = dataclasses.replace(form, forward=gpu.Tiles(64, 32, 8, 1), backward=gpu.Tiles(64, 32, 8, 1))
-    compare([form, dataclasses.replace(form, parts=2)], dtype, segments, (T, 0 if segments is None else 141))
+    compare([form, dataclasses.replace(form, parts=2)], dtype, segments, (T, 0) if segments is None else (T, 141, T))
 
 
 def test_every_gradient_of_a_single_token() -> None:
@@ -108,6 +112,19 @@ def test_one_of_the_states_of_all_layers(length: int, implementation: Any) -> No
     assert np.array_equal(new[2, 1], states[2, 1])
 
 
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_traced_layer_out_of_range_touches_no_other_memory(length: int) -> None:
+    qkv, states = normal(0, 1, length, H, 3, D), normal(1, 2, 1, H, D, D)
+
+    @jax.jit
+    def call(layer: jax.Array) -> Any:
+        return lightning_attention(qkv, DECAY, state=states, layer=layer, implementation="triton_interpreted")
+
+    for layer, taken in ((-3, 0), (2, 1)):
+        got, want = call(jnp.asarray(layer)), call(jnp.asarray(taken))
+        assert all(map(np.array_equal, got, want))
+
+
 def test_what_cannot_run_says_why() -> None:
     qkv = normal(0, 1, 4, H, 3, 48)
     with pytest.raises(ValueError, match=r"implementation.*CUDA"):
@@ -129,7 +146,11 @@ def test_bad_arguments_are_named() -> None:
         ("state", {"state": state[:1]}),
         ("lengths", {"lengths": jnp.ones(2)}),
         ("segments", {"segments": jnp.ones((2, 3), jnp.int32)}),
+        ("lengths", {"lengths": [4, 4]}),
         ("layer", {"layer": 0, "state": None}),
+        ("layer", {"layer": 3, "state": state[None].repeat(3, 0)}),
+        ("layer", {"layer": jnp.asarray(-1), "state": state[None].repeat(3, 0)}),
+        ("layer", {"layer": 1.0, "state": state[None].repeat(3, 0)}),
     ]
     for name, change in bad:
         named: dict[str, Any] = {"qkv": qkv, "log_decay": DECAY, "state": state} | change

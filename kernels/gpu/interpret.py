@@ -110,6 +110,30 @@ def _converted(source: Any, kind: Any) -> Any:
     return _from_integers(source, kind)
 
 
+_memory: list[tuple[int, int]] = []  # arrays of the running kernel: first address, first behind
+
+
+def _require_inside(pointers: Any, mask: Any) -> None:
+    used = pointers.data[mask.data]
+    if used.size and not any(first <= used.min() and used.max() < end for first, end in _memory):
+        raise IndexError("a kernel reads or writes outside its arrays")
+
+
+_load, _store = interpreter.interpreter_builder.create_masked_load, interpreter.interpreter_builder.create_masked_store
+
+
+def _load_inside(pointers: Any, mask: Any, *rest: Any) -> Any:
+    _require_inside(pointers, mask)
+    return _load(pointers, mask, *rest)
+
+
+def _store_inside(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    _require_inside(pointers, mask)
+    return _store(pointers, value, mask, *rest)
+
+
+interpreter.interpreter_builder.create_masked_load = _load_inside
+interpreter.interpreter_builder.create_masked_store = _store_inside
 interpreter.interpreter_builder.create_dot = _exact_dot
 interpreter.interpreter_builder.create_si_to_fp = _converted
 interpreter.interpreter_builder.create_ui_to_fp = _converted
@@ -117,7 +141,13 @@ interpreter.interpreter_builder.create_fp_trunc = _rounded
 
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """`kernel[grid](*args, **constants)` on NumPy arrays, which it changes in place."""
+    """`kernel[grid](*args, **constants)` on NumPy arrays, which it changes in place.
+
+    Raises:
+      IndexError: it reads or writes outside them.
+    """
+    arrays = [a for a in args if isinstance(a, np.ndarray)]
+    _memory[:] = [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in arrays]
     wrapped = [_Tensor(a) if isinstance(a, np.ndarray) else a for a in args]
     with np.errstate(over="ignore", under="ignore"):
         kernel[grid](*wrapped, **constants)

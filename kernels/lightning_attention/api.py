@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from m1jax.kernels.checks import check_integers, check_layer
 from m1jax.kernels.gpu import refusal
 from m1jax.kernels.lightning_attention import gpu, gradient, reference, xla
 
@@ -65,8 +66,8 @@ def lightning_attention(
       after each row's last valid token, with `layer` inside the states of all layers.
 
     Raises:
-      ValueError: a shape, a dtype or (outside `jax.jit`) a length does not fit, or a named implementation cannot run;
-        says which and why.
+      ValueError: a shape, a dtype or (where its value is known) a length or layer does not fit, or a named
+        implementation cannot run; says which and why.
     """
     _check(qkv, log_decay, state, lengths, segments, layer)
     B, T, H, _, D = qkv.shape
@@ -125,11 +126,11 @@ def _check(
         wanted = (B, H, D, D) if layer is None else (*state.shape[:1], B, H, D, D)
         if state.shape != wanted or state.dtype != jnp.float32:
             raise ValueError(f"state: expected float32 {wanted}, got {state.dtype} {state.shape}")
-    if lengths is not None and (lengths.shape != (B,) or not jnp.issubdtype(lengths.dtype, jnp.integer)):
-        raise ValueError(f"lengths: expected integers {(B,)}, got {lengths.dtype} {lengths.shape}")
-    if lengths is not None and not isinstance(lengths, Tracer):
-        known = np.asarray(lengths)
-        if np.any((known < 0) | (known > T)):
-            raise ValueError(f"lengths: expected 0 to {T}, got {known.tolist()}")
-    if segments is not None and (segments.shape != (B, T) or not jnp.issubdtype(segments.dtype, jnp.integer)):
-        raise ValueError(f"segments: expected integers {(B, T)}, got {segments.dtype} {segments.shape}")
+        if layer is not None:
+            check_layer(layer, state.shape[0])
+    if lengths is not None:
+        check_integers("lengths", lengths, (B,))
+        if not isinstance(lengths, Tracer) and np.any((np.asarray(lengths) < 0) | (np.asarray(lengths) > T)):
+            raise ValueError(f"lengths: expected 0 to {T}, got {np.asarray(lengths).tolist()}")
+    if segments is not None:
+        check_integers("segments", segments, (B, T))

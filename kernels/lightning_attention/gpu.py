@@ -187,7 +187,7 @@ def _step(
         kernels.step, qkv, jnp.expm1(log_decay), lengths, layer, states,
         out=(jax.ShapeDtypeStruct((B, 1, H, D), qkv.dtype), _like(states)),
         aliases={4: 1}, grid=(D // tiles.width, H, B), warps=tiles.warps, stages=tiles.stages,
-        interpreted=form.interpreted, ROWS=B, H=H, D=D, WIDTH=tiles.width,
+        interpreted=form.interpreted, ROWS=B, LAYERS=states.shape[0], H=H, D=D, WIDTH=tiles.width,
     )  # fmt: skip
     return out, states
 
@@ -232,7 +232,7 @@ class Sweep:
         arrays = (self.qkv, self.decays, self.lengths, *self.tables, layer, self.decays if states is None else states)
         out, final = self._launch(
             kernels.forward, *arrays, out=(out, final), aliases={} if states is None else {6: 1},
-            FRESH=states is None, WRITE=write, **self._how("o"),
+            LAYERS=final.shape[0], FRESH=states is None, WRITE=write, **self._how("o"),
         )  # fmt: skip
         return out, final
 
@@ -264,7 +264,7 @@ class Sweep:
         out = _like(self.qkv) if write else jax.ShapeDtypeStruct((1,), self.qkv.dtype)
         d_qkv, final = self._launch(
             kernels.backward, *arrays, out=(out, final), aliases={} if d_qkv is None else {8: 0},
-            FRESH=states is None, WRITE=write, FINAL=want_final, ROLE=role, **self._how(role),
+            LAYERS=1, FRESH=states is None, WRITE=write, FINAL=want_final, ROLE=role, **self._how(role),
         )  # fmt: skip
         return d_qkv, final
 

@@ -155,8 +155,8 @@ def sweep(
 
         length = count
         if PACKED:
-            known = chunk_facts + tl.maximum(chunk, 0) * 2
-            length = tl.where(count > 0, tl.load(known), 0)
+            known = chunk_facts + chunk * 2
+            length = tl.load(known, mask=count > 0, other=0)
         to_end = tl.exp2(log2_decay * tl.maximum(length - 1 - index, 0))
         loss = tl.where(length == CHUNK, chunk_loss, tl.exp2(log2_decay * length) - 1.0)
         inside, old, new = decay, from_start, to_end
@@ -169,8 +169,8 @@ def sweep(
             else:
                 inside = tl.where(index[None, :] >= begin[:, None], decay, 0.0)
             old = tl.where(begin < 0, from_start, 0.0)
-            new = tl.where(end >= length - 1, to_end, 0.0)
-            loss = tl.where((tl.load(known + 1) > 0) | (count == 0), loss, -1.0)
+            new = tl.where(end >= tl.maximum(length - 1, 0), to_end, 0.0)  # padding has ends below 0
+            loss = tl.where(tl.load(known + 1, mask=count > 0, other=1) > 0, loss, -1.0)
         reads, feeds = old, new
         if REVERSED:
             reads, feeds = new, old
@@ -210,14 +210,28 @@ def part_of_row(lengths, T, PART, PARTS: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def square(states, layer, H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Pointers to this program's [D, WIDTH] of the states [P, B, PARTS, H, D, D].
+def number_of(layer, LAYERS: tl.constexpr):
+    """The number at `layer`; the first or last where a traced one is out of range, instead of any address."""
+    return tl.minimum(tl.maximum(tl.load(layer), 0), LAYERS - 1).to(tl.int64)
+
+
+@triton.jit
+def square(
+    states,
+    layer,
+    LAYERS: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Pointers to this program's [D, WIDTH] of the states [LAYERS, B, PARTS, H, D, D].
 
     The layer's number is read from memory each time, or the pointers would be kept in registers during the sweep.
     """
     channels = tl.arange(0, D)[:, None]
     own = (tl.program_id(0) * WIDTH + tl.arange(0, WIDTH))[None, :]
-    place = (tl.load(layer).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * H + tl.program_id(1)
+    place = (number_of(layer, LAYERS) * tl.num_programs(2) + tl.program_id(2)) * H + tl.program_id(1)
     inner = own * D + channels if TRANSPOSED else channels * D + own
     return states + place * D * D + inner
 
@@ -236,6 +250,7 @@ def forward(
     out,
     final,
     PARTS: tl.constexpr,
+    LAYERS: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -252,7 +267,7 @@ def forward(
     """Grid (D/WIDTH, H, B·PARTS): o and the final state of each part of a row of T tokens, PART tokens a part.
 
     qkv [B, T, H, 3, D]; decays float32 [2, H], log2 λ and λ^CHUNK - 1; lengths int32 [B]; layer int32 [1]; state and
-    final (they may be the same memory) float32 [P, B, PARTS, H, D, D], zero if FRESH; out [B, T, H, D] if WRITE.
+    final (they may be the same memory) float32 [LAYERS, B, PARTS, H, D, D], zero if FRESH; out [B, T, H, D] if WRITE.
     A_HOW, B_HOW, C_HOW: activations of q, k, v; RAW_HOW: "none".
 
     If PACKED: bounds int32 [B, 2, T], first and last token of each token's segment (-1 if the state before the row
@@ -265,7 +280,7 @@ def forward(
     if FRESH:
         s = tl.zeros([D, WIDTH], tl.float32)
     else:
-        s = tl.load(square(state, layer, H, D, WIDTH, False))
+        s = tl.load(square(state, layer, LAYERS, H, D, WIDTH, False))
     x = qkv + (token * H + h) * 3 * D
     s = sweep(
         x, x + D, x + 2 * D, x, out + (token * H + h) * D, s, tl.load(decays + h), tl.load(decays + H + h),
@@ -273,7 +288,7 @@ def forward(
         3 * H * D, 3 * H * D, 3 * H * D, H * D, A_HOW, B_HOW, C_HOW, RAW_HOW, False, PACKED,
         WRITE, D, WIDTH, CHUNK, PRECISION,
     )  # fmt: skip
-    tl.store(square(final, layer, H, D, WIDTH, False), s)
+    tl.store(square(final, layer, LAYERS, H, D, WIDTH, False), s)
 
 
 @triton.jit
@@ -292,6 +307,7 @@ def backward(
     dqkv,
     final,
     PARTS: tl.constexpr,
+    LAYERS: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -319,7 +335,7 @@ def backward(
     if FRESH:
         s = tl.zeros([D, WIDTH], tl.float32)
     else:
-        s = tl.load(square(state, layer, H, D, WIDTH, ROLE != "v"))
+        s = tl.load(square(state, layer, LAYERS, H, D, WIDTH, ROLE != "v"))
     q = qkv + (token * H + h) * 3 * D
     dq = dqkv + (token * H + h) * 3 * D
     k, v, do = q + D, q + 2 * D, grad + (token * H + h) * D
@@ -346,7 +362,7 @@ def backward(
             True, PACKED, WRITE, D, WIDTH, CHUNK, PRECISION,
         )  # fmt: skip
     if FINAL:
-        tl.store(square(final, layer, H, D, WIDTH, False), s)
+        tl.store(square(final, layer, LAYERS, H, D, WIDTH, False), s)
 
 
 @triton.jit
@@ -359,6 +375,7 @@ def step(
     out,
     new_state,
     ROWS: tl.constexpr,
+    LAYERS: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -366,12 +383,12 @@ def step(
     """One token: S ← S + (λ - 1) S + kᵀ v, o = q S, for WIDTH columns of one head of one row.
 
     qkv [B, H, 3, D]; losses float32 [H], λ - 1; lengths int32 [B], 0: leave S alone; layer int32 [1]; state and
-    new_state (the same memory) float32 [P, B, H, D, D]; out [B, H, D].
+    new_state (the same memory) float32 [LAYERS, B, H, D, D]; out [B, H, D].
     """
     block, h, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     channels = tl.arange(0, D)
     own = block * WIDTH + tl.arange(0, WIDTH)
-    place = (tl.load(layer).to(tl.int64) * ROWS + row) * H + h
+    place = (number_of(layer, LAYERS) * ROWS + row) * H + h
     where = place * D * D + channels[:, None] * D + own[None, :]
     s = tl.load(state + where)
     x = qkv + (row.to(tl.int64) * H + h) * 3 * D

@@ -1,0 +1,22 @@
+"""Checks of arguments that several ops have."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.core import Tracer
+
+
+def check_integers(name: str, array: Any, shape: tuple[int, ...]) -> None:
+    """Raises `ValueError` unless `array` is an array of integers of this shape."""
+    found = getattr(array, "shape", None)
+    if found != shape or not jnp.issubdtype(array.dtype, jnp.integer):
+        got = f"a {type(array).__name__}" if found is None else f"{array.dtype} {found}"
+        raise ValueError(f"{name}: expected integers {shape}, got {got}")
+
+
+def check_layer(layer: Any, layers: int) -> None:
+    """Raises `ValueError` unless `layer` is one integer and, where its value is known, from 0 to `layers` - 1."""
+    if jnp.shape(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
+        raise ValueError(f"layer: expected one integer, got {layer}")
+    if not isinstance(layer, Tracer) and not 0 <= int(layer) < layers:
+        raise ValueError(f"layer: expected 0 to {layers - 1}, got {int(layer)}")
