@@ -110,7 +110,7 @@ def open_arrays(folder: Path, table: Mapping[str, ParamSpec]) -> dict[str, ts.Te
     shapes = {path: (list(store.shape), list(table[path].shape)) for path, store in stores.items()}
     wrong = [f"{path} is {found}, not {wanted}" for path, (found, wanted) in shapes.items() if found != wanted]
     if wrong:
-        raise UserError(f"{folder}: config.json contradicts the weights: {listing(wrong, 4)}: convert again")
+        raise UserError(f"{folder}: config.json contradicts the weights: {listing(wrong)}: convert again")
     return stores
 
 

@@ -5,9 +5,11 @@ Both ends are little more than a JSON header, so they are written out here: tens
 shard of any size is written tensor by tensor.
 """
 
+import itertools
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -68,11 +70,39 @@ class Tensor(NamedTuple):
         return self.rows(0, self.shape[0]) if self.shape else self._replace(shape=(1,)).rows(0, 1).reshape(())
 
 
-def listing(names: Iterable[str], limit: int = 8) -> str:
-    """``a, b, c and 5 more``."""
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def listing(names: Iterable[str]) -> str:
+    """All names; those that differ only in a number between dots or hyphens as one: ``layers.[0-3,7].w1``."""
+    numbers: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for name in names:
+        parts = re.split(r"(?<=[.-])(\d+)(?=[.-])", name)
+        numbers.setdefault(tuple(parts[::2]), []).append(tuple(parts[1::2]))
+    return ", ".join(
+        "".join(itertools.chain.from_iterable(itertools.zip_longest(texts, block, fillvalue="")))
+        for texts, found in numbers.items()
+        for block in _blocks(found)
+    )
+
+
+def _blocks(found: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Tuples of numbers as products of sets."""
+    if not found[0]:
+        return [()]
+    tails: dict[str, list[tuple[str, ...]]] = {}
+    for first, *tail in sorted(set(found), key=lambda numbers: [int(n) for n in numbers]):
+        tails.setdefault(first, []).append(tuple(tail))
+    alike: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    for first, tail in tails.items():
+        alike.setdefault(tuple(tail), []).append(first)
+    return [(_runs(firsts), *block) for tail, firsts in alike.items() for block in _blocks(list(tail))]
+
+
+def _runs(numbers: list[str]) -> str:
+    """Rising numbers as ``5`` or ``[0-3,7]``."""
+    values = {int(n) for n in numbers}
+    starts = [n for n in numbers if int(n) - 1 not in values]
+    ends = [n for n in numbers if int(n) + 1 not in values]
+    runs = ",".join(first if first == last else f"{first}-{last}" for first, last in zip(starts, ends, strict=True))
+    return f"[{runs}]" if len(numbers) > 1 else runs
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -97,7 +127,7 @@ def read_folder(folder: str | Path) -> dict[str, Tensor]:
     if single.exists():
         return read_file(single)
     others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
-    found = f" (only {listing(others, 3)})" if others else ""
+    found = f" (only {listing(others)})" if others else ""
     raise UserError(f"{folder} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there{found}")
 
 
@@ -139,13 +169,11 @@ def _read_shards(folder: Path, weights: Mapping[str, str]) -> dict[str, Tensor]:
             tensors[name] = tensor
     absent = [name for name in weights if name not in tensors or tensors[name].file.name != weights[name]]
     if absent:
-        where = listing((f"{name} (in {weights[name]})" for name in absent), 4)
+        where = listing(f"{name} (in {weights[name]})" for name in absent)
         raise UserError(f"{folder}: {INDEX_NAME} names tensors that are not in their shard: {where}: {_AGAIN}")
     unlisted = [f"{name} (in {tensor.file.name})" for name, tensor in tensors.items() if name not in weights]
     if unlisted:
-        raise UserError(
-            f"{folder}: shards hold tensors that {INDEX_NAME} does not name: {listing(unlisted, 4)}: {_AGAIN}"
-        )
+        raise UserError(f"{folder}: shards hold tensors that {INDEX_NAME} does not name: {listing(unlisted)}: {_AGAIN}")
     return tensors
 
 

@@ -12,6 +12,7 @@ from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.params import count, param_table
 from m1jax.presets import find_config
+from m1jax.safetensors import listing
 from m1jax.weights import IGNORED, RULES, Layout, Slot, expected, plan
 from tests.checkpoints import M1_NAMES
 from tests.tools import variant
@@ -99,10 +100,23 @@ def test_all_problems_are_named_in_one_line() -> None:
     assert "model.norm.weight (int8)" in text
 
 
-def test_long_lists_are_cut() -> None:
-    assert "12 missing" in (text := refusal(PLAIN, {k: v for k, v in fakes(PLAIN).items() if ".w1." not in k}))
-    assert text.count(".w1.weight") == 8
-    assert "and 4 more" in text
+def test_all_are_named_however_many() -> None:
+    text = refusal(PLAIN, {k: v for k, v in fakes(PLAIN).items() if ".w1." not in k})
+    assert "12 missing: model.layers.[0-2].block_sparse_moe.experts.[0-3].w1.weight" in text
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ([], ""),
+        (["a", "b.1", "a"], "a, b.1"),
+        (["a.0.b", "a.2.b", "a.1.b", "a.10.b", "c"], "a.[0-2,10].b, c"),
+        (["a.0.b.0.c", "a.0.b.1.c", "a.1.b.1.c"], "a.0.b.[0-1].c, a.1.b.1.c"),
+        (["m-00002-of-00003.x", "m-00003-of-00003.x"], "m-[00002-00003]-of-00003.x"),
+    ],
+)
+def test_numbers_of_names_are_joined(names: list[str], text: str) -> None:
+    assert listing(names) == text
 
 
 @pytest.mark.parametrize("name", ["model.layers.00.input_layernorm.weight", "model.layers.3.input_layernorm.weight "])
