@@ -4,6 +4,7 @@ cuDNN is not here. `jax.nn.dot_product_attention` has the same arguments for XLA
 """
 
 import functools
+import importlib
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m1jax.kernels.softmax_attention import gpu, softmax_attention
+from m1jax.kernels.softmax_attention import api, gpu, softmax_attention
 from tests.tools import TOLERANCE, rms_error
 
 H, K, D = 6, 2, 32
@@ -67,10 +68,20 @@ def test_gradients() -> None:
         jax.grad(lambda q: jnp.sum(softmax_attention(q, k, v, implementation="pallas_interpreted")))(q)
 
 
+def test_cudnn_gives_its_sums_unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, not run: the logarithms of both sums go into the shares as float32, which is what cuDNN returns."""
+    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 92_200)
+    offset = jnp.asarray([0, 30], jnp.uint8)
+    text = str(jax.make_jaxpr(functools.partial(gpu.cudnn, segments=None))(*inputs(8, 40, "bfloat16"), offset))
+    assert f"f32[2,{H},8]" in text
+    assert f"bf16[2,{H},8]" not in text and f"bf16[2,8,{H}]" not in text
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("offset", [(0, 255), (100, 7)])
-def test_one_token(offset: tuple[int, int], dtype: str) -> None:
-    arrays, at = inputs(1, 256, dtype), jnp.asarray(offset)
+@pytest.mark.parametrize(("N", "offset"), [(256, (0, 255)), (256, (100, 7)), (2304, (2303, 150))])
+def test_one_token(N: int, offset: tuple[int, int], dtype: str) -> None:
+    arrays, at = inputs(1, N, dtype), jnp.asarray(offset)
     got = softmax_attention(*arrays, offset=at, implementation="pallas_interpreted")
     assert got.dtype == arrays[2].dtype
     assert rms_error(got, reference(*arrays, offset=at)) < TOLERANCE[dtype]
@@ -86,7 +97,12 @@ def test_bad_arguments_are_named() -> None:
         ("offset: expected integers", lambda: softmax_attention(q, k, v, offset=jnp.zeros(2))),
         ("offset: expected integers", lambda: softmax_attention(q, k, v, offset=jnp.zeros(3, jnp.int32))),
         ("offset: expected integers", lambda: softmax_attention(q, k, v, offset=jnp.int32(0))),
-        ("offset: expected 0 or more", lambda: softmax_attention(q, k, v, offset=jnp.asarray([0, -1]))),
+        ("offset: expected 0 to 7", lambda: softmax_attention(q, k, v, offset=jnp.asarray([0, -1]))),
+        ("offset: expected 0 to 7", lambda: softmax_attention(q, k, v, offset=jnp.asarray([0, 8]))),
+        ("offset: expected integers", lambda: softmax_attention(q, k, v, offset=[0, 1])),  # pyright: ignore
+        ("q: 9 tokens", lambda: softmax_attention(inputs(9, 8)[0], k, v)),
+        (r"q: expected \[B", lambda: softmax_attention(q[0], k, v)),
+        ("v: expected the shape of k", lambda: softmax_attention(q, k, v[:, :1])),
         ("segments: expected integers", lambda: softmax_attention(q, k, v, segments=ones.astype(jnp.float32))),
         ("segments: expected integers", lambda: softmax_attention(q, k, v, segments=ones[:, :4])),
     ]
@@ -112,3 +128,26 @@ def test_what_cannot_run_says_why() -> None:
         call: Any = functools.partial(softmax_attention, implementation=implementation, **options)
         with pytest.raises(ValueError, match=f"implementation: .*{why}"):
             call(*arrays)
+
+
+def test_the_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no library can do is left to XLA, also where a module of jax is gone."""
+    monkeypatch.setattr(gpu, "capability", lambda: 90)
+    monkeypatch.setattr(gpu, "refusal", lambda: None)
+    monkeypatch.setattr(api, "capability", lambda: 90)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    at, segments = jnp.zeros(2, jnp.int32), jnp.ones((2, 255), jnp.int32)
+
+    def choice(T: int, N: int, **options: Any) -> str:
+        q, k, _ = inputs(T, N, "bfloat16")
+        return api._choose(None, q, k, options.get("offset"), options.get("segments"))
+
+    assert choice(1, 256, offset=at) == "pallas" and choice(8, 256, offset=at) == choice(8, 8) == "cudnn"
+    assert choice(256, 256, segments=jnp.ones((2, 256), jnp.int32)) == "cudnn"
+    assert choice(255, 255, segments=segments) == "xla"
+    with pytest.raises(ValueError, match="even number"):
+        softmax_attention(*inputs(255, 255, "bfloat16"), segments=segments, implementation="cudnn")
+    monkeypatch.setattr(gpu, "_DECODE", "jax.nowhere.decode_attention")
+    assert choice(1, 256, offset=at) == "cudnn"
+    monkeypatch.setattr(gpu, "_FUSED", "jax._src.nowhere")
+    assert choice(8, 256, offset=at) == "xla" and choice(8, 8) == "cudnn"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from m1jax.kernels.checks import check_integers
 from m1jax.kernels.gpu import capability
 from m1jax.kernels.softmax_attention import gpu, reference, xla
 
@@ -30,7 +31,8 @@ def softmax_attention(
     Args:
       q: `[B, T, H, D]`, rotated; float32, bfloat16 or float16, as k and v are.
       k, v: `[B, K, N, D]`, the cache with the new tokens in it. What lies past a query's position is not read.
-      offset: integers `[B]` ≥ 0, position of each row's first query; None is 0.
+      offset: integers `[B]` from 0 to N - 1, position of each row's first query; None is 0. Queries past the end of
+        the cache, which a padded chunk has, are padding.
       segments: integers `[B, N]` of packed rows, by position: the same id ≥ 1 for consecutive tokens that belong
         together, 0 for padding. A query sees only the segment at its own position.
       implementation: "reference", "xla", "cudnn" (many queries), "pallas" (one query of each row) or
@@ -45,7 +47,7 @@ def softmax_attention(
     """
     _check(q, k, v, offset, segments)
     B, T, H, _ = q.shape
-    form = _choose(implementation, q, k, segments)
+    form = _choose(implementation, q, k, offset, segments)
     if form == "cudnn":
         return gpu.cudnn(q, k, v, offset, segments)
     if offset is None:
@@ -59,18 +61,21 @@ def softmax_attention(
     return xla.blocked(q, k, v, offset, Q_BLOCK, K_BLOCK, segments)
 
 
-def _choose(implementation: str | None, q: jax.Array, k: jax.Array, segments: jax.Array | None) -> str:
+def _choose(
+    implementation: str | None, q: jax.Array, k: jax.Array, offset: jax.Array | None, segments: jax.Array | None
+) -> str:
     if implementation is None:
         if capability() is None:
             return "xla"
-        reasons = {"pallas": gpu.refusal_of_pallas(q, k, segments), "cudnn": gpu.refusal_of_cudnn(q, k, segments)}
-        return next((name for name, reason in reasons.items() if reason is None), "xla")
+        if gpu.refusal_of_pallas(q, k, segments) is None:
+            return "pallas"
+        return "xla" if gpu.refusal_of_cudnn(q, k, offset, segments) else "cudnn"
     known = get_args(Implementation)
     if implementation not in known:
         raise ValueError(f"implementation: unknown {implementation!r}: expected None or one of {known}")
     reason = None
     if implementation == "cudnn":
-        reason = gpu.refusal_of_cudnn(q, k, segments)
+        reason = gpu.refusal_of_cudnn(q, k, offset, segments)
     elif implementation.startswith("pallas"):
         reason = gpu.refusal_of_pallas(q, k, segments, implementation == "pallas_interpreted")
     if reason:
@@ -79,18 +84,25 @@ def _choose(implementation: str | None, q: jax.Array, k: jax.Array, segments: ja
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array | None, segments: jax.Array | None) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(f"expected q [B, T, H, D] and k, v [B, K, N, D], got {q.shape}, {k.shape}, {v.shape}")
-    B, _, H, D = q.shape
-    if k.shape[0] != B or k.shape[3] != D or not k.shape[1] or H % k.shape[1]:
+    if q.ndim != 4:
+        raise ValueError(f"q: expected [B, T, H, D], got {q.shape}")
+    B, T, H, D = q.shape
+    if k.ndim != 4 or k.shape[0] != B or k.shape[3] != D or not k.shape[1] or H % k.shape[1]:
         raise ValueError(f"k: {k.shape} does not fit q {q.shape}: want [{B}, K, N, {D}] with K dividing {H}")
+    if v.shape != k.shape:
+        raise ValueError(f"v: expected the shape of k, {k.shape}, got {v.shape}")
+    N = k.shape[2]
     if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"q: expected float32, bfloat16 or float16, got {q.dtype}")
     for name, array in (("k", k), ("v", v)):
         if array.dtype != q.dtype:
             raise ValueError(f"{name}: dtype {array.dtype} differs from that of q, {q.dtype}")
-    for name, array, shape in (("offset", offset, (B,)), ("segments", segments, (B, k.shape[2]))):
-        if array is not None and (array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer)):
-            raise ValueError(f"{name}: expected integers {shape}, got {array.dtype} {array.shape}")
-    if offset is not None and not isinstance(offset, Tracer) and np.any(np.asarray(offset) < 0):
-        raise ValueError(f"offset: expected 0 or more, got {np.asarray(offset).tolist()}")
+    if segments is not None:
+        check_integers("segments", segments, (B, N))
+    if offset is None:
+        if T > N:
+            raise ValueError(f"q: {T} tokens, but k has keys of {N}")
+        return
+    check_integers("offset", offset, (B,))
+    if not isinstance(offset, Tracer) and np.any((np.asarray(offset) < 0) | (np.asarray(offset) >= N)):
+        raise ValueError(f"offset: expected 0 to {N - 1}, got {np.asarray(offset).tolist()}")

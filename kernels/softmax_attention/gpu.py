@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import importlib.util
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -14,10 +16,12 @@ from m1jax.kernels.gpu import capability, refusal
 Library = Literal["cudnn", "xla"]  # behind `jax.nn.dot_product_attention`; "xla" is for tests
 
 LONGEST_MASK = 16_384  # tokens of a packed row: cuDNN takes segments as a mask, in memory
-_SPLITS, _BLOCK = 16, 128  # of the keys in a decode step: programs, and keys at a time
+_SPLITS, _BLOCK = 16, 128  # of the keys in a decode step: programs, and keys at a time at most
+_DECODE = "jax.experimental.pallas.ops.gpu.decode_attention"
+_FUSED = "jax._src.cudnn.fused_attention_stablehlo"
 
 
-def refusal_of_cudnn(q: jax.Array, k: jax.Array, segments: jax.Array | None) -> str | None:
+def refusal_of_cudnn(q: jax.Array, k: jax.Array, offset: jax.Array | None, segments: jax.Array | None) -> str | None:
     """Why cuDNN does not do this; None if it does."""
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
         return f"it takes bfloat16 or float16, q is {q.dtype} and k {k.dtype}"
@@ -25,6 +29,10 @@ def refusal_of_cudnn(q: jax.Array, k: jax.Array, segments: jax.Array | None) -> 
         return f"it takes a head_dim of a multiple of 8 up to 256, not {q.shape[3]}"
     if segments is not None and (q.shape[1] != k.shape[2] or q.shape[1] > LONGEST_MASK):
         return f"packed rows need T = N ≤ {LONGEST_MASK} tokens, got T {q.shape[1]} and N {k.shape[2]}"
+    if segments is not None and q.shape[1] % 2:
+        return f"packed rows need an even number of tokens for a gradient, got {q.shape[1]}"
+    if offset is not None and not _exists(_FUSED):
+        return f"attention into a cache needs {_FUSED}, which this jax does not have"
     if capability() is None or jax.default_backend() != "gpu":
         return "needs a machine with a CUDA device"
     return None
@@ -39,7 +47,17 @@ def refusal_of_pallas(q: jax.Array, k: jax.Array, segments: jax.Array | None, in
         return f"it takes a power of two as head_dim and a multiple of {_SPLITS * 16} as cache length, got {D} and {N}"
     if q.dtype != k.dtype:
         return f"q and k must have one dtype, got {q.dtype} and {k.dtype}"
+    if not _exists(_DECODE):
+        return f"needs {_DECODE}, which this jax does not have"
     return None if interpreted else refusal()
+
+
+@functools.cache
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package it was in
+        return False
 
 
 def cudnn(
@@ -80,28 +98,46 @@ def _into_cache(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, lib
     cuDNN's causal mask starts at the first key. So the two parts are computed apart and put together by the logarithms
     of their sums of exponentials.
     """
-    B, T = q.shape[:2]
+    T = q.shape[1]
     # A slice would be moved where padding reaches past the end of the cache.
     position = jnp.minimum(offset[:, None] + jnp.arange(T), k.shape[2] - 1)
     new_k, new_v = (jax.vmap(lambda a, at: a[:, at])(a, position).swapaxes(1, 2) for a in (k, v))
-    among, log_among = jax.nn.dot_product_attention(
-        q, new_k, new_v, is_causal=True, implementation=library, return_residual=True
-    )
-    lengths = jnp.full((B,), T, jnp.int32)
-    before, log_before = jax.nn.dot_product_attention(
-        q, k.swapaxes(1, 2), v.swapaxes(1, 2), query_seq_lengths=lengths,
-        key_value_seq_lengths=jnp.maximum(offset, 1), implementation=library, return_residual=True,
-    )  # fmt: skip
+    old = jnp.maximum(offset, 1).astype(jnp.int32)
+    among, log_among = _with_log_sums(q, new_k, new_v, None, library)
+    before, log_before = _with_log_sums(q, k.swapaxes(1, 2), v.swapaxes(1, 2), old, library)
     some = (offset > 0)[:, None, None]
-    share = jnp.where(some, jax.nn.sigmoid(log_before - log_among), 0.0)[..., None]
+    share = jnp.where(some, jax.nn.sigmoid(log_before - log_among), 0.0).swapaxes(1, 2)[..., None]
     before = jnp.where(some[..., None], before, 0).astype(jnp.float32)
     out = before * share + among.astype(jnp.float32) * (1 - share)
     return out.astype(v.dtype)
 
 
+def _with_log_sums(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, library: Library
+) -> tuple[jax.Array, jax.Array]:
+    """Attention to the first `lengths` keys of each row, causal if None: `[B, T, H, D]`, and float32 `[B, H, T]`.
+
+    k, v `[B, N, K, D]`. The second are logarithms of sums of exponentials, which `jax.nn.dot_product_attention` would
+    round to the dtype of q: of two such the difference is off by several hundredths.
+    """
+    B, T = q.shape[:2]
+    if library == "xla":
+        out, log_sums = jax.nn.dot_product_attention(
+            *(a.astype(jnp.float32) for a in (q, k, v)), is_causal=lengths is None, key_value_seq_lengths=lengths,
+            return_residual=True,
+        )  # fmt: skip
+        return out.astype(q.dtype), log_sums.swapaxes(1, 2)
+    fused: Any = importlib.import_module(_FUSED)
+    mask = fused.MaskType.CAUSAL if lengths is None else fused.MaskType.PADDING
+    queries = None if lengths is None else jnp.full((B,), T, jnp.int32)
+    return fused.dot_product_attention(
+        q, k, v, q_seqlen=queries, kv_seqlen=lengths, scale=q.shape[3] ** -0.5, mask_type=mask, return_residual=True
+    )
+
+
 def pallas(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, interpreted: bool = False) -> jax.Array:
     """One query a row, keys split among programs; shapes as in `reference.softmax_attention`."""
-    kernel: Any = importlib.import_module("jax.experimental.pallas.ops.gpu.decode_attention")
+    kernel: Any = importlib.import_module(_DECODE)
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array) -> jax.Array:
         with warnings.catch_warnings():
@@ -109,7 +145,7 @@ def pallas(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, interpre
             warnings.simplefilter("ignore", DeprecationWarning)
             return kernel.gqa(
                 q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), kv_seq_len=offset + 1, k_splits=_SPLITS,
-                block_k=min(_BLOCK, k.shape[2] // _SPLITS), interpret=interpreted,
+                block_k=math.gcd(_BLOCK, k.shape[2] // _SPLITS), interpret=interpreted,
             )  # fmt: skip
 
     why = "implementation: 'pallas' decodes and has no gradient: choose another"
