@@ -130,12 +130,29 @@ def test_what_the_kernels_cannot_do_is_named() -> None:
     narrow = quantize(jnp.ones((1, 2, 2, 8, 32)), "int4"), quantize(jnp.ones((1, 2, 32, 8)), "int4")
     with pytest.raises(ValueError, match="down has int4 groups of 8"):
         experts(jnp.ones((1, 32)), *narrow, *args, implementation="triton_interpreted")
+    odd = [Quantized(jnp.zeros((*s, 48), jnp.uint8), jnp.ones((*s, 2))) for s in ((1, 2, 2, 96), (1, 2, 96))]
+    with pytest.raises(ValueError, match="gate_up has int4 groups of 48"):
+        experts(jnp.ones((1, 96)), *odd, *args, implementation="triton_interpreted")  # pyright: ignore
     wide = jnp.ones((1, 2, 2, 8, 32)), jnp.ones((1, 2, 32, 8))
     with pytest.raises(ValueError, match="'triton' cannot run: needs a CUDA device"):
         experts(jnp.ones((1, 32)), *wide, *args, implementation="triton")
     with pytest.raises(ValueError, match="unknown 'cuda'"):
         experts(jnp.ones((1, 32)), *wide, *args, implementation="cuda")  # pyright: ignore[reportArgumentType]
     assert isinstance(narrow[0], Quantized)
+
+
+def test_a_traced_layer_out_of_range_touches_no_other_memory() -> None:
+    x, weights, args = normal(0, 3, M), weights_of("float32"), routing(3, 2, False)
+
+    @jax.jit
+    def call(layer: jax.Array) -> Any:
+        def out(x: jax.Array) -> jax.Array:
+            return experts(x, *weights, *args, layer=layer, implementation="triton_interpreted")
+
+        return jax.value_and_grad(lambda x: jnp.sum(out(x)))(x)
+
+    for layer, taken in ((-1, 0), (L, L - 1)):
+        assert all(map(np.array_equal, call(jnp.asarray(layer)), call(jnp.asarray(taken))))
 
 
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "reference"])
@@ -155,6 +172,10 @@ def test_bad_arguments_are_named() -> None:
     half = [w.astype(jnp.float16) for w in (w13, w2)]
     bad: list[tuple[str, Any]] = [
         (r"gate_up: expected \[L", lambda: experts(x, w13[0], w2, chosen, shares)),
+        ("down: expected", lambda: experts(x, w13, w2[:1], chosen, shares)),
+        ("layer: expected 0 to 1, got 2", lambda: experts(x, w13, w2, chosen, shares, layer=L)),
+        ("chosen: expected integers", lambda: experts(x, w13, w2, chosen[:1], shares)),
+        ("chosen: expected integers .* got a list", lambda: experts(x, w13, w2, [[0, 1]] * 2, shares)),  # pyright: ignore
         ("x: expected float32 or bfloat16", lambda: experts(x.astype(jnp.float16), half[0], half[1], chosen, shares)),
         ("x: expected", lambda: experts(chosen, w13, w2, chosen, shares)),
         ("chosen: expected integers", lambda: experts(x, w13, w2, chosen.astype(jnp.float32), shares)),

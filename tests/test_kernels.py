@@ -194,6 +194,9 @@ def test_bad_arguments_are_named() -> None:
         ("implementation", lambda: lightning_attention(qkv, decay, implementation="none")),  # pyright: ignore
         ("implementation", lambda: linear(decay[None], decay[None, None], 0, implementation="none")),  # pyright: ignore
         ("dtype", lambda: linear(jnp.zeros((1, 2), jnp.bfloat16), jnp.zeros((1, 3, 2)), 0)),
+        ("^x: ", lambda: linear(decay, decay[None, None], 0)),
+        ("^stack: ", lambda: linear(decay[None], decay[None], 0)),
+        ("^layer: ", lambda: linear(decay[None], decay[None, None], 1)),
         ("x", lambda: experts(jnp.zeros((2, 3)), jnp.zeros((1, 2, 2, 5, 4)), jnp.zeros((1, 2, 4, 5)), *picks)),
         ("k", lambda: softmax_attention(jnp.zeros((1, 2, 3, 4)), jnp.zeros((1, 2, 5, 4)), jnp.zeros((1, 2, 5, 4)))),
     ]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from m1jax.kernels.checks import check_integers, check_layer
 from m1jax.kernels.experts import gpu, gradient, reference, xla
 from m1jax.kernels.experts.quantized import Quantized, Weights
 from m1jax.kernels.gpu import refusal
@@ -41,24 +42,23 @@ def experts(
       float32 `[N, M]`.
 
     Raises:
-      ValueError: a shape or dtype does not fit, or a named implementation cannot run; says which and why.
+      ValueError: a shape, a dtype or (where its value is known) the layer does not fit, or a named
+        implementation cannot run; says which and why.
     """
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"x: expected float32 or bfloat16, got {x.dtype}")
     gate_up, down = _checked("gate_up", gate_up, x.dtype), _checked("down", down, x.dtype)
-    if len(gate_up.shape) != 5:
+    if len(gate_up.shape) != 5 or gate_up.shape[2] != 2:
         raise ValueError(f"gate_up: expected [L, E, 2, F, M], got {gate_up.shape}")
     L, E, _, F, M = gate_up.shape
     if x.ndim != 2 or x.shape[1] != M:
         raise ValueError(f"x: expected [N, {M}], got {x.shape}")
-    if gate_up.shape[2] != 2 or down.shape != (L, E, M, F):
-        raise ValueError(f"expected gate_up [L, E, 2, F, M] and down [L, E, M, F], got {gate_up.shape}, {down.shape}")
-    if chosen.shape != weights.shape or chosen.ndim != 2 or chosen.shape[0] != x.shape[0]:
-        raise ValueError(f"chosen, weights: expected [{x.shape[0]}, k], got {chosen.shape} and {weights.shape}")
-    if not jnp.issubdtype(chosen.dtype, jnp.integer):
-        raise ValueError(f"chosen: expected integers, got {chosen.dtype}")
-    if weights.dtype != jnp.float32:
-        raise ValueError(f"weights: expected float32, got {weights.dtype}")
+    if down.shape != (L, E, M, F):
+        raise ValueError(f"down: expected {(L, E, M, F)}, got {down.shape}")
+    check_layer(layer, L)
+    if weights.ndim != 2 or weights.shape[0] != x.shape[0] or weights.dtype != jnp.float32:
+        raise ValueError(f"weights: expected float32 [{x.shape[0]}, k], got {weights.dtype} {weights.shape}")
+    check_integers("chosen", chosen, weights.shape)
     # A number that is no expert's would be written to the place of another token.
     chosen = chosen.astype(jnp.promote_types(chosen.dtype, jnp.int32))
     chosen = jnp.where((chosen >= 0) & (chosen < E), chosen, E).astype(jnp.int32)

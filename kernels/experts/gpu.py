@@ -21,6 +21,7 @@ FEW = 256  # assignments, up to which each program finds its rows on its own
 CHUNK = 32_768  # tokens computed at once: h of more would fill the memory
 SPAN = 8  # tiles of one expert that share a block of weights through the cache
 MULTIPROCESSORS = 132  # of an H100 or H200
+INT4_GROUPS = (32, 64, 128)  # in-channels, of which a step multiplies one group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def default_form(assignments: int, E: int, dtype: Any, bits: int, interpreted: b
 def refusal(gate_up: Weights, down: Weights) -> str | None:
     """Why these kernels do not take such weights; None if they do."""
     for name, weights in (("gate_up", gate_up), ("down", down)):
-        if isinstance(weights, Quantized) and weights.kind == "int4" and weights.group < 32:
+        if isinstance(weights, Quantized) and weights.kind == "int4" and weights.group not in INT4_GROUPS:
             return f"{name} has int4 groups of {weights.group} in-channels, the kernels need 32, 64 or 128"
     return None
 
@@ -211,7 +212,7 @@ def _forward(
 ) -> list[jax.Array]:
     from m1jax.kernels.experts import kernels
 
-    E, I = weights.shape[1], x.shape[1]
+    L, E, I = *weights.shape[:2], x.shape[1]
     O = weights.shape[3] if gated else weights.shape[2]
     n = chosen.size
     tiles = form.gate_up if gated else form.down
@@ -231,8 +232,8 @@ def _forward(
     return launch(
         kernels.forward, x, values, scales, layer, table, order, out=out, grid=(count * -(-O // tiles.out), split),
         warps=tiles.warps, stages=tiles.stages, interpreted=form.interpreted, **constants, **stored,
-        O=O, I=I, E=E, k=k, N=n, POWER=1 << (n - 1).bit_length() if few else 1, GATED=gated, BY_TOKEN=gated, FEW=few,
-        RAW=raw, SPLIT=split, R=tiles.rows, BO=tiles.out, BI=tiles.inner, PRECISION=_precision(x.dtype),
+        O=O, I=I, L=L, E=E, k=k, N=n, POWER=1 << (n - 1).bit_length() if few else 1, GATED=gated, BY_TOKEN=gated,
+        FEW=few, RAW=raw, SPLIT=split, R=tiles.rows, BO=tiles.out, BI=tiles.inner, PRECISION=_precision(x.dtype),
     )  # fmt: skip
 
 
@@ -240,14 +241,14 @@ def _rows_gradient(form: Form, d: jax.Array, weights: Weights, layer: jax.Array,
     """d [N·k, O] times the matrix of each row's expert: float32 [N·k, I]."""
     from m1jax.kernels.experts import kernels
 
-    tiles, I = form.rows_gradient, weights.shape[-1]
+    tiles, (L, E), I = form.rows_gradient, weights.shape[:2], weights.shape[-1]
     stored, values, scales = _stored(weights, layer)
     inner = stored["GROUP"] if stored["BITS"] == 4 else tiles.inner
     (out,) = launch(
         kernels.backward_rows, d, values, scales, layer, routing.table, routing.order,
         out=[jax.ShapeDtypeStruct((d.shape[0], I), jnp.float32)], grid=(routing.table.shape[0] * -(-I // inner),),
         warps=tiles.warps, stages=tiles.stages, interpreted=form.interpreted, **stored,
-        O=d.shape[1], I=I, E=weights.shape[1], R=tiles.rows, BO=tiles.out, BI=inner, PRECISION=_precision(d.dtype),
+        O=d.shape[1], I=I, L=L, E=E, R=tiles.rows, BO=tiles.out, BI=inner, PRECISION=_precision(d.dtype),
     )  # fmt: skip
     return out
 

@@ -13,6 +13,12 @@ import triton.language as tl
 
 
 @triton.jit
+def number_of(layer, L: tl.constexpr):
+    """The number at `layer`; the first or last where a traced one is out of range, instead of any address."""
+    return tl.minimum(tl.maximum(tl.load(layer), 0), L - 1).to(tl.int64)
+
+
+@triton.jit
 def tile_of(table, order, pid, BLOCKS: tl.constexpr, R: tl.constexpr):
     """(expert, block of channels, assignments `[R]`, valid `[R]`, rows) of a program, by the table.
 
@@ -94,6 +100,7 @@ def forward(
     raw,
     O: tl.constexpr,
     I: tl.constexpr,
+    L: tl.constexpr,
     E: tl.constexpr,
     k: tl.constexpr,
     N: tl.constexpr,
@@ -126,7 +133,7 @@ def forward(
     rows = a // k if BY_TOKEN else a
     o = tl.minimum(block * BO + tl.arange(0, BO), O - 1)  # rows past the end are computed in vain
     WIDTH: tl.constexpr = I // 2 if BITS == 4 else I
-    matrix = (tl.load(layer).to(tl.int64) * E + e) * (PARTS * O)
+    matrix = (number_of(layer, L) * E + e) * (PARTS * O)
     pointer = values + matrix * WIDTH
     if BITS == 4:
         scales += matrix * (I // GROUP)
@@ -185,6 +192,7 @@ def backward_rows(
     out,
     O: tl.constexpr,
     I: tl.constexpr,
+    L: tl.constexpr,
     E: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -199,7 +207,7 @@ def backward_rows(
     if count == 0:
         return
     WIDTH: tl.constexpr = I // 2 if BITS == 4 else I
-    matrix = (tl.load(layer).to(tl.int64) * E + e) * O
+    matrix = (number_of(layer, L) * E + e) * O
     pointer = values + matrix * WIDTH
     i = block * BI + tl.arange(0, BI)
     stored = tl.minimum(i, I - 1)

@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from m1jax.kernels.checks import check_layer
 from m1jax.kernels.linear import gradient, reference
 
 Implementation = Literal["reference", "xla"]
@@ -25,10 +26,13 @@ def linear(
       float32 `[N, O]`.
 
     Raises:
-      ValueError: a shape or dtype does not fit; named.
+      ValueError: a shape, a dtype or (where its value is known) the layer does not fit; named.
     """
-    if x.ndim != 2 or stack.ndim != 3 or x.shape[1] != stack.shape[2]:
-        raise ValueError(f"expected x [N, I] and stack [L, O, I], got {x.shape} and {stack.shape}")
+    if x.ndim != 2:
+        raise ValueError(f"x: expected [N, I], got {x.shape}")
+    if stack.ndim != 3 or x.shape[1] != stack.shape[2]:
+        raise ValueError(f"stack: expected [L, O, {x.shape[1]}], got {stack.shape}")
+    check_layer(layer, stack.shape[0])
     if x.dtype != stack.dtype and (x.dtype, stack.dtype) != (jnp.float32, jnp.bfloat16):
         raise ValueError(f"stack: dtype {stack.dtype} differs from that of x, {x.dtype}")
     if implementation == "reference":
