@@ -211,6 +211,57 @@ def test_verification(reply: str, verdict: tuple[bool, bool]) -> None:
     assert verify(PROBLEM, reply) == verdict
 
 
+@pytest.mark.parametrize(
+    ("wanted", "right", "wrong"),
+    [
+        (
+            "85",
+            [
+                r"\(85\)",
+                r"$$\boxed{85}$$.",
+                "`85`",
+                "27 + 58 = 85",
+                "$27 + 58 = 85$",
+                "The answer is 85.",
+                "**85.**",
+                "(85)",
+            ],
+            [
+                '8"5',
+                "8$5",
+                r"\boxed{8}5",
+                r"\boxed{8}{5}",
+                "8,5",
+                "085",
+                "-85",
+                "85 = 58",
+                "**8** or **5**",
+                "'85",
+                "85 86",
+            ],
+        ),
+        ("1234", ["1,234", "**1,234**"], ["1, 234", "12,34", "1,2,34", "1 234"]),
+        ("-7", ["\N{MINUS SIGN}7", "3 - 10 = -7"], ["7", "--7"]),
+        (
+            "3, 5, 7",
+            ["[3, 5, 7]", "3 5 7", "3,5,7", "(3, 5, 7)", r"\[3,5,7]"[1:]],
+            ["3, 57", "3, 5", "3,, 5, 7", "357"],
+        ),
+        ("True", ["true", r"\boxed{\text{True}}", "TRUE."], ["Truer", "False", "True or False"]),
+        (
+            '"abc"',
+            ["abc", "'abc'", "“abc”", '"abc".', "Answer: abc"],
+            ["ABC", '"ABC"', 'a"bc', '"abc', "abcd", '"a" "bc"'],
+        ),
+    ],
+)
+def test_answers_as_people_write_them(wanted: str, right: list[str], wrong: list[str]) -> None:
+    """What surrounds a whole answer does not count; anything inside it does."""
+    problem = Problem("any", "?", "", wanted, "")
+    for answers, correct in ((right, True), (wrong, False)):
+        assert [answer for answer in answers if verify(problem, answer).correct != correct] == []
+
+
 def test_an_own_task_in_thirty_lines(tmp_path: Path) -> None:
     assert OWN_TASK.count("\n") <= 30
     file = tmp_path / "digit_sum.py"
@@ -234,6 +285,20 @@ def test_bad_input(tmp_path: Path) -> None:
             tasks.find([str(tmp_path / f"{name}.py")])
     with pytest.raises(UserError, match="difficulty must be 1"):
         TASKS["addition"].problems(1, seed=0, difficulty=0)
+    with pytest.raises(
+        UserError, match=r"^task addition: draw of difficulty 5000 fails: ValueError: Exceeds the limit"
+    ):
+        TASKS["addition"].problems(1, seed=0, difficulty=5000)
+    for old, new, message in (
+        ("sum of {n}", "sum of {m}", "phrasing 'What is the digit sum of {m}.' fails: KeyError: 'm'"),
+        ('instance["n"]', 'instance["m"]', "solve of 'What is the digit sum of [0-9]+.' fails: KeyError: 'm'"),
+        ("str(total))", "total)", "solve of .* fails: TypeError: thought and answer must be strings"),
+        ("10**difficulty)", "1)", "draw of difficulty 3 fails: ValueError: empty range"),
+    ):
+        own = tmp_path / "own.py"
+        own.write_text(OWN_TASK.replace(old, new).replace(', "Add the digits of {n}."', ","))
+        with pytest.raises(UserError, match=rf"^task digit-sum \({re.escape(str(own))}\): {message}"):
+            tasks.find([str(own)])[0].problems(1, seed=0)
     nothing = Task("nothing", 1, lambda rng, d: {"x": 1}, ("{x}",), TASKS["addition"].solve)
     empty_split = "train" if split_of("nothing [('x', 1)]") == "held-out" else "held-out"
     with pytest.raises(UserError, match=f"no {empty_split} problem"):

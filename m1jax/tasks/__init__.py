@@ -1,5 +1,6 @@
 """Tasks with generators and verifiers, to train by rule and to evaluate. A task of your own is a file with `TASK`."""
 
+import dataclasses
 import difflib
 import runpy
 from collections.abc import Sequence
@@ -75,4 +76,4 @@ def _one(name: str) -> Task:
         raise UserError(f"{name} cannot be run: {type(error).__name__}: {error}") from error
     if not isinstance(found, Task):
         raise UserError(f"{name} defines no TASK: it must be an m1jax.tasks.Task")
-    return found
+    return dataclasses.replace(found, file=name)

@@ -4,6 +4,7 @@ A problem is an instance (the numbers or words it is about) in one of several ph
 depends on the instance alone, so that no phrasing of a held-out problem is ever trained on.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import random
@@ -62,6 +63,7 @@ class Task:
       solve: from an instance to thought and answer.
       hardest: the highest difficulty that there is.
       identity: what tells instances apart; questions that are the same but for order should give the same value.
+      file: where it was read from, for messages.
     """
 
     name: str
@@ -71,12 +73,14 @@ class Task:
     solve: Callable[[Instance], Solution]
     hardest: int | None = None
     identity: Callable[[Instance], Any] = lambda instance: sorted(instance.items())
+    file: str = ""
 
     def problem(self, rng: random.Random, difficulty: int | None = None, split: Split = "train") -> Problem:
         """A problem of the split, drawn anew until it belongs there.
 
         Raises:
-          UserError: there is no such difficulty, or it has no problem of this split.
+          UserError: there is no such difficulty, it has no problem of this split, or one of the task's functions or
+            phrasings fails.
         """
         difficulty = self.difficulty if difficulty is None else difficulty
         if difficulty < 1:
@@ -84,13 +88,28 @@ class Task:
         if self.hardest is not None and difficulty > self.hardest:
             raise UserError(f"task {self.name}: difficulty must be {self.hardest} at most, not {difficulty}")
         for _ in range(_TRIES):
-            instance = self.draw(rng, difficulty)
-            identity = f"{self.name} {self.identity(instance)}"
+            with self._blamed(f"draw of difficulty {difficulty}"):
+                instance = self.draw(rng, difficulty)
+                identity = f"{self.name} {self.identity(instance)}"
             if split_of(identity) == split:
-                shown = {name: _shown(value) for name, value in instance.items()}
-                question = rng.choice(self.phrasings).format_map(shown)
-                return Problem(self.name, question, *self.solve(instance), identity)
+                phrasing = rng.choice(self.phrasings)
+                with self._blamed(f"phrasing {phrasing!r}"):
+                    question = phrasing.format_map({name: _shown(value) for name, value in instance.items()})
+                with self._blamed(f"solve of {question[:60]!r}"):
+                    thought, answer = self.solve(instance)
+                    if not (isinstance(thought, str) and isinstance(answer, str)):
+                        raise TypeError("thought and answer must be strings")
+                return Problem(self.name, question, thought, answer, identity)
         raise UserError(f"task {self.name} has no {split} problem of difficulty {difficulty}: choose a higher one")
+
+    @contextlib.contextmanager
+    def _blamed(self, what: str) -> Iterator[None]:
+        """Turns whatever a part of the task raises into one line that names it."""
+        try:
+            yield
+        except Exception as error:
+            where = f" ({self.file})" if self.file else ""
+            raise UserError(f"task {self.name}{where}: {what} fails: {type(error).__name__}: {error}") from error
 
     def problems(
         self, count: int, seed: int, difficulty: int | None = None, split: Split = "held-out"
@@ -132,7 +151,16 @@ def _shown(value: Any) -> str:
 # --- verification --------------------------------------------------------------------------------------------------
 
 _FORMAT = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<answer>.*)", re.DOTALL)
-_DECORATION = re.compile(r"\\boxed\{([^{}]*)\}|\*\*|\$|[\"'“”‘’]")
+# What may stand around a whole answer, one thing inside the other.
+_DECORATION = re.compile(
+    r"""\*\*([^*]*)\*\*|`([^`]*)`|"([^"]*)"|'([^']*)'|“([^“”]*)”|‘([^‘’]*)’|\[([^][]*)\]|\(([^()]*)\)"""
+    r"""|\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(([^\\]*|\\[a-z]+\{.*\})\\\)|\\(?:boxed|text)\{((?:[^{}]|\{[^{}]*\})*)\}"""
+)
+_LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is:?|:) ", re.IGNORECASE)
+_INTEGER = re.compile(r"-?\d+")
+_INTEGERS = re.compile(r"-?\d+(, -?\d+)+")
+_THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+")
+_SUM = re.compile(r"\A[\d ()*×+-]+= ?")  # what an integer was worked out from
 
 
 def verify(problem: Problem, reply: str) -> Verdict:
@@ -141,11 +169,33 @@ def verify(problem: Problem, reply: str) -> Verdict:
     answer = reply.rpartition("</think>")[2]
     well_formed = match is not None and match["thought"].strip() != "" and answer.strip() != ""
     well_formed = well_formed and reply.count("<think>") == 1 and reply.count("</think>") == 1
-    return Verdict(well_formed, normalised(answer) == normalised(problem.answer))
+    return Verdict(well_formed, _says(bare(answer), bare(problem.answer)))
 
 
-def normalised(answer: str) -> str:
-    """The answer without decoration: quotes, bold, `\\boxed{}`, a final full stop, case, differing spaces."""
-    plain = _DECORATION.sub(lambda match: match[1] or "", answer)
-    plain = re.sub(r"\s*,\s*", ", ", " ".join(plain.split()))
-    return plain.removesuffix(".").strip().casefold()
+def bare(answer: str) -> str:
+    """The answer without what stands around the whole of it, and with single spaces.
+
+    That is a lead such as "The answer is", quotes, brackets, bold, code, mathematics, `\\boxed{}`, a final full stop.
+    """
+    plain = " ".join(answer.split())
+    while True:
+        plain = plain.strip().removesuffix(".").rstrip()
+        if found := _LEAD.match(plain):
+            plain = plain[found.end() :]
+        elif found := _DECORATION.fullmatch(plain):
+            plain = found[found.lastindex or 0]
+        else:
+            return plain
+
+
+def _says(answer: str, wanted: str) -> bool:
+    """Whether two bare answers are the same; numbers may be written as people write them, else letters decide."""
+    if wanted in ("True", "False"):
+        return answer.capitalize() == wanted
+    if _INTEGER.fullmatch(wanted):
+        answer = _SUM.sub("", answer.replace("\N{MINUS SIGN}", "-"), count=1)
+        return (answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer) == wanted
+    answer, wanted = (re.sub(r" ?, ?", ", ", text) for text in (answer, wanted))
+    if _INTEGERS.fullmatch(wanted):
+        answer = answer.replace("\N{MINUS SIGN}", "-").replace(", ", " ").replace(" ", ", ")
+    return answer == wanted
