@@ -36,6 +36,7 @@ class Score(NamedTuple):
     correct: int
     well_formed: int
     seconds: float
+    cut_off: int = 0  # replies that had not ended when their tokens did
 
     @property
     def accuracy(self) -> float:
@@ -65,7 +66,8 @@ def score(task: Task, problems: Sequence[Problem], difficulty: int, answers: Ans
     verdicts = [(verify(p, text), ended) for p, (text, ended) in zip(problems, replies, strict=True)]
     correct = sum(verdict.correct and ended for verdict, ended in verdicts)
     well_formed = sum(verdict.well_formed and ended for verdict, ended in verdicts)
-    return Score(task.name, difficulty, len(problems), correct, well_formed, time.perf_counter() - start)
+    cut_off = sum(not ended for _, ended in verdicts)
+    return Score(task.name, difficulty, len(problems), correct, well_formed, time.perf_counter() - start, cut_off)
 
 
 # --- a model of our own --------------------------------------------------------------------------------------------
@@ -228,6 +230,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         scores.append(score(task, sets[task.name], levels[task.name], answers))
         if not args.json and sys.stderr.isatty():
             print(f"{task.name}: {scores[-1].accuracy:.1%} in {scores[-1].seconds:.1f} s", file=sys.stderr)
+    cut_off = sum(s.cut_off for s in scores)
+    if cut_off:
+        asked = sum(s.problems for s in scores)
+        print(
+            f"warning: {cut_off} of {asked} replies were cut off after {args.max_tokens} tokens and count as wrong: "
+            "raise --max-tokens if they would have ended",
+            file=sys.stderr,
+        )
     if args.json:
         print(json.dumps({"scores": [{**s._asdict(), "accuracy": s.accuracy, "interval": s.interval} for s in scores]}))
     else:

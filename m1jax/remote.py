@@ -3,7 +3,7 @@
 import dataclasses
 import http.client
 import json
-import socket
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +14,11 @@ from m1jax.errors import UserError
 from m1jax.tasks import Problem
 
 TIMEOUT = 600.0  # seconds that a server may take for one reply
+TRIES = 5
+WAIT = 1.0  # seconds before the second try, twice as many before each further one
+MOST = 60.0  # seconds, whatever the server asks for
+AWAY = 0  # in place of a status: no answer at all
+BUSY = (408, 429, 500, 502, 503, 504)  # answers that may be others a little later
 _SHOWN = 200  # characters of a server's complaint that are shown
 
 
@@ -79,7 +84,7 @@ class Remote:
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
-        answer = self._ask("POST", "/chat/completions", body)
+        answer = self._ask("POST", "/chat/completions", body, TRIES, WAIT)
         try:
             choice = answer["choices"][0]
             message, finish = choice["message"], choice["finish_reason"]
@@ -90,7 +95,33 @@ class Remote:
         # Some servers hand over the thinking apart from the answer.
         return (f"<think>{thought}</think>{text}" if thought else text), finish == "stop"
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def _ask(
+        self, method: str, path: str, body: dict[str, Any] | None, tries: int = 1, wait: float = 0.0
+    ) -> dict[str, Any]:
+        """The JSON object that the server answers; one that is busy or away is asked again, ever later."""
+        try:
+            status, reason, text, later = self._send(method, path, body)
+        except (OSError, http.client.HTTPException) as error:
+            if tries == 1:
+                raise UserError(
+                    f"{self.url} cannot be reached ({error}): start the server, or correct the URL"
+                ) from None
+            status, reason, text, later = AWAY, "", "", ""
+        if tries > 1 and status in (AWAY, *BUSY):
+            time.sleep(min(float(later) if later.isdecimal() else wait, MOST))
+            return self._ask(method, path, body, tries - 1, 2 * wait)
+        if status != 200:
+            raise UserError(f"{self.url}{path} answers {status} {reason}: {text[:_SHOWN]}")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise UserError(f"{self.url}{path} answers no JSON object: is this an OpenAI-compatible server?")
+        return value
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, str, str, str]:
+        """Status, its reason, the text, and in how many seconds to come back if the server says so."""
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
@@ -99,18 +130,8 @@ class Remote:
             connection.request(method, parts.path + path, None if body is None else json.dumps(body), headers)
             response = connection.getresponse()
             text = response.read().decode("utf-8", errors="replace")
-        except (OSError, http.client.HTTPException, socket.gaierror) as error:
-            raise UserError(f"{self.url} cannot be reached ({error}): start the server, or correct the URL") from None
+            return response.status, response.reason, text, response.getheader("Retry-After", "")
         except ValueError as error:
             raise UserError(f"{self.url} or its key cannot be sent ({error}): correct them") from None
         finally:
             connection.close()
-        if response.status != 200:
-            raise UserError(f"{self.url}{path} answers {response.status} {response.reason}: {text[:_SHOWN]}")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            raise UserError(f"{self.url}{path} answers no JSON object: is this an OpenAI-compatible server?")
-        return value

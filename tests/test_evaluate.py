@@ -77,6 +77,7 @@ class Fake(ThreadingHTTPServer):
 
     daemon_threads = True
     mode = "right"
+    refusals = 0  # questions that are still to be refused, as by a busy server
     seen: list[dict[str, Any]]
 
 
@@ -98,6 +99,13 @@ class Handler(BaseHTTPRequestHandler):
         assert self.path == "/v1/chat/completions"
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append(body | {"authorization": self.headers["Authorization"]})
+        if self.server.refusals:
+            self.server.refusals -= 1
+            self.send_response(429 if self.server.refusals % 2 else 503)
+            self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if self.server.mode == "broken":
             self._send(500, {"error": "out of memory"})
             return
@@ -157,7 +165,26 @@ def test_a_server_of_somebody_elses(server: Fake, tmp_path: Path, capsys: pytest
     assert found["well_formed"] == found["correct"] == 30 and server.seen[-1]["model"] == "other"
     server.mode = "cut"
     assert run(*flags) == 0
-    assert json.loads(capsys.readouterr().out)["scores"][0]["correct"] == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["scores"][0]["correct"] == 0
+    assert "warning: 30 of 30 replies were cut off after 256 tokens and count as wrong" in captured.err
+
+
+def test_a_busy_server_is_asked_again(server: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After as long as it says, or else after ever longer; and one that is away for a moment, too."""
+    waits: list[float] = []
+    monkeypatch.setattr("m1jax.remote.time.sleep", waits.append)
+    server.refusals = 3
+    assert Remote.open(url(server), "adder", None, "", 8, 1)(TASK.problems(2, seed=0))[1][1]
+    assert waits == [0, 0, 0] and len(server.seen) == 5
+    server.mode = "broken"
+    with pytest.raises(UserError, match="answers 500"):
+        Remote.open(url(server), "adder", None, "", 8, 1)(TASK.problems(1, seed=0))
+    assert waits[3:] == [1, 2, 4, 8]
+    waits.clear()
+    with pytest.raises(UserError, match="cannot be reached"):
+        Remote.open("http://127.0.0.1:9/v1", "adder", None, "", 8, 1)(TASK.problems(1, seed=0))
+    assert waits == [1, 2, 4, 8]
 
 
 @pytest.mark.parametrize(
@@ -170,8 +197,11 @@ def test_a_server_of_somebody_elses(server: Fake, tmp_path: Path, capsys: pytest
         ("names", "lists no model"),
     ],
 )
-def test_servers_that_misbehave(server: Fake, mode: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_servers_that_misbehave(
+    server: Fake, mode: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.mode = mode
+    monkeypatch.setattr("m1jax.remote.WAIT", 0.0)
     assert run("--against", url(server), "--task", "addition", "--problems", "3") == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
