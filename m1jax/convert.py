@@ -1,7 +1,7 @@
 """Converts a safetensors folder to a checkpoint that loads fast and sharded, or compares the two.
 
     python -m m1jax.convert SRC DST [--dtype keep|float32|bfloat16] [--quantize int8|int4] [--overwrite]
-    python -m m1jax.convert --verify SRC DST
+    python -m m1jax.convert --verify SRC DST [--mesh expert=8]
 
 Memory stays at a few tensors whatever the size of SRC. Killed at any moment, the same command continues.
 """
@@ -231,6 +231,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="convert nothing: compare the logits of SRC and DST on a few prompts; exit code 1 if they differ",
     )
+    out.add_argument("--mesh", metavar="AXIS=N,…", help="with --verify, what shares each layer; auto chooses")
     return out
 
 
@@ -246,7 +247,9 @@ def main() -> int:
             raise UserError("--verify converts nothing: it goes without --dtype, --quantize and --overwrite")
         from m1jax.verify import verify  # needs the model, a conversion does not
 
-        return 0 if verify(args.src, args.dst) else 1
+        return 0 if verify(args.src, args.dst, args.mesh) else 1
+    if args.mesh is not None:
+        raise UserError("--mesh goes with --verify: a conversion computes nothing, and any mesh loads what it makes")
     convert(args.src, args.dst, args.dtype, args.overwrite, args.quantize)
     print(f"{args.dst}: complete. Compare with: python -m m1jax.convert --verify {args.src} {args.dst}")
     return 0

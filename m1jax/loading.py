@@ -85,8 +85,7 @@ def load(
             f"mesh is missing: {jax.process_count()} processes share a model by one, such as expert=8 or auto"
         )
     if isinstance(mesh, str):
-        chosen = choose(config, jax.device_count(), quantize=quantize) if mesh == "auto" else MeshShape.parse(mesh)
-        mesh = make_mesh(chosen)
+        mesh = mesh_of(mesh, config, quantize)
     if mesh is not None:
         check(config, mesh, quantize)
     require_room(str(path), config, mesh, dtype, quantize, stored)
@@ -99,6 +98,12 @@ def load(
         return place(lambda block: read(name, spec, block, kind), spec.shape, kind, where)
 
     return build(config, leaf, quantize)
+
+
+def mesh_of(text: str, config: M1Config, quantize: Quantization | None = None) -> Mesh:
+    """The mesh of all devices that a text such as "expert=8" or "auto" says. Raises `UserError`."""
+    chosen = choose(config, jax.device_count(), quantize=quantize) if text == "auto" else MeshShape.parse(text)
+    return make_mesh(chosen)
 
 
 def open_parameters(path: Path, quantize: Quantization | None = None) -> Source:

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         help="how many of which: A100, H100, H800, H200, B200, v5e, v5p, v6e",
     )
     add("--mode", choices=("serve", "prefill", "train"), default="serve", help="decode, read prompts, or train (serve)")
-    add("--mesh", metavar="AXES", help="e.g. data=1,expert=8,tensor=1 (chosen for the devices)")
+    add("--mesh", metavar="AXES", help="e.g. data=1,expert=8,tensor=1 (auto: chosen for the devices)")
     add("--batch", type=int, metavar="B", help="rows of all devices together (as few as the mesh takes)")
     add("--context", type=int, metavar="N", help="tokens of a row (131072; 8192 in training)")
     add("--chunk", type=int, default=8192, metavar="T", help="tokens of a prompt read at once in prefill (8192)")
@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     work = Workload(args.mode, args.batch, context, args.chunk, args.dtype, args.quantize)
     if args.sweep:
         plans = {n: best(config, work, n, device) for n in sorted({*COUNTS, count}) if n <= count}
-        _print(args, [describe(plan) for plan in plans.values() if plan is not None], sweep_table(plans))
+        values = [{"devices": n} | (describe(plan) if plan else {"fits": False}) for n, plan in plans.items()]
+        _print(args, values, sweep_table(plans))
         return
     mesh = _mesh(config, args.mesh, count, device, work)
     plan = make_plan(config, work, mesh, device)
@@ -112,7 +113,7 @@ def _mesh(config: "M1Config", text: str | None, count: int, device: "Device", wo
     from m1jax.sharding.mesh import MeshShape, choose
     from m1jax.sharding.plan import best, check_rows
 
-    if text is None:
+    if text in (None, "auto"):
         shape = choose(config, count, work.use, device.memory / 1e9, work.quantize)
         if work.batch is None:
             return shape

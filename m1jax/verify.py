@@ -1,5 +1,6 @@
-"""Do two checkpoints compute the same? Logits of a few prompts, one layer in memory at a time."""
+"""Do two checkpoints compute the same? Logits of a few prompts, one layer in memory at a time, on a mesh if asked."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from numpy.typing import NDArray
 
 from m1jax.checkpoint import read_marker
 from m1jax.errors import UserError
-from m1jax.loading import MARKER, Source, open_parameters
-from m1jax.model import M1, Carry, all_decays, body, build, embed, final_norm, head
+from m1jax.loading import MARKER, Source, mesh_of, open_parameters
+from m1jax.model import M1, TOKENS, Carry, all_decays, body, build, embed, final_norm, head, stretched
 from m1jax.params import ParamSpec, param_table
+from m1jax.sharding.placing import Block, place
+from m1jax.sharding.region import on_mesh, ways
+from m1jax.sharding.rules import check, param_sharding
 from m1jax.tokenizer import Tokenizer
 
 _LENGTHS = (1, 7, 64)  # tokens of the random prompts
@@ -36,16 +41,22 @@ class Parity(NamedTuple):
         return self.relative_rms <= _TOLERANCE and self.argmax == 1
 
 
-def verify(src: Path, dst: Path) -> bool:
+def verify(src: Path, dst: Path, mesh: str | None = None) -> bool:
     """Prints a table of the parity in float32 of two checkpoints; true if they agree. Raises `UserError`.
 
-    What was rounded to make `dst`, to bfloat16 or in quantising, is rounded in `src` too while it is read.
+    What was rounded to make `dst`, to bfloat16 or in quantising, is rounded in `src` too while it is read. `mesh` as
+    in `m1jax.load`.
     """
     marker = read_marker(dst) if (dst / MARKER).exists() else {"dtype": "keep", "quantize": None}
     rounded, quantize = marker["dtype"] == "bfloat16", marker["quantize"]
     # Both are opened before the first is computed, which may take long.
     source, other = open_parameters(src, quantize), open_parameters(dst)
-    wanted, found = _logits(src, _rounding(source) if rounded else source), _logits(dst, other)
+    with contextlib.ExitStack() as stack:
+        if mesh is not None:
+            devices = mesh_of(mesh, source.config, quantize)
+            check(source.config, devices, quantize)
+            stack.enter_context(jax.set_mesh(devices))
+        wanted, found = _logits(src, _rounding(source) if rounded else source), _logits(dst, other)
     if {name: logits.shape for name, logits in wanted.items()} != {
         name: logits.shape for name, logits in found.items()
     }:
@@ -91,18 +102,40 @@ def _logits(path: Path, source: Source) -> dict[str, NDArray[np.float32]]:
 
 
 def layer_by_layer(source: Source, tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> jax.Array:
-    """`model(tokens)` in float32 for right-padded rows `[B, T]`, with one layer's parameters in memory at a time."""
-    config = source.config
-    x = embed(_part(source, {"embed"}, None), jnp.asarray(tokens))
-    decays = all_decays(config)
-    run = jax.jit(body)
+    """`model(tokens)` in float32 for right-padded rows `[B, T]`, with one layer's parameters in memory at a time.
+
+    On the mesh in use, if there is one.
+    """
+    config, (B, T), wide = source.config, tokens.shape, (*TOKENS, "channel")
+    rows = -B % ways("batch")  # of padding, so that every device has as many
+
+    @jax.jit
+    def begin(part: M1, tokens: jax.Array) -> jax.Array:
+        return on_mesh(embed, part.config, wide, model=(), tokens=TOKENS)(part, tokens)
+
+    @jax.jit
+    def go_on(part: M1, x: jax.Array, lengths: jax.Array, decays: jax.Array) -> jax.Array:
+        named = {"model": (), "x": wide, "lengths": ("batch",), "decays": ("layer", "heads")}
+        return on_mesh(_one_layer, part.config, wide, **named)(part, x, lengths, decays)
+
+    @jax.jit
+    def end(part: M1, x: jax.Array) -> jax.Array:
+        def local(part: M1, x: jax.Array) -> jax.Array:
+            return head(part, final_norm(part, x))
+
+        return on_mesh(local, part.config, (*TOKENS, "vocab"), model=(), x=wide)(part, x)
+
+    x = begin(_part(source, {"embed"}, None), stretched(jnp.pad(tokens, ((0, rows), (0, 0)))))
+    decays, counts = all_decays(config), jnp.pad(lengths, (0, rows))
     for layer in range(config.num_hidden_layers):
-        part = _part(source, set(), layer)
-        carry = Carry(x, None, None, None, None, None)
-        first = jnp.zeros(len(tokens), jnp.int32)
-        x = run(part, carry, first, jnp.asarray(lengths), decays[layer : layer + 1]).x
+        x = go_on(_part(source, set(), layer), x, counts, decays[layer : layer + 1])
     last = _part(source, {"norm", "embed" if config.tie_word_embeddings else "lm_head"}, None)
-    return head(last, final_norm(last, x))
+    return end(last, x)[:B, :T]
+
+
+def _one_layer(part: M1, x: jax.Array, lengths: jax.Array, decays: jax.Array) -> jax.Array:
+    carry = Carry(x, None, None, None, None, None)
+    return body(part, carry, jnp.zeros_like(lengths), lengths, decays).x
 
 
 def _part(source: Source, names: set[str], layer: int | None) -> M1:
@@ -112,17 +145,21 @@ def _part(source: Source, names: set[str], layer: int | None) -> M1:
     one = dataclasses.replace(config, num_hidden_layers=1, layer_types=(kind,))
     whole = param_table(config, source.quantize)
     before = config.layer_types[: layer or 0].count(kind)
+    mesh = jax.sharding.get_mesh()
 
     def leaf(name: str, spec: ParamSpec) -> jax.Array:
         dtype = np.dtype(spec.dtype or "float32")
         stacked = spec.axes[0] == "layer"
         if 0 in spec.shape or (layer is None if stacked else name not in names):
             return jnp.zeros((0,) * len(spec.shape), dtype)
-        block = [slice(0, size) for size in whole[name].shape]
-        if stacked and layer is not None:
-            at = before if name.startswith(kind) else layer
-            block[0] = slice(at, at + 1)
-        return jnp.asarray(source.read(name, whole[name], tuple(block), dtype))
+        at = 0 if not stacked or layer is None else before if name.startswith(kind) else layer
+
+        def read(block: Block) -> NDArray[Any]:
+            first = slice(block[0].start + at, block[0].stop + at)
+            return source.read(name, whole[name], (first, *block[1:]), dtype)
+
+        where = SingleDeviceSharding(jax.devices()[0]) if mesh.empty else param_sharding(mesh, name, spec)
+        return place(read, spec.shape, dtype, where)
 
     return build(one, leaf, source.quantize)
 

@@ -16,6 +16,7 @@ from m1jax import plan as command
 from m1jax.errors import UserError
 from m1jax.presets import find_config
 from m1jax.sharding import compiling
+from m1jax.sharding import plan as planning
 from m1jax.sharding.flops import Collective
 from m1jax.sharding.liveness import temporaries
 from m1jax.sharding.machines import DEVICES, known, parse_devices
@@ -323,6 +324,17 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     options = ["--config", str(tmp_path), "--devices", "2xH100", "--context", "512", "--batch", "4", "--sweep"]
     code, out, _ = run(capsys, monkeypatch, *options)
     assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["devices", "1", "2"]
+    monkeypatch.setattr(planning, "best", lambda config, work, count, device: plan if count == 2 else None)
+    plan = make_plan(SMALL, Workload("serve", 4, 512), MeshShape(expert=2), H200)
+    code, out, _ = run(capsys, monkeypatch, *options, "--json")
+    assert [(row["devices"], row["fits"]) for row in json.loads(out)] == [(1, False), (2, True)]
+
+
+def test_auto_is_the_mesh_for_the_devices(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "make_plan", lambda config, work, mesh, device: pytest.fail(str(mesh)))
+    for mesh in ([], ["--mesh", "auto"]):
+        with pytest.raises(pytest.fail.Exception, match=r"^data=1,expert=8,tensor=1$"):
+            run(capsys, monkeypatch, "--config", "m1-80k", "--devices", "8xH200", *mesh)
 
 
 @pytest.mark.parametrize(

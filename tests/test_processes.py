@@ -23,6 +23,7 @@ from m1jax.errors import UserError
 from m1jax.generate import main as generate
 from m1jax.params import flatten
 from m1jax.rendezvous import meet
+from m1jax.train.__main__ import main as train
 from tests import test_train_run
 from tests.checkpoints import random_tensors, write_checkpoint
 from tests.generation_fixtures import tiny_config, write_model
@@ -281,3 +282,15 @@ def test_what_several_processes_cannot_train(tmp_path: Path, address: str) -> No
     path.write_text('stage = "rl"\nout = "x"\nsteps = 1\nmodel.path = "m"\n')
     ended = run(address, 1, "m1jax.train", ["--config", str(path), "--coordinator", "auto"])
     assert ended[0].code == 2 and ended[0].err.startswith("error: stage rl runs in one process"), ended
+
+
+@pytest.mark.parametrize(("given", "mesh"), [([], "fsdp=2"), (["--mesh", "auto"], "auto")])
+def test_a_mesh_on_the_command_line_overrules_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], mesh: str
+) -> None:
+    path, found = tmp_path / "a.toml", []
+    path.write_text('stage = "pretrain"\nout = "x"\nsteps = 1\nmesh = "fsdp=2"\nmodel.config = "m"\n')
+    monkeypatch.setattr("m1jax.train.loop.run", lambda settings, profile: found.append(settings.mesh))
+    with pytest.raises(SystemExit) as exit:
+        train(["--config", str(path), *given])
+    assert exit.value.code == 0 and found == [mesh]

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from m1jax import convert
+from m1jax import verify as verify_module
 from m1jax.config import M1Config
 from m1jax.convert import convert as run_convert
 from m1jax.errors import UserError
 from m1jax.kernels.experts.quantized import Quantization
 from m1jax.loading import load, open_parameters
+from m1jax.sharding.region import every_axis
 from m1jax.verify import compare, layer_by_layer, verify
 from tests.checkpoints import TINY, golden, random_tensors, run, write_checkpoint
 from tests.tools import rms_error, variant
@@ -64,6 +66,18 @@ def test_verify_commands_exit_code(converted: Path, tmp_path: Path, monkeypatch:
     assert run(convert, "--verify", TINY, converted, monkeypatch=monkeypatch) == 1
     monkeypatch.undo()
     assert run(convert, "--verify", TINY, tmp_path, monkeypatch=monkeypatch) == 2
+    assert run(convert, TINY, tmp_path / "new", "--mesh", "expert=2", monkeypatch=monkeypatch) == 2
+
+
+def test_verify_on_a_mesh(converted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each layer lies on all devices; the prompts are padded to rows for each."""
+    where = []
+    body = verify_module.body
+    monkeypatch.setattr(verify_module, "body", lambda *args: (where.append(every_axis()), body(*args))[1])
+    assert run(convert, "--verify", TINY, converted, "--mesh", "data=2,seq=2,tensor=2", monkeypatch=monkeypatch) == 0
+    assert where and set(where) == {("data", "seq", "tensor")}
+    assert "same" in capsys.readouterr().out
+    assert run(convert, "--verify", TINY, converted, "--mesh", "expert=3", monkeypatch=monkeypatch) == 2
 
 
 def test_a_corrupt_tokenizer_is_named(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

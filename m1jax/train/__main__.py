@@ -1,6 +1,6 @@
 """Trains a model.
 
-    python -m m1jax.train --config FILE.toml [--profile]
+    python -m m1jax.train --config FILE.toml [--mesh AXES] [--profile]
 
 FILE.toml names the stage (pretrain, sft, rl), model, data and all the rest; m1jax/train/settings.py lists the keys,
 scripts/configs/ has examples. Killed at any moment, the same command goes on from the last checkpoint. The trained
@@ -9,6 +9,7 @@ run; OUT and the data are seen by all. Exit code 2 is bad input or a step that w
 """
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m m1jax.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     out.add_argument("--config", type=Path, required=True, metavar="FILE", help="settings, a TOML file")
+    out.add_argument("--mesh", metavar="AXIS=N,…", help="instead of the file's, e.g. fsdp=2,expert=4; auto chooses")
     out.add_argument("--profile", action="store_true", help="write a trace of three steps to OUT/profile")
     distributed.add_arguments(out)
     return out
@@ -34,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     distributed.check(args)
     settings = s.read(args.config)
+    if args.mesh is not None:
+        settings = dataclasses.replace(settings, mesh=args.mesh)
     if args.coordinator is not None and settings.stage == "rl":
         raise UserError("stage rl runs in one process, on any mesh of its devices: leave --coordinator out")
     distributed.start(args)
