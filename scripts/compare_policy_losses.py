@@ -2,8 +2,9 @@
 
 CISPO, DAPO and GRPO from the same SFT checkpoint: same problems, same sampling, same optimizer, several seeds each.
 Writes OUT/compare.csv (held-out accuracy by loss, seed and step), OUT/compare.png (mean and range over the seeds) and
-OUT/compare.md (accuracy at the end, and after how many steps each first reached DAPO's final accuracy; the paper: CISPO
-reaches it in half the steps). Killed at any moment, the same command goes on.
+OUT/compare.md (accuracy at the end, after how many steps each first reached DAPO's final accuracy, which CISPO does in
+half the steps in the paper, and the share of tokens whose ratio lay outside the loss's bounds: without any, DAPO and
+GRPO are the same). Killed at any moment, the same command goes on.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from m1jax.errors import main_guard
-from m1jax.nano.training import LENGTH, PLANS, WINDOWS, claim
+from m1jax.nano.training import BALANCE, LENGTH, PLANS, WINDOWS, claim
 from m1jax.rl import stage
 from m1jax.runtime import use_compilation_cache
 from m1jax.train.settings import Settings, parse
@@ -40,6 +41,7 @@ def settings(loss: str, seed: int, args: argparse.Namespace) -> Settings:
         "evaluate_every": args.every,
         "evaluate_problems": args.problems,
     }
+    rate = args.rate or plan["rate"]["rl"]
     return parse(
         Settings,
         {
@@ -48,12 +50,7 @@ def settings(loss: str, seed: int, args: argparse.Namespace) -> Settings:
             "steps": args.steps,
             "seed": seed,
             "model": {"path": str(args.model), "dtype": plan["dtype"], "remat": "none"},
-            "optimizer": {
-                "learning_rate": args.rate or plan["rate"]["rl"],
-                "warmup": 0,
-                "eps": 1e-15,
-                "weight_decay": 0.0,
-            },
+            "optimizer": {"learning_rate": rate, "balance": BALANCE, "warmup": 0, "weight_decay": 0.0},
             "checkpoint": {"every": 10},
             "guard": {"action": "skip"},
             "log": {"tensorboard": False},
@@ -67,6 +64,12 @@ def curve(out: Path) -> tuple[list[int], list[float]]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     found = [(row["step"], row["held_out"]) for row in rows if "held_out" in row]
     return [step for step, _ in found], [accuracy for _, accuracy in found]
+
+
+def outside(out: Path) -> float:
+    """Share of a run's tokens whose ratio lay outside the bounds, over all its steps with updates."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return float(np.mean([row["outside"] for row in rows if "outside" in row]))
 
 
 def draw(steps: list[int], curves: Curves, file: Path) -> None:
@@ -84,15 +87,19 @@ def draw(steps: list[int], curves: Curves, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def table(steps: list[int], curves: Curves) -> str:
-    """Accuracy at the end, and the first evaluation at which the mean reached DAPO's last."""
+def table(steps: list[int], curves: Curves, clipped: dict[str, float]) -> str:
+    """Accuracy at the end, the first evaluation at which the mean reached DAPO's last, and what `outside` says."""
     goal = curves["dapo"].mean(axis=0)[-1]
-    lines = ["| | final accuracy, mean (lowest to highest) | steps to DAPO's final accuracy |", "|---|---|---|"]
+    lines = [
+        "| | final accuracy, mean (lowest to highest) | steps to DAPO's final accuracy | tokens outside the bounds |",
+        "|---|---|---|---|",
+    ]
     for loss, values in curves.items():
         reached = next((step for step, a in zip(steps, values.mean(axis=0), strict=True) if a >= goal), None)
         last = values[:, -1]
         when = "not reached" if reached is None else str(reached)
-        lines.append(f"| {loss.upper()} | {last.mean():.1%} ({last.min():.1%} to {last.max():.1%}) | {when} |")
+        shown = f"{last.mean():.1%} ({last.min():.1%} to {last.max():.1%})"
+        lines.append(f"| {loss.upper()} | {shown} | {when} | {clipped[loss]:.4%} |")
     return "\n".join(lines) + "\n"
 
 
@@ -131,8 +138,11 @@ def main() -> None:
             (loss, seed, *point) for (loss, seed), run in found.items() for point in zip(*run, strict=True)
         )
     draw(steps, curves, args.out / "compare.png")
-    (args.out / "compare.md").write_text(table(steps, curves), encoding="utf-8")
-    print(table(steps, curves))
+    clipped = {
+        loss: float(np.mean([outside(args.out / f"{loss}-{seed}") for seed in range(args.seeds)])) for loss in LOSSES
+    }
+    (args.out / "compare.md").write_text(table(steps, curves, clipped), encoding="utf-8")
+    print(table(steps, curves, clipped))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def results(stage: str, out: Path, tasks: Sequence[str], problems: int) -> dict[
         "steps": rows[-1]["step"],
         "loss": rows[-1]["loss"],
         "tokens": sum(row["tokens"] for row in rows),
-        "minutes": sum(row["seconds"] for row in rows) / 60,
+        "minutes": sum(row["seconds"] for row in rows) / 60,  # of the steps, without evaluation and saving
         "accuracy": {name: [s.accuracy, *s.interval] for name, s in scores.items()},
         "machine": f"{jax.devices()[0].device_kind}, {platform.machine()}",
     }

@@ -1,5 +1,6 @@
 """M1-nano: its recipe, and the default model of the commands."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -42,6 +43,13 @@ def test_the_architecture_is_m1s() -> None:
     assert 2 * count(config) < SHIPPED
     assert M1Config.from_dict(config.to_official()) == config
     assert recipe.config(periods=2).layer_types == config.layer_types * 2
+
+
+def test_what_ships_has_the_recipes_shape() -> None:
+    """But for the vocabulary, which an earlier form of the recipe filled; config and tokenizer agree in it."""
+    shipped = M1Config.from_file(nano.FOLDER)
+    assert dataclasses.replace(recipe.config(), vocab_size=shipped.vocab_size) == shipped
+    assert Tokenizer.load(nano.FOLDER).size == shipped.vocab_size == 704 != recipe.VOCABULARY
 
 
 def test_digits_and_quoted_letters_are_tokens_of_their_own(tokenizer: Tokenizer) -> None:
@@ -135,6 +143,9 @@ def test_settings_of_every_stage(machine: str) -> None:
         assert found.stage == stage and found.steps == training.PLANS[machine]["steps"][stage]
         if stage == "rl":
             assert parse(RLSettings, found.rl, "rl.").loss == "cispo" and found.optimizer.eps == 1e-15
+            assert found.rl["tasks"] == ["retrieval"]
+    for tasks, own in ((["all", "addition"], ["retrieval"]), (["addition"], ["addition"])):
+        assert training.settings("rl", Path("out"), training.PLANS[machine], tasks).rl["tasks"] == own
 
 
 def test_the_model_ships_in_bfloat16(tmp_path: Path) -> None:
@@ -155,10 +166,12 @@ def test_the_comparison_counts_steps_to_dapo(tmp_path: Path) -> None:
         "dapo": np.asarray([[0.4, 0.6, 0.7], [0.5, 0.6, 0.8]]),
         "grpo": np.asarray([[0.4, 0.5, 0.6], [0.4, 0.5, 0.6]]),
     }
-    lines = script["table"]([5, 10, 15], curves).splitlines()
-    assert lines[2] == "| CISPO | 90.0% (90.0% to 90.0%) | 10 |"
-    assert lines[3] == "| DAPO | 75.0% (70.0% to 80.0%) | 15 |"
-    assert lines[4] == "| GRPO | 60.0% (60.0% to 60.0%) | not reached |"
+    (tmp_path / "metrics.jsonl").write_text('{"outside": 0.001}\n{"updates": 0}\n{"outside": 0.002}\n')
+    clipped = {"cispo": 0.0, "dapo": script["outside"](tmp_path), "grpo": 0.01}
+    lines = script["table"]([5, 10, 15], curves, clipped).splitlines()
+    assert lines[2] == "| CISPO | 90.0% (90.0% to 90.0%) | 10 | 0.0000% |"
+    assert lines[3] == "| DAPO | 75.0% (70.0% to 80.0%) | 15 | 0.1500% |"
+    assert lines[4] == "| GRPO | 60.0% (60.0% to 60.0%) | not reached | 1.0000% |"
     script["draw"]([5, 10, 15], curves, tmp_path / "compare.png")
     assert (tmp_path / "compare.png").stat().st_size > 10_000
 

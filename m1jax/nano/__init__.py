@@ -4,7 +4,9 @@ from pathlib import Path
 
 from m1jax.errors import UserError
 
-FOLDER = Path(__file__).parent / "model"  # config.json, model.safetensors, tokenizer; written by scripts/train_nano.py
+# config.json, model.safetensors, tokenizer. Trained in sittings (README, "M1-nano"), with a tokenizer from an earlier
+# form of the recipe: not what scripts/train_nano.py makes at once, though of the same shape.
+FOLDER = Path(__file__).parent / "model"
 
 
 def default_model() -> Path:

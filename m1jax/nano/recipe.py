@@ -22,7 +22,7 @@ from m1jax.tasks.retrieval import RETRIEVAL
 
 TOKENIZER_CONFIG = Path(__file__).parent / "tokenizer_config.json"  # M1's own, with its chat template
 MARKS = ("<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>")
-VOCABULARY = 600
+VOCABULARY = 600  # what these texts fill; the model that ships has 704 tokens, from earlier texts
 END = "<end_of_sentence>"
 
 # Letters inside quotes are tokens of their own, as digits are: a letter is only known apart from its neighbours.

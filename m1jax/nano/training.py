@@ -27,6 +27,7 @@ LENGTH = 512  # tokens of a row; the longest conversation of the shipped difficu
 FOUND = 4  # weight of a number found again: there are few among the tokens of replies
 RECALL = {"pretrain": 6, "sft": 2}  # rows of the stage's own for each list to recall, which takes longest to learn
 WINDOWS = (112, 136, 160)  # tokens of a reply, in stages of RL
+BALANCE = 0.01  # with M1's own 0.001 experts of so few die
 NEEDLE = 24  # tokens of a reply that retrieves
 # The tasks that are learnt last: twice as frequent in SFT.
 OPEN = ("subtraction", "multiplication", "sorting", "sequence", "retrieval")
@@ -141,11 +142,11 @@ def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]
         "guard": {"action": "skip"},
         "log": {"tensorboard": False},
     }
-    rate = {"learning_rate": plan["rate"][stage], "balance": 0.01}  # with M1's own 0.001 experts of so few die
+    rate = {"learning_rate": plan["rate"][stage], "balance": BALANCE}
     if stage == "rl":
         # Of what SFT solves hardly a group of replies is mixed, and groups that are not teach nothing. It leaves open
         # the needles in lists eight times as long as its own.
-        far = list(tasks) == ["all"] or "retrieval" in tasks
+        far = "retrieval" in (task.name for task in find(tasks))
         own = {"tasks": ["retrieval"], "difficulty": 8.0} if far else {"tasks": list(tasks)}
         rl = plan["rl"] | own | {"windows": [NEEDLE] if far else list(WINDOWS), "row_tokens": LENGTH}
         optimizer = rate | {"warmup": 0, "eps": 1e-15, "weight_decay": 0.0}
