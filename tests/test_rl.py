@@ -13,6 +13,7 @@ import pytest
 
 from m1jax import UserError, load, nano
 from m1jax.model import M1, init_params
+from m1jax.params import flatten
 from m1jax.prompt import Prompter
 from m1jax.rl import stage
 from m1jax.rl.experience import Reply, pack, reward, stacked
@@ -21,6 +22,7 @@ from m1jax.rl.policy import correlation, policy_gradient
 from m1jax.rl.settings import RLSettings
 from m1jax.tasks import TASKS, Problem
 from m1jax.tokenizer import Tokenizer
+from m1jax.train.saving import Checkpoints
 from m1jax.train.settings import GuardSettings, OptimizerSettings, Settings, parse
 from m1jax.train.step import TrainState, adamw, init_state, make_step
 from tests.tools import DATA, variant
@@ -139,13 +141,20 @@ def settings(out: Path, steps: int = 2, dtype: str = "float32", **rl: Any) -> Se
 
 def rows(out: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "tokens_per_second", "tflops_per_device", "utilisation")
-    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+    timed = ("seconds", "per_second", "tflops_per_device", "utilisation")
+    return [{name: value for name, value in line.items() if not name.endswith(timed)} for line in lines]
 
 
 def test_a_run_goes_on_bit_by_bit_after_it_was_broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage.run(settings(tmp_path / "whole"))
     whole = rows(tmp_path / "whole")
+    timed = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    for row in timed:  # of the updates, and of the rollouts, each in its own time
+        training = row["seconds"] - row["rollout_seconds"]
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / training)
+        assert row["rollout_tokens_per_second"] == pytest.approx(row["rollout_tokens"] / row["rollout_seconds"])
+        assert row["rollout_tokens"] == pytest.approx(row["reply_tokens"] * row["attempts"] * 32)
+        assert row["learning_rate"] == pytest.approx(1e-5)
     assert all(row["correlation_logp"] > 0.9999 and row["correlation_p"] > 0.9999 for row in whole)
     assert all(row["updates"] == 4 and row["ratio"] != 1 and 1 <= row["groups"] <= 8 for row in whole)
     load(tmp_path / "whole" / "model")
@@ -153,10 +162,10 @@ def test_a_run_goes_on_bit_by_bit_after_it_was_broken_off(tmp_path: Path, monkey
 
     real = Learner.step
 
-    def dies(self: Learner, state: TrainState, number: int, update: Any) -> Any:
+    def dies(self: Learner, state: TrainState, number: int, *functions: Any) -> Any:
         if number == 1:
             raise KeyboardInterrupt
-        return real(self, state, number, update)
+        return real(self, state, number, *functions)
 
     broken = settings(tmp_path / "broken")
     with monkeypatch.context() as patch:
@@ -201,6 +210,7 @@ def test_a_run_on_a_mesh_is_that_of_one_device(tmp_path: Path) -> None:
 
 
 def test_a_run_in_bfloat16_with_evaluation(tmp_path: Path) -> None:
+    """The log-probabilities agree, and what is saved are the float32 weights, not what they are rounded to."""
     wrong_at_times: dict[str, Any] = {"tasks": ["sequence"], "difficulty": 1.0, "windows": [64], "row_tokens": 128}
     run = settings(tmp_path, 1, "bfloat16", evaluate_every=1, evaluate_problems=4, **wrong_at_times)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, path=str(nano.FOLDER)))
@@ -208,6 +218,18 @@ def test_a_run_in_bfloat16_with_evaluation(tmp_path: Path) -> None:
     (row,) = rows(tmp_path)
     assert row["correlation_logp"] > 0.9999 and row["correlation_p"] > 0.9999
     assert 0 <= row["held_out/sequence"] == row["held_out"] <= 1
+    parts = stage.prepare(run, 1)
+    state, _ = Checkpoints(tmp_path, 1, {}).load(parts.shapes)
+    trained, saved = flatten(state.model), flatten(load(tmp_path / "model"))
+    assert all(np.array_equal(saved[path], trained[path]) for path in trained)
+    assert not np.array_equal(trained["lm_head"], trained["lm_head"].astype("bfloat16"))
+
+
+def test_log_probabilities_are_compared_when_there_is_nothing_to_learn(tmp_path: Path) -> None:
+    """Where every group is all right or all wrong."""
+    stage.run(settings(tmp_path, 1, attempts=1, questions=2, updates=2, format_reward=0.0, windows=[2]))
+    (row,) = rows(tmp_path)
+    assert row["groups"] == row["updates"] == row["tokens"] == 0 and row["correlation_logp"] > 0.9999
 
 
 def test_dynamic_sampling_leaves_out_groups_that_teach_nothing() -> None:
@@ -218,7 +240,9 @@ def test_dynamic_sampling_leaves_out_groups_that_teach_nothing() -> None:
 
     def collect(**changes: Any) -> tuple[list[list[Reply]], dict[str, float]]:
         learner = Learner(RLSettings(**common | changes), prompter, eos, "float32", 0, 1)
-        return learner.collect(model, 0)
+        groups, metrics, last = learner.collect(model, 0)
+        assert len(last) == 8 * 4 and metrics["rollout_tokens"] >= sum(len(reply.tokens) for reply in last)
+        return groups, metrics
 
     kept, metrics = collect(attempts=2)
     every, _ = collect(dynamic_sampling=False)
@@ -242,6 +266,8 @@ def test_bad_settings(tmp_path: Path) -> None:
         ("temperature", 0.0, "above 0"),
         ("updates", 1000, "exceeds"),
         ("overlong_margin", 99, "window"),
+        ("temperature", float("inf"), r"rl\.temperature = inf must be finite"),
+        ("format_reward", -5, r"rl\.format_reward = -5\.0 must be 0 or more"),
         ("row_tokens", 24, "does not hold a prompt and a window of 24: raise it"),
     ]:
         with pytest.raises(UserError, match=message):

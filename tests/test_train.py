@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from m1jax.errors import UserError
 from m1jax.params import flatten
+from m1jax.rl.settings import RLSettings
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import data
 from m1jax.train.settings import DataSettings, GuardSettings, OptimizerSettings, Settings, parse, read
@@ -43,20 +45,30 @@ TABLE: dict[str, Any] = {"stage": "sft", "out": "run", "steps": 10, "model": {"p
         ({"optimizer": {"decay": -1}}, "optimizer.decay = -1 must be 0 or more"),
         ({"model": {"config": "x", "capacity": -1.0}}, "model.capacity = -1.0 must be 0"),
         ({"model": {}}, "needs either path"),
-        ({"seed": -1}, "seed = -1 must be 0 or more"),
+        ({"seed": -1}, "seed = -1 must be from 0 to 4294967295"),
+        ({"seed": 2**32}, "seed = 4294967296 must be from 0 to 4294967295"),
+        ({"optimizer": {"learning_rate": float("inf")}}, "optimizer.learning_rate = inf must be finite"),
+        ({"optimizer": {"weight_decay": -3}}, "optimizer.weight_decay = -3.0 must be 0 or more"),
+        ({"log": {"peak_tflops": -5}}, "log.peak_tflops = -5.0 must be 0"),
+        ({"checkpoint": {"every": -1}}, "checkpoint.every = -1 must be 0"),
+        ({"rl": {"foo": 1}}, "[rl] has no meaning in stage sft: leave it out"),
+        ({"stage": "rl", "data": {"files": ["a"]}}, "data.files has no meaning in stage rl"),
+        ({"stage": "rl", "data": {"bins": 9}}, "data.bins has no meaning in stage rl"),
         ({"guard": {"spike": -1.0}}, "guard.spike = -1.0 must be 0"),
     ],
 )
 def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(message)):
         parse(Settings, TABLE | change)
 
 
 def test_settings_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
-    file.write_text('stage = "rl"\nout = "x"\nsteps = 3\nmodel.config = "c"\ndata.files = "a"\n[rl]\ncap = 5\n')
+    file.write_text('stage = "rl"\nout = "x"\nsteps = 3\nmodel.config = "c"\ndata.accumulate = 2\n[rl]\ncap = 5\n')
     settings = read(file)
-    assert settings.data.files == ("a",) and settings.rl == {"cap": 5} and settings.optimizer.b2 == 0.95
+    assert settings.data.accumulate == 2 and settings.rl == {"cap": 5} and settings.optimizer.b2 == 0.95
+    assert settings.checkpoint_every == 10 and parse(Settings, TABLE).checkpoint_every == 500
+    assert parse(Settings, TABLE | {"data": {"files": "a"}}).data.files == ("a",)
     for text, message in (("stage = ", "is not a TOML file"), ('stage = "rl"', "out is missing")):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
@@ -67,7 +79,13 @@ def test_settings_of_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "scripts" / "configs").glob("*.toml")))
 def test_the_example_settings_are_read(file: Path) -> None:
-    assert read(file).stage in file.stem
+    settings = read(file)
+    assert settings.stage in file.stem
+    if settings.stage == "rl":
+        rl = parse(RLSettings, settings.rl, "rl.")
+        assert (
+            settings.optimizer.warmup < settings.steps * rl.updates / 10 and settings.checkpoint_every < settings.steps
+        )
 
 
 # --- data
@@ -104,10 +122,20 @@ def test_only_the_assistants_turns_are_learnt(tmp_path: Path) -> None:
     assert learnt == "One.<end_of_sentence>Two.<end_of_sentence>"
     whole = tokenizer.decode(map(int, tokens), keep=None)
     assert whole.index("Hello!") < whole.index("One.") < whole.index("And now?") < whole.index("Two.")
+
+    def chat(line: dict[str, Any]) -> tuple[str, str]:
+        """What of the conversation is learnt, and all of it but its first token."""
+        (sample,) = encoder(512)(data.Documents([write(tmp_path / "chat.jsonl", line)], 512)[0])
+        learnt = sample["targets"][sample["weights"] > 0]
+        return tokenizer.decode(learnt.tolist(), keep=None), tokenizer.decode(sample["targets"].tolist(), keep=None)
+
     line = {"prompt": "Hello!", "response": "One."}
     documents = data.Documents([write(tmp_path / "a.jsonl", line, {"messages": messages[:2]})], 64)
     one, other = (encoder(64)(documents[i])[0] for i in range(2))
     assert all(np.array_equal(one[name], other[name]) for name in one)
+    # Who speaks first has said nothing of what the template puts before it; tools on offer are read, not learnt.
+    alone = chat({"messages": messages[1:2], "tools": [{"name": "add", "parameters": {}}]})
+    assert alone[0] == "One.<end_of_sentence>" and "add" in alone[1] and alone[1].count("One.") == 1
     # The weight stands with the token that is predicted, not with the one that is read.
     assert tokenizer.decode([int(t) for t in one["targets"][one["weights"] > 0]], keep=None) == "One.<end_of_sentence>"
 
@@ -134,6 +162,7 @@ def file_of(save: Any, array: np.ndarray) -> bytes:
         ),
         ("a.jsonl", b'{"text": 3}\n', "line 1: text is not a string"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}\n', "no assistant's message"),
+        ("a.jsonl", b'{"prompt": "x", "response": "y", "tools": {"a": 1}}\n', "line 1: tools is not a list"),
         ("a.jsonl", b'{"prompt": "x", "response": "far too long for eight"}\n', "tokens: raise data.length"),
         ("a.csv", b"x", "unknown kind '.csv'"),
         ("a.npy", b"x", "is not a NumPy file"),
@@ -281,6 +310,8 @@ def test_the_schedule_warms_up_stays_and_decays() -> None:
     assert got[15:] == pytest.approx([1.64, 1.28, 0.92, 0.56, 0.2])
     with pytest.raises(UserError, match="warmup = 4 and decay = 7 do not fit into 10 steps"):
         schedule(OptimizerSettings(warmup=4, decay=7), 10)
+    decaying = schedule(OptimizerSettings(learning_rate=2.0, warmup=0, decay=2, final=0.1), 4)
+    assert [float(np.asarray(decaying(i))) for i in range(4)] == pytest.approx([2.0, 2.0, 1.1, 0.2])
     constant = schedule(OptimizerSettings(learning_rate=2.0, warmup=0), 5)
     assert [float(np.asarray(constant(i))) for i in range(5)] == pytest.approx([2.0] * 5)
 

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from m1jax.tokenizer import Tokenizer
 from m1jax.train import __main__ as command
 from m1jax.train import loop, saving
 from m1jax.train import settings as s
+from m1jax.train.report import Report, _peak_tflops
 from tests.checkpoints import run as run_command
 from tests.tools import DATA, rms_error, variant
 
@@ -187,9 +189,107 @@ def test_a_bad_validation_document_is_found_before_the_training(folder: Path, tm
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_a_conversation_that_is_too_long_is_found_before_the_training(folder: Path, tmp_path: Path) -> None:
+    """The last of all documents, which the first epoch would reach late."""
+    lines = [{"prompt": "Hello!", "response": "One."}] * 60 + [{"prompt": "Hello!", "response": "One. " * 90}]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = {"files": [str(tmp_path / "chat.jsonl")], "length": 64}
+    with pytest.raises(UserError, match=r"line 61: the conversation has \d+ tokens: raise data.length or remove it"):
+        loop.Supervised(loop.prepare(settings(folder, tmp_path / "out", stage="sft", data=data)))
+
+
+def test_the_utilisation_is_flops_over_what_the_devices_can_do(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = settings(folder, tmp_path, log={"peak_tflops": 0.5})
+    clock = iter([100.0, 104.0, 106.0])
+    with Report(run, CONFIG, 2, 0) as report, monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: next(clock))
+        report.resume()
+        report.step(0, {"loss": 1.0}, 3000, 10.0)
+        report.step(1, {"loss": 1.0}, 3000, 10.0, aside=1.0)
+    lightning, softmax, experts, router, norms, head = 5 * 512, 3 * 512, 2 * 2 * 3 * 24 * 16, 2 * 64, 112, 512 * 16
+    used = lightning + softmax + experts + router + norms + head  # parameters that a token meets
+    flops = 3000 * 3 * (2 * used + 4 * 4 * 8 * 8 + 4 * 4 * 8 * 10)
+    first, second = rows(tmp_path)
+    assert first["utilisation"] == pytest.approx(flops / (4 * 2 * 0.5e12))
+    assert second["utilisation"] == pytest.approx(flops / ((2 - 1) * 2 * 0.5e12)) and second["seconds"] == 2
+
+
+def test_the_peak_is_that_of_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    class H100:
+        device_kind = "NVIDIA H100 80GB HBM3"
+
+    monkeypatch.setattr(jax, "devices", lambda: [H100])
+    assert (_peak_tflops("bfloat16"), _peak_tflops("float32")) == (989.0, 494.5)
+
+
+def test_figures_that_are_added_never_take_the_step_away(folder: Path, tmp_path: Path) -> None:
+    """An evaluation makes the line longer; what is in the file is the step's line at any time."""
+    with Report(settings(folder, tmp_path), CONFIG, 1, 0) as report:
+        report.step(0, {"loss": 1.0}, 10, 1.0)
+        before = (tmp_path / "metrics.jsonl").read_text()
+        report.add({"validation_loss": 2.0})
+    (row,) = rows(tmp_path)
+    assert row["validation_loss"] == 2.0 and (tmp_path / "metrics.jsonl").read_text().startswith(before[:-2])
+
+
 def test_auto_takes_all_devices(folder: Path, tmp_path: Path) -> None:
     parts = loop.prepare(settings(folder, tmp_path / "out", mesh="auto"))
     assert parts.mesh.size == jax.device_count() > 1
+
+
+def after(number: int, then: Any) -> Any:
+    """A step of `loop.Supervised` that does something else when step `number`, counted from 1, begins."""
+    original = loop.Supervised.step
+
+    def step(self: loop.Supervised, state: Any, index: int, report: Any) -> Any:
+        if index + 1 == number:
+            then(self)
+        return original(self, state, index, report)
+
+    return step
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_step_and_leaves_a_checkpoint(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Between two regular ones; the run goes on from it bit by bit."""
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    once = settings(folder, tmp_path / "out", checkpoint={"every": 100})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Supervised, "step", after(3, lambda _: signal.raise_signal(number)))
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(once)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["3"]
+    loop.run(once)
+    assert losses(tmp_path / "out") == losses(whole)
+
+
+def test_the_guard_leaves_a_checkpoint_of_the_state_before_the_bad_step(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here a batch of the fourth step is spoilt once; gone on from, the run is the one that nothing happened to."""
+
+    def spoil(stage: loop.Supervised) -> None:
+        step = stage._step
+
+        def bad(state: Any, batch: Any) -> Any:
+            stage._step = step
+            return step(state, batch | {"weights": batch["weights"] * jnp.nan})
+
+        stage._step = bad
+
+    once = settings(folder, tmp_path / "out", checkpoint={"every": 100})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Supervised, "step", after(4, spoil))
+        with pytest.raises(UserError, match=r"step 4: .* the weights are as before"):
+            loop.run(once)
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["3"]
+    loop.run(once)
+    assert losses(tmp_path / "out") == losses(whole)
 
 
 def spoilt(folder: Path, path: str) -> Path:
@@ -314,6 +414,26 @@ def test_a_checkpoint_of_another_model_or_of_other_data_is_refused(folder: Path,
         loop.run(settings(folder, whole, data={"bins": 8}))
     with pytest.raises(UserError, match=r"was written with seed 0, not 1"):
         loop.run(settings(folder, whole, seed=1))
+    shutil.copytree(HELLO, tmp_path / "tokenizer")
+    table = json.loads((HELLO / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(table | {"model_max_length": 9}))
+    with pytest.raises(UserError, match=r"was written with tokenizer '\w{16}', not '\w{16}': choose another out"):
+        loop.run(settings(folder, whole, model={"tokenizer": str(tmp_path / "tokenizer")}))
+    text = (folder / "corpus.jsonl").read_text()
+    (tmp_path / "corpus.jsonl").write_text(text.replace("1 + 1 = 2", "1 + 1 = 3"))  # name and size are the same
+    with pytest.raises(UserError, match=r"was written with data\.contents '\w{16}', not '\w{16}'"):
+        loop.run(settings(folder, whole, data={"files": [str(tmp_path / "corpus.jsonl")]}))
+
+
+def test_a_checkpoint_from_before_contents_were_noted_is_read(tmp_path: Path) -> None:
+    noted = {"data": "a", "data.contents": "b", "tokenizer": "c"}
+    state = {"w": jnp.ones(3)}
+    old = saving.Checkpoints(tmp_path, 1, {"data": "a"})
+    assert old.save(1, state, 5) is None and old.close() is None
+    new = saving.Checkpoints(tmp_path, 1, noted)
+    assert new.load(state)[1] == 5 and new.save(2, state, 6) is None and new.close() is None
+    with pytest.raises(UserError, match="tokenizer 'c', not 'd'"):
+        saving.Checkpoints(tmp_path, 1, noted | {"tokenizer": "d"}).load(state)
 
 
 def test_a_damaged_checkpoint_is_named(folder: Path, whole: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """One step of reinforcement learning by rule: rollouts, rewards, advantages, and off-policy updates on them."""
 
 import random
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from m1jax.errors import UserError
 from m1jax.evaluate import Local, score
 from m1jax.model import M1
 from m1jax.prompt import Options, Prompter
-from m1jax.rl.experience import Reply, pack, reward, stacked
+from m1jax.rl.experience import Experience, Reply, pack, reward, stacked
 from m1jax.rl.losses import group_advantages, informative, overlong_penalty
 from m1jax.rl.policy import correlation
 from m1jax.rl.rollout import padded_prompts, rollout, sampling_rows
@@ -23,6 +24,8 @@ from m1jax.train.step import TrainState, computing
 Metrics = dict[str, Any]
 # (state, batch [A, B, T]) -> state, metrics on the host
 UpdateFunction = Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Mapping[str, Any]]]
+# (state, batch [A, B, T]) -> metrics of its first [B, T] on the host, nothing learnt
+MeasureFunction = Callable[[TrainState, Mapping[str, Any]], Mapping[str, Any]]
 
 EVALUATION_ROWS = 64
 SAMPLE = 64  # problems whose prompts are measured
@@ -89,30 +92,46 @@ class Learner:
     def _prompts(self, problems: list[Problem]) -> list[tuple[int, ...]]:
         return [self.prompter.plain(problem.question, Options()).tokens for problem in problems]
 
-    def step(self, state: TrainState, number: int, update: UpdateFunction) -> tuple[TrainState, Metrics]:
+    def step(
+        self, state: TrainState, number: int, update: UpdateFunction, measure: MeasureFunction
+    ) -> tuple[TrainState, Metrics]:
         """Generates a batch with the current policy and updates it; `update` is one optimizer update."""
-        groups, metrics = self.collect(computing(state.model, self.dtype), number)
-        state, learnt = self.learn(state, [reply for group in groups for reply in group], number, update)
+        start = time.perf_counter()
+        groups, metrics, last = self.collect(computing(state.model, self.dtype), number)
+        seconds = time.perf_counter() - start
+        metrics |= {"rollout_seconds": seconds, "rollout_tokens_per_second": metrics["rollout_tokens"] / seconds}
+        if groups:
+            state, learnt = self.learn(state, [reply for group in groups for reply in group], number, update)
+        else:  # every group was all right or all wrong: there is nothing to learn, but log-probs to compare
+            batch = stacked(self._packed(last, number)[:1], self._accumulate, self._ways)[0]
+            learnt = {"updates": 0, "loss": 0.0} | _correlations(measure(state, batch))
         return state, metrics | learnt
 
-    def collect(self, policy: M1, number: int) -> tuple[list[list[Reply]], Metrics]:
-        """Groups to learn from; dynamic sampling goes on until there are enough or the attempts are used up."""
+    def collect(self, policy: M1, number: int) -> tuple[list[list[Reply]], Metrics, list[Reply]]:
+        """Groups to learn from, what all were like, and all replies of the last rollout.
+
+        Dynamic sampling goes on until there are enough groups or the attempts are used up.
+        """
         settings = self.settings
         problems = mixture(self.tasks, seed=1_000_003 * self._seed + number, difficulty=settings.difficulty)
         groups: list[list[Reply]] = []
         rounds: list[Metrics] = []
+        asked: list[list[Reply]] = []
         while len(rounds) < settings.attempts and len(groups) < settings.questions:
-            asked = [next(problems) for _ in range(settings.questions)]
-            found, metrics = self._ask(policy, asked, number, len(rounds))
+            drawn = [next(problems) for _ in range(settings.questions)]
+            asked, useful, metrics = self._ask(policy, drawn, number, len(rounds))
             rounds.append(metrics)
-            groups += found
+            groups += [group for group, good in zip(asked, useful, strict=True) if good]
         mean = {name: float(np.mean([metrics[name] for metrics in rounds])) for name in rounds[0]}
         groups = groups[: settings.questions]
         counts = {"attempts": len(rounds), "groups": len(groups), "window": settings.window(number, self._steps)}
-        return groups, mean | counts
+        tokens = mean["reply_tokens"] * len(rounds) * settings.questions * settings.replies
+        return groups, mean | counts | {"rollout_tokens": tokens}, [reply for group in asked for reply in group]
 
-    def _ask(self, policy: M1, problems: list[Problem], number: int, attempt: int) -> tuple[list[list[Reply]], Metrics]:
-        """One rollout of all problems: the groups worth learning from, and what the replies were like."""
+    def _ask(
+        self, policy: M1, problems: list[Problem], number: int, attempt: int
+    ) -> tuple[list[list[Reply]], list[bool], Metrics]:
+        """One rollout of all problems: the groups, which of them to learn from, and what the replies were like."""
         settings, G = self.settings, self.settings.replies
         window = settings.window(number, self._steps)
         prompts = self._prompts(problems)
@@ -139,40 +158,39 @@ class Learner:
                 for row, advantage in enumerate(advantages[q].tolist(), q * G)
             ]
             for q in range(len(problems))
-            if useful[q] or not settings.dynamic_sampling
         ]
-        return groups, {
-            "reward": float(rewards.mean()),
-            "accuracy": float(np.mean([correct for _, correct in judged])),
-            "reply_tokens": float(out.lengths.mean()),
-            "ended": float(out.ended.mean()),
-            "looped": float(out.looped.mean()),
-            "informative": float(useful.mean()),
-        }
+        return (
+            groups,
+            (useful | (not settings.dynamic_sampling)).tolist(),
+            {
+                "reward": float(rewards.mean()),
+                "accuracy": float(np.mean([correct for _, correct in judged])),
+                "reply_tokens": float(out.lengths.mean()),
+                "ended": float(out.ended.mean()),
+                "looped": float(out.looped.mean()),
+                "informative": float(useful.mean()),
+            },
+        )
 
     def learn(
         self, state: TrainState, replies: list[Reply], number: int, update: UpdateFunction
     ) -> tuple[TrainState, Metrics]:
-        """Updates on the replies, shuffled and split evenly; before the first one the log-probs are compared."""
-        if not replies:  # every group was all right or all wrong
-            return state, {"updates": 0, "loss": 0.0, "tokens": 0}
-        order = list(range(len(replies)))
-        random.Random(f"shuffle {self._seed} {number}").shuffle(order)
-        updates = self.settings.updates
-        parts = [[replies[n] for n in part] for k in range(updates) if (part := order[k::updates])]
-        batches = stacked([pack(part, self.settings.row_tokens) for part in parts], self._accumulate, self._ways)
+        """Updates on the replies, shuffled and split evenly; in the first one the log-probs are of the same weights."""
+        batches = stacked(self._packed(replies, number), self._accumulate, self._ways)
         told: list[Mapping[str, Any]] = []
         for batch in batches:
             state, metrics = update(state, batch)
             told.append(metrics)
-        agreement = np.asarray(told[0]["agreement"])
         means = {name: np.mean([metrics[name] for metrics in told], axis=0) for name in told[0] if name != "agreement"}
-        return state, means | {
-            "correlation_logp": correlation(agreement[0]),
-            "correlation_p": correlation(agreement[1]),
-            "updates": len(batches),
-            "tokens": int(sum((batch["segments"] > 0).sum() for batch in batches)),
-        }
+        return state, means | {"updates": len(batches)} | _correlations(told[0])
+
+    def _packed(self, replies: list[Reply], number: int) -> list[Experience]:
+        """The replies, shuffled and split evenly, as what each update reads."""
+        order = list(range(len(replies)))
+        random.Random(f"shuffle {self._seed} {number}").shuffle(order)
+        updates = self.settings.updates
+        parts = [[replies[n] for n in part] for k in range(updates) if (part := order[k::updates])]
+        return [pack(part, self.settings.row_tokens) for part in parts]
 
     def evaluate(self, model: M1, seed: int = 0) -> Metrics:
         """Greedy accuracy on held-out problems of each task at its full difficulty here, and the mean of all."""
@@ -184,3 +202,9 @@ class Learner:
             problems = task.problems(settings.evaluate_problems, seed, level)
             out[f"held_out/{task.name}"] = score(task, problems, level, answers).accuracy
         return out | {"held_out": float(np.mean(list(out.values())))}
+
+
+def _correlations(metrics: Mapping[str, Any]) -> Metrics:
+    """How well log-probabilities, and probabilities, of rollout and training agree."""
+    agreement = np.asarray(metrics["agreement"])
+    return {"correlation_logp": correlation(agreement[0]), "correlation_p": correlation(agreement[1])}

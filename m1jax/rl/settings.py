@@ -71,6 +71,8 @@ class RLSettings:
             raise UserError(f"rl.overlong_margin = {self.overlong_margin} must be from 0 to the window")
         if self.temperature <= 0:
             raise UserError(f"rl.temperature = {self.temperature} must be above 0: greedy replies are all alike")
+        if self.format_reward < 0:
+            raise UserError(f"rl.format_reward = {self.format_reward} must be 0 or more")
         if self.difficulty <= 0:
             raise UserError(f"rl.difficulty = {self.difficulty} must be above 0")
         if self.loss not in NAMED:

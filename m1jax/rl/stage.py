@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from m1jax.errors import UserError
 from m1jax.evaluate import eos_ids
 from m1jax.prompt import Prompter
@@ -11,10 +13,11 @@ from m1jax.rl.learner import Learner
 from m1jax.rl.policy import policy_gradient
 from m1jax.rl.settings import RLSettings
 from m1jax.sharding.rules import shards
-from m1jax.train.loop import Guard, Parts, drive, fetched, figures, prepare, to_devices
+from m1jax.train.data import fingerprint
+from m1jax.train.loop import Guard, Parts, drive, fetched, figures, prepare, size, to_devices
 from m1jax.train.report import Report
 from m1jax.train.settings import Settings, parse
-from m1jax.train.step import TrainState, make_step
+from m1jax.train.step import TrainState, make_step, measuring, schedule
 
 # What may be changed when a run goes on: it says how, not what is learnt.
 CHANGEABLE = ("row_tokens", "attempts", "evaluate_every", "evaluate_problems")
@@ -55,10 +58,16 @@ class Reinforced:
             raise UserError(f"{settings.model.path} has no tokenizer: add its files, or set model.tokenizer")
         self._parts, self._rl = parts, rl
         own = {name: value for name, value in dataclasses.asdict(rl).items() if name not in CHANGEABLE}
-        self.identity: Mapping[str, Any] = {"seed": settings.seed, **{f"rl.{name}": own[name] for name in own}}
+        self.identity: Mapping[str, Any] = {
+            "seed": settings.seed,
+            "tokenizer": fingerprint(parts.tokenizer),
+            **{f"rl.{name}": own[name] for name in own},
+        }
         balance = settings.optimizer.balance if settings.optimizer.balance >= 0 else parts.config.router_aux_loss_coef
         loss = policy_gradient(rl, settings.model.dtype, settings.model.remat, balance)
-        self._step, self._guard = make_step(loss, parts.optimizer, settings.guard), Guard(settings, loss)
+        self._step, self._measure = make_step(loss, parts.optimizer, settings.guard), measuring(loss)
+        self._rate = schedule(settings.optimizer, settings.steps * rl.updates)
+        self._guard = Guard(settings, loss)
         self._learner = Learner(
             rl,
             Prompter(parts.tokenizer),
@@ -79,17 +88,25 @@ class Reinforced:
         """Does nothing: see `position`."""
 
     def step(self, state: TrainState, number: int, report: Report) -> TrainState:
-        """Does and reports one generation batch and its updates."""
+        """Does and reports one generation batch and its updates; the learning rate is that of the first."""
+        rate = float(np.asarray(self._rate(int(state.accepted))))
+        sizes: list[tuple[int, float]] = []
 
         def update(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Mapping[str, Any]]:
+            sizes.append(size(batch))
             arrays = to_devices(batch, self._parts.mesh)
             state, metrics = self._step(state, arrays)
             values = fetched(metrics)
             self._guard.look(number, state, arrays, values, report)
             return state, figures(values)
 
-        state, values = self._learner.step(state, number, update)
-        report.step(number, values, int(values.pop("tokens")), float(values["reply_tokens"]))
+        def measure(state: TrainState, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+            return fetched(self._measure(state.model, to_devices(batch, self._parts.mesh)))
+
+        state, values = self._learner.step(state, number, update, measure)
+        tokens = sum(count for count, _ in sizes)
+        context = sum(count * seen for count, seen in sizes) / max(tokens, 1)
+        report.step(number, values | {"learning_rate": rate}, tokens, context, values["rollout_seconds"])
         return state
 
     def evaluates(self, number: int) -> bool:

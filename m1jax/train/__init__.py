@@ -8,5 +8,6 @@
 | `step` | one optimiser step: accumulation, clipping, AdamW, the guard against NaN and spikes |
 | `saving` | checkpoints (Orbax) and the trained model |
 | `report` | progress, JSONL, TensorBoard, the picture of the curves |
+| `interruption` | Ctrl-C and SIGTERM, held back until a step has ended |
 | `loop` | the run: all of these together |
 """

@@ -27,6 +27,18 @@ Sample = dict[str, NDArray[Any]]
 
 _SUFFIXES: dict[str, Kind] = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".npy": "tokens"}
 _PART = 1 << 20  # bytes of a text file that make a document, up to the end of a line
+# What tokens, ends of turns and chat template come from.
+_TOKENIZER = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_LOOKED_AT = 1 << 20  # bytes at either end of a file that its fingerprint is about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +71,8 @@ class Documents:
             raise UserError(f"{name} is empty: name the files to train on")
         self.name = name
         self.places = [place for file in files for place in _places(file, length, name)]
-        self.fingerprint = hashlib.sha256(
-            repr([(file.name, file.stat().st_size) for file in files]).encode()
-        ).hexdigest()[:16]
+        self.fingerprint = _digest([(file.name, file.stat().st_size) for file in files])
+        self.contents = _digest([_ends(file) for file in files])
 
     def __len__(self) -> int:
         return len(self.places)
@@ -75,6 +86,27 @@ class Documents:
             stream.seek(place.first)
             text = stream.read(place.last - place.first).decode("utf-8")
         return place, _json(text, place) if place.kind == "jsonl" else text
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def _ends(file: Path) -> bytes:
+    """Digest of a file's first and last bytes: to read all of a large corpus takes too long."""
+    with file.open("rb") as stream:
+        digest = hashlib.sha256(stream.read(_LOOKED_AT))
+        stream.seek(max(0, file.stat().st_size - _LOOKED_AT))
+        digest.update(stream.read())
+    return digest.digest()
+
+
+def fingerprint(tokenizer: Tokenizer | None) -> str:
+    """Digest of a tokenizer's files, empty without one."""
+    if tokenizer is None:
+        return ""
+    files = [tokenizer.folder / name for name in _TOKENIZER]
+    return _digest([(file.name, file.read_bytes()) for file in files if file.is_file()])
 
 
 def _json(text: str, place: Place) -> Mapping[str, Any]:
@@ -166,7 +198,7 @@ class Encoder:
             return self._text(value["text"])
         if "tokens" in value:
             return self._encoded(value)
-        tokens, weights = chat_tokens(self._need_tokenizer(), _messages(value))
+        tokens, weights = chat_tokens(self._need_tokenizer(), _messages(value), _tools(value))
         if len(tokens) - 1 > self._length:
             raise UserError(f"the conversation has {len(tokens)} tokens: raise data.length or remove it")
         return self._cut(tokens, weights)
@@ -218,12 +250,19 @@ def _messages(value: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     raise UserError(f"has neither text, tokens, messages, nor prompt and response, but {', '.join(value) or 'nothing'}")
 
 
+def _tools(value: Mapping[str, Any]) -> list[Any]:
+    if not isinstance(value.get("tools") or [], list):
+        raise UserError("tools is not a list")
+    return value.get("tools") or []
+
+
 def chat_tokens(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Tokens `[n]` of a conversation and weights: 1 for what the assistant says, to the end of its turn, else 0.
 
-    Each turn is encoded by itself, as generation sees it: the prompt is tokens before the answer begins.
+    Each turn is encoded by itself, as generation sees it: the prompt is tokens before the answer begins. `tools` are
+    the functions on offer, as the chat template takes them.
 
     Raises:
       UserError: there is no chat template or no assistant, or the template changes earlier turns.
@@ -237,8 +276,8 @@ def chat_tokens(
     for i, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        before = template.render(messages[:i], add_generation_prompt=True) if i else ""
-        after = template.render(messages[: i + 1], add_generation_prompt=False)
+        after = template.render(messages[: i + 1], tools, add_generation_prompt=False)
+        before = template.render(messages[:i], tools) if i else _opened(template, message, after, tools)
         if not before.startswith(done) or not after.startswith(before):
             raise UserError("the chat template writes earlier turns differently later on: give single turns")
         prompt, answer = tokenizer.encode(before[len(done) :]), tokenizer.encode(after[len(before) :])
@@ -249,6 +288,16 @@ def chat_tokens(
     if not done:
         raise UserError("the conversation has no assistant's message to learn")
     return np.asarray(ids, np.int32), np.asarray(weights, np.float32)
+
+
+def _opened(template: ChatTemplate, message: Mapping[str, Any], after: str, tools: Sequence[Mapping[str, Any]]) -> str:
+    """What comes before the words of an assistant who speaks first: no template renders the empty conversation.
+
+    Its turn opens as the one does that the template would add next. `after` is the conversation of this message.
+    """
+    whole = template.render([message], tools)
+    opening = whole.removeprefix(after)
+    return after[: after.index(opening) + len(opening)] if opening in after else whole
 
 
 @functools.lru_cache(maxsize=4)

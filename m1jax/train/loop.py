@@ -25,6 +25,7 @@ from m1jax.sharding.region import everywhere
 from m1jax.sharding.rules import check, rules_of, shardings, shards
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import data, saving
+from m1jax.train.interruption import Interruption
 from m1jax.train.report import Report
 from m1jax.train.settings import Settings
 from m1jax.train.step import (
@@ -78,7 +79,7 @@ class Stage(Protocol):
         ...
 
     def step(self, state: TrainState, number: int, report: Report) -> TrainState:
-        """Does and reports step number `number`, 0 for the first."""
+        """Does and reports step number `number`, 0 for the first. Raises `Stopped` where the guard says so."""
         ...
 
     def evaluates(self, number: int) -> bool:
@@ -92,6 +93,16 @@ class Stage(Protocol):
     def close(self) -> None:
         """Lets go of the data."""
         ...
+
+
+class Stopped(UserError):
+    """The guard stops the run.
+
+    Attributes:
+      state: that before the step, to be gone on from; None if it is gone.
+    """
+
+    state: TrainState | None = None
 
 
 def prepare(settings: Settings, updates: int = 1) -> Parts:
@@ -207,7 +218,7 @@ def drive(parts: Parts, stage: Stage, profile: bool) -> None:
         if problem:
             raise UserError(f"{problem}: make room, then run again: it goes on from there")
         folder = Path(parts.tokenizer.folder) if parts.tokenizer is not None else None
-        save(state.model, out / MODEL, settings.model.dtype, folder, overwrite=True)
+        save(state.model, out / MODEL, settings.model.save_dtype, folder, overwrite=True)
         report.draw()
 
 
@@ -220,13 +231,14 @@ def _steps(
     first: int,
     profile: bool,
 ) -> TrainState:
-    """All steps from number `first`."""
+    """All steps from number `first`. Ctrl-C, SIGTERM and the guard leave a checkpoint of the last good step."""
     settings = parts.settings
     traced = profiled(first, settings.steps) if profile else range(0)
     if profile and not traced:
         report.say("warning: no step is left to profile")
     killed_at_evaluation = bool(first) and stage.evaluates(first - 1) and not report.has(stage.judged_by)
-    with contextlib.ExitStack() as trace, jax.set_mesh(parts.mesh):
+    interruption = Interruption()
+    with contextlib.ExitStack() as trace, jax.set_mesh(parts.mesh), interruption.held_back():
         if killed_at_evaluation:
             report.add(stage.evaluate(state))
         report.resume()
@@ -234,17 +246,41 @@ def _steps(
             if number in traced[:1]:
                 jax.profiler.start_trace(str(Path(settings.out) / "profile"))
                 trace.callback(jax.profiler.stop_trace)
-            state = stage.step(state, number, report)
+            position = stage.position()
+            try:
+                state = stage.step(state, number, report)
+            except Stopped as stopped:
+                _keep(stopped.state, number, position, checkpoints, report)
+                raise
             if number in traced[-1:]:
                 trace.close()
-            if (number + 1) % settings.checkpoint.every == 0 or number + 1 == settings.steps:
+            if (number + 1) % settings.checkpoint_every == 0 or number + 1 == settings.steps:
                 problem = checkpoints.save(number + 1, state, stage.position())
                 if problem:
                     report.say(f"warning: {problem}; training goes on")
-            if stage.evaluates(number):
+            if stage.evaluates(number) and not interruption.came:
                 report.add(stage.evaluate(state))
+            if interruption.came:
+                _keep(state, number + 1, stage.position(), checkpoints, report)
+                raise KeyboardInterrupt
             report.resume()
     return state
+
+
+def _keep(state: TrainState | None, step: int, position: Any, checkpoints: saving.Checkpoints, report: Report) -> None:
+    """Writes the checkpoint of a run that ends early, unless it is there already or there is nothing to go on from."""
+    problem = checkpoints.wait()
+    if state is not None and step > (checkpoints.latest or 0) and _finite(state):
+        problem = checkpoints.save(step, state, position) or checkpoints.wait()
+    if problem or checkpoints.latest:
+        report.say(f"warning: {problem}" if problem else f"the same command goes on from step {checkpoints.latest}")
+
+
+def _finite(state: TrainState) -> bool:
+    def finite(state: TrainState) -> jax.Array:
+        return jnp.stack([everywhere(jnp.isfinite(x).all()) for x in jax.tree.leaves(state)]).all()
+
+    return bool(jax.jit(finite)(state))
 
 
 def profiled(first: int, steps: int) -> range:
@@ -270,12 +306,16 @@ class Supervised:
         documents = data.Documents(d.files, d.length)
         end = _end_token(settings, parts.tokenizer)
         self._encoder = data.Encoder(parts.tokenizer, d.length, parts.config.vocab_size, end)
+        if settings.stage == "sft":  # one that is too long, found late, would end the run, and every one after it
+            data.check_all(documents, self._encoder)
         self._source = data.batches(documents, self._encoder, d, settings.seed)
         self._validation = data.Documents(d.validation, d.length, "data.validation") if d.validation else None
         if self._validation is not None:
             data.check_all(self._validation, self._encoder)
         self.identity: Mapping[str, Any] = {
             "data": documents.fingerprint,
+            "data.contents": documents.contents,
+            "tokenizer": data.fingerprint(parts.tokenizer),
             "seed": settings.seed,
             "data.bins": d.bins,
             "data.end_token": d.end_token,
@@ -304,8 +344,12 @@ class Supervised:
         rate = float(np.asarray(self._rate(int(state.accepted))))
         state, metrics = self._step(state, batch)
         values = figures(fetched(metrics))
-        report.step(number, values | {"learning_rate": rate}, *_size(rows))
-        self._guard.look(number, state, batch, values, report)
+        report.step(number, values | {"learning_rate": rate}, *size(rows))
+        try:
+            self._guard.look(number, state, batch, values, report)
+        except Stopped as stopped:
+            stopped.state = dataclasses.replace(state, step=state.step - 1)  # a bad step changes nothing else
+            raise
         return state
 
     def evaluates(self, number: int) -> bool:
@@ -374,7 +418,7 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _size(batch: Mapping[str, Any]) -> tuple[int, float]:
+def size(batch: Mapping[str, Any]) -> tuple[int, float]:
     """Tokens of a batch, and the mean number of tokens that a query sees in its segment."""
     segments = batch["segments"].reshape(-1, batch["segments"].shape[-1])
     start = np.diff(segments, axis=1, prepend=-1) != 0
@@ -392,7 +436,7 @@ class Guard:
         self._bad = 0
 
     def look(self, number: int, state: TrainState, batch: Any, values: Mapping[str, Any], report: Report) -> None:
-        """Raises `UserError` after a bad step if the guard says stop, or after too many."""
+        """Raises `Stopped` after a bad step if the guard says stop, or after too many."""
         if values["good"]:
             self._bad = 0
             return
@@ -400,10 +444,10 @@ class Guard:
         guard = self._settings.guard
         what = f"step {number + 1}: {self._what(state, batch, values)}; the weights are as before"
         if guard.action == "stop":
-            raise UserError(f'{what}: look at the data or lower the learning rate, or set guard.action = "skip"')
+            raise Stopped(f'{what}: look at the data or lower the learning rate, or set guard.action = "skip"')
         report.say(f"warning: {what}, the step is skipped")
         if self._bad >= guard.skips:
-            raise UserError(f"{what}; that was the {self._bad}th in a row: look at the data or the learning rate")
+            raise Stopped(f"{what}; that was the {self._bad}th in a row: look at the data or the learning rate")
 
     def _what(self, state: TrainState, batch: Any, values: Mapping[str, Any]) -> str:
         if np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"]):

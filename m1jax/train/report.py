@@ -2,8 +2,10 @@
 
 import json
 import math
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from m1jax.train.settings import Settings
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
+RECENT = 20  # steps that the time left is estimated from
 
 
 def flops_per_token(config: M1Config, context: float) -> float:
@@ -61,30 +64,35 @@ class Report:
             _drawing()  # what is missing is missed now, not after the training
             self._board = _board(self._out / "tensorboard", first) if settings.log.tensorboard else None
             lines = _drop(self._file, first)
-            self._stream = self._file.open("a", encoding="utf-8")
+            self._file.touch()
+            self._stream = self._file.open("r+b")
             self._start = self._file.stat().st_size
             if lines and json.loads(lines[-1])["step"] == first:
                 self._row, self._start = json.loads(lines[-1]), self._start - len(lines[-1].encode())
-        self._peak = settings.log.peak_tflops or _peak_tflops()
+        self._peak = settings.log.peak_tflops or _peak_tflops(settings.model.dtype)
         self._bar = tqdm(total=settings.steps, initial=first, desc=settings.stage, unit="step", disable=None)
         self._clock = time.perf_counter()
+        self._recent: deque[float] = deque(maxlen=RECENT)
         self._plain = not sys.stderr.isatty()
 
-    def step(self, step: int, values: Mapping[str, Any], tokens: int, context: float) -> None:
+    def step(self, step: int, values: Mapping[str, Any], tokens: int, context: float, aside: float = 0.0) -> None:
         """Takes the figures of step number `step`, 0 for the first: numbers for all three, arrays for the JSONL file.
 
-        `tokens` is how many it read, `context` as in `flops_per_token`.
+        `tokens` is how many it was trained on, `context` as in `flops_per_token`, `aside` how many of its seconds went
+        into something else: tokens per second and utilisation are those of the rest.
         """
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
+        training = seconds - aside
         figures = {name: float(value) for name, value in values.items() if np.ndim(value) == 0}
-        figures |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-        tflops = flops_per_token(self._config, context) * tokens / seconds / 1e12 / self._devices
+        figures |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / training}
+        tflops = flops_per_token(self._config, context) * tokens / training / 1e12 / self._devices
         figures["tflops_per_device"] = tflops
         if self._peak:
             figures["utilisation"] = tflops / self._peak
-        self._bar.update(1)
         self._bar.set_postfix_str(self._text(figures), refresh=False)
+        self._bar.update(1)
+        self._recent.append(seconds)
         self._row = {"step": step + 1}
         if self._stream is not None:
             self._start = self._file.stat().st_size
@@ -94,16 +102,18 @@ class Report:
         self._row |= {name: np.asarray(value, np.float64).round(6).tolist() for name, value in arrays.items()}
         self.add(figures)
         if self._plain and self._bar.disable:
-            left = seconds * (self._settings.steps - step - 1)
+            left = statistics.median(self._recent) * (self._settings.steps - step - 1)  # the first one compiles
             print(f"step {step + 1}/{self._settings.steps} {self._text(figures)} left {left:.0f} s", file=sys.stderr)
 
     def add(self, figures: Mapping[str, float]) -> None:
         """Adds figures to those of the step that was reported last."""
         self._row |= {name: _finite(value) for name, value in figures.items()}
         if self._stream is not None:
-            self._stream.truncate(self._start)
-            self._stream.write(json.dumps(self._row) + "\n")
+            # The longer line goes over the one it begins like, which is never gone.
+            self._stream.seek(self._start)
+            self._stream.write(json.dumps(self._row).encode() + b"\n")
             self._stream.flush()
+            self._stream.truncate()
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(name, value, self._row["step"])
@@ -178,10 +188,13 @@ def _board(folder: Path, first: int) -> Any:
     return SummaryWriter(str(folder), purge_step=first + 1 if first else None)
 
 
-def _peak_tflops() -> float:
+def _peak_tflops(dtype: str) -> float:
     """Of one of the devices present, 0 if that is not known."""
     device = known(jax.devices()[0].device_kind)
-    return 0.0 if device is None else device.flops / 1e12
+    if device is None:
+        return 0.0
+    # GPUs compute float32 in TF32, at half of bfloat16's rate; TPUs out of bfloat16.
+    return device.flops / 1e12 / (2 if dtype == "float32" and device.platform == "cuda" else 1)
 
 
 def _drawing() -> Any:

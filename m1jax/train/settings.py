@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -12,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from m1jax.errors import UserError
 
 T = TypeVar("T")
+MAX_SEED = 2**32 - 1  # that the shuffling of data takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +24,14 @@ class ModelSettings:
     config: str = ""  # a config.json, for random weights
     tokenizer: str = ""  # a tokenizer folder; that of `path` by default
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; weights, head and optimiser are float32
+    save_dtype: Literal["float32", "bfloat16"] = "float32"  # of OUT/model; a stage that goes on from it wants float32
     remat: Literal["none", "projections", "layer"] = "layer"  # what the gradient keeps of each layer
     capacity: float = 0.0  # tokens of an expert, as a multiple of an equal share; 0: no token is dropped
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """`[data]`: documents, and how they fill rows."""
+    """`[data]`: documents, and how they fill rows. Stage rl has no documents: only `accumulate` counts there."""
 
     files: tuple[str, ...] = ()  # files or patterns such as "corpus/*.jsonl": .txt, .jsonl, .npy (tokens)
     length: int = 2048  # tokens of a row
@@ -42,11 +45,11 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """`[optimizer]`: AdamW as in the papers, and its schedule: warm up, stay, decay."""
+    """`[optimizer]`: AdamW as in the papers, and its schedule: warm up, stay, decay; in stage rl it counts updates."""
 
     learning_rate: float = 2e-4
-    warmup: int = 500  # steps from 0
-    decay: int = 0  # steps at the end, down to `final`
+    warmup: int = 500  # steps (rl: updates) from 0
+    decay: int = 0  # steps (rl: updates) at the end, down to `final`
     final: float = 0.1  # of the learning rate
     b1: float = 0.9
     b2: float = 0.95
@@ -60,7 +63,7 @@ class OptimizerSettings:
 class CheckpointSettings:
     """`[checkpoint]`: written beside the training, the newest `keep` stay."""
 
-    every: int = 500  # steps
+    every: int = 0  # steps; 0: 500, in stage rl, whose steps are generation batches, 10
     keep: int = 3
 
 
@@ -102,7 +105,7 @@ class Settings:
     def __post_init__(self) -> None:
         o, data = self.optimizer, ("length", "rows", "accumulate", "bins", "validate_every")
         positive = [f"data.{name}" for name in data]
-        for name in ("steps", *positive, "checkpoint.every", "checkpoint.keep", "guard.skips", "log.every"):
+        for name in ("steps", *positive, "checkpoint.keep", "guard.skips", "log.every"):
             value: Any = self
             for part in name.split("."):
                 value = getattr(value, part)
@@ -117,19 +120,37 @@ class Settings:
             "optimizer.final": (o.final, 0 <= o.final <= 1, "between 0 and 1"),
             "optimizer.warmup": (o.warmup, o.warmup >= 0, "0 or more"),
             "optimizer.decay": (o.decay, o.decay >= 0, "0 or more"),
-            "seed": (self.seed, self.seed >= 0, "0 or more"),
+            "optimizer.weight_decay": (o.weight_decay, o.weight_decay >= 0, "0 or more"),
+            "checkpoint.every": (self.checkpoint.every, self.checkpoint.every >= 0, "0 (the stage's own) or more"),
+            "log.peak_tflops": (self.log.peak_tflops, self.log.peak_tflops >= 0, "0 (that of the device) or more"),
+            "seed": (self.seed, 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
             "guard.spike": (self.guard.spike, self.guard.spike >= 0, "0 (no limit) or more"),
             "model.capacity": (self.model.capacity, self.model.capacity >= 0, "0 (no token is dropped) or more"),
         }
         for name, (value, good, wanted) in ranges.items():
             if not good:
                 raise UserError(f"{name} = {value} must be {wanted}")
-        if self.stage == "rl" and self.data.validation:
-            raise UserError("data.validation has no meaning in stage rl: set rl.evaluate_every")
-        if self.stage == "rl" and self.model.capacity:
-            raise UserError(f"model.capacity = {self.model.capacity} has no meaning in stage rl: leave it out")
+        if self.stage == "rl":
+            self._check_rl()
+        elif self.rl:
+            raise UserError(f"[rl] has no meaning in stage {self.stage}: leave it out")
         if bool(self.model.path) == bool(self.model.config):
             raise UserError("[model] needs either path (a model to go on from) or config (for random weights)")
+
+    def _check_rl(self) -> None:
+        """Raises `UserError` for what other stages read and this one does not."""
+        if self.data.validation:
+            raise UserError("data.validation has no meaning in stage rl: set rl.evaluate_every")
+        for field in dataclasses.fields(self.data):
+            if field.name != "accumulate" and getattr(self.data, field.name) != field.default:
+                raise UserError(f"data.{field.name} has no meaning in stage rl, which draws problems: leave it out")
+        if self.model.capacity:
+            raise UserError(f"model.capacity = {self.model.capacity} has no meaning in stage rl: leave it out")
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps between two checkpoints."""
+        return self.checkpoint.every or (10 if self.stage == "rl" else 500)
 
 
 def read(file: Path) -> Settings:
@@ -195,6 +216,8 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     kind: Any = dict if origin is not None else hint
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} = {value} must be finite")
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{name} = {value!r} must be a {kind.__name__}")
     return value

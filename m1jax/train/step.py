@@ -63,7 +63,7 @@ def schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
         optax.linear_schedule(peak, peak * settings.final, max(settings.decay, 1)),
     ]
     joined = optax.join_schedules(parts, [settings.warmup, settings.warmup + stay])
-    return lambda count: joined(count + 1 if settings.warmup else count)  # the first step counts
+    return lambda count: joined(count + 1)  # the first step counts, and the last one has arrived
 
 
 def adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
@@ -124,12 +124,12 @@ def totals(batch: Batch) -> Metrics:
 
 
 def measuring(loss: Loss) -> Callable[[M1, Batch], Metrics]:
-    """The compiled cross-entropy of a batch `[1, B, T]` and what it weighs among others, no gradient."""
+    """The compiled metrics of the first of the batches `[A, B, T]`, and what it weighs among others, no gradient."""
 
     def measure(model: M1, batch: Batch) -> Metrics:
         some = jax.tree.map(lambda a: a[0], batch)
         total = totals(some)
-        return {"cross_entropy": loss(model, some, total)[1]["cross_entropy"], "weights": total["weights"]}
+        return loss(model, some, total)[1] | {"weights": total["weights"]}
 
     return jax.jit(measure)
 
