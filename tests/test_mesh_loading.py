@@ -1,5 +1,6 @@
 """Loading onto meshes: the same values as on one device, from as few bytes as the shards have; refusals."""
 
+import dataclasses
 import json
 import math
 import os
@@ -23,6 +24,8 @@ from m1jax.sharding import sizes
 from m1jax.sharding.mesh import MeshShape, abstract_mesh, make_mesh
 from m1jax.sharding.placing import Block, pieces, place
 from m1jax.sharding.rules import shardings
+from m1jax.train import loop
+from m1jax.train.settings import ModelSettings, Settings
 from m1jax.weights import expected
 from tests.checkpoints import random_tensors, write_checkpoint
 from tests.tools import variant
@@ -80,6 +83,23 @@ def test_only_the_shards_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch)
     open_parameters = loading.open_parameters
     monkeypatch.setattr(loading, "open_parameters", counting)
     m1jax.load(folder, mesh=mesh_of(MESHES[1]))
+    assert read == {name: spec.size for name, spec in param_table(CONFIG).items()}
+
+
+def test_training_reads_each_block_once(folder: Path) -> None:
+    """Also what several devices hold alike."""
+    model = ModelSettings(path=str(folder))
+    parts = loop.prepare(Settings("pretrain", "out", 1, mesh="data=2,fsdp=2,expert=2", model=model))
+    read: dict[str, int] = {}
+    assert parts.source is not None
+    reader = parts.source.read
+
+    def counting(name: str, *block: Any) -> Any:
+        out = reader(name, *block)
+        read[name] = read.get(name, 0) + out.size
+        return out
+
+    loop.fresh(dataclasses.replace(parts, source=parts.source._replace(read=counting)))
     assert read == {name: spec.size for name, spec in param_table(CONFIG).items()}
 
 

@@ -21,6 +21,7 @@ from m1jax.params import ParamSpec, flatten
 from m1jax.saving import save
 from m1jax.sharding import sizes
 from m1jax.sharding.mesh import MeshShape, choose, make_mesh
+from m1jax.sharding.placing import place
 from m1jax.sharding.region import everywhere
 from m1jax.sharding.rules import check, rules_of, shardings, shards
 from m1jax.tokenizer import Tokenizer
@@ -169,9 +170,7 @@ def fresh(parts: Parts) -> TrainState:
             if 0 in spec.shape:
                 return jnp.zeros(spec.shape, jnp.float32, device=lies[path])
             kind = np.dtype(np.float32)
-            return jax.make_array_from_callback(
-                spec.shape, lies[path], lambda block: source.read(path, spec, block or (), kind)
-            )
+            return place(lambda block: source.read(path, spec, block, kind), spec.shape, kind, lies[path])
 
         start = functools.partial(init_state, optimizer=parts.optimizer)
         return jax.jit(start, out_shardings=places)(build(config, leaf))
