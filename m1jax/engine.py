@@ -310,16 +310,17 @@ class Generation:
         logits, state = engine.prefill([r.tokens[read:] for r in requests.values()], N, self._prior)
         self._prior = None
         B, order = engine.rows_bucket(len(new)), list(requests)
-        source = np.zeros((B,), np.int32)
+        if len(new) > len(requests):  # samples of one prompt
+            source = _padded([order.index(slot.request) for slot in new], B)
+            logits, state = engine.run(device.repeat, logits, state, source)
         seen = np.zeros((B, engine.model.config.vocab_size), bool)
         settings = [(Sampling(temperature=0), 0, 0)] * B
         for b, slot in enumerate(new):
             request = slot.reply.request
-            source[b] = order.index(slot.request)
             seen[b, list(request.tokens)] = True
             settings[b] = (request.sampling, request.seed, slot.reply.sample)
         forced = _forced(B, {b: slot.reply for b, slot in enumerate(new)})
-        return engine.run(device.begin, logits, state, source, seen, SamplingRows.of(settings), forced)
+        return engine.run(device.begin, logits, state, seen, SamplingRows.of(settings), forced)
 
     def _join(self, new: Rows, live: list[int], count: int) -> Rows:
         """The live rows, then the first `count` rows of a new batch, whose cache is as long or longer."""

@@ -11,7 +11,7 @@ M hidden, E experts, F expert width, V vocabulary, R rotary_dim.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -35,6 +35,7 @@ from m1jax.sharding.region import (
     lookup,
     mesh_in_use,
     on_mesh,
+    rows_of,
     start,
     total,
     ways,
@@ -79,8 +80,25 @@ class M1State:
 
     def take(self, rows: jax.Array) -> "M1State":
         """The state of the given rows `[B']`, in that order; rows may repeat."""
-        s, k, v = self.lightning.s, self.cache.k, self.cache.v
-        return M1State(LightningState(s[:, rows]), KVCache(k[:, rows], v[:, rows]), self.length[rows])
+        return take_rows((self,), rows)
+
+
+def take_rows(states: Sequence[M1State], rows: jax.Array) -> M1State:
+    """The given rows `[B']` of states whose caches have one length, one after the other, each where its device is.
+
+    One layer at a time: beside the states and the result there is little else.
+    """
+
+    def taken(axes: tuple[str, ...], *parts: jax.Array) -> jax.Array:
+        def local(rows: jax.Array, *parts: jax.Array) -> jax.Array:
+            if axes[0] == "batch":
+                return rows_of(parts, rows)
+            return lax.map(lambda parts: rows_of(parts, rows), parts)
+
+        named = {f"state {i}": axes for i in range(len(parts))}
+        return on_mesh(local, None, axes, rows=("batch",), **named)(rows, *parts)
+
+    return jax.tree.map(taken, _STATE, *states, is_leaf=lambda x: isinstance(x, tuple))
 
 
 _STATE: Any = M1State(

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from m1jax.model import M1, KVCache, M1State
+from m1jax.model import M1, KVCache, M1State, take_rows
 from m1jax.sampling import SamplingRows, sample
 from m1jax.sharding.region import everywhere
 
@@ -31,10 +31,6 @@ class Rows:
     seen: jax.Array
     sampling: SamplingRows
 
-    def take(self, rows: jax.Array) -> "Rows":
-        """The given rows, in that order."""
-        return Rows(self.state.take(rows), self.token[rows], self.seen[rows], self.sampling.take(rows))
-
 
 @functools.partial(jax.jit, donate_argnames=("state", "logits"))
 def prefill(
@@ -46,12 +42,18 @@ def prefill(
 
 
 @jax.jit
+def repeat(logits: jax.Array, state: M1State, source: jax.Array) -> tuple[jax.Array, M1State]:
+    """Logits `[B, V]` and state of which row b is row source[b] of a prefill's."""
+    return logits[source], state.take(source)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
 def begin(
-    logits: jax.Array, state: M1State, source: jax.Array, seen: jax.Array, sampling: SamplingRows, forced: jax.Array
+    logits: jax.Array, state: M1State, seen: jax.Array, sampling: SamplingRows, forced: jax.Array
 ) -> tuple[jax.Array, Rows]:
-    """A batch whose row b continues row source[b] of a prefill, and the first token of each."""
-    token = jnp.zeros_like(source)
-    return _choose(logits[source], Rows(state.take(source), token, seen, sampling), forced)
+    """A batch that continues a prefill, and the first token of each row."""
+    token = jnp.zeros(logits.shape[:1], jnp.int32)
+    return _choose(logits, Rows(state, token, seen, sampling), forced)
 
 
 @functools.partial(jax.jit, donate_argnames="rows")
@@ -83,17 +85,11 @@ def _choose(logits: jax.Array, rows: Rows, forced: jax.Array) -> tuple[jax.Array
 def join(batches: tuple[Rows, ...], source: jax.Array) -> Rows:
     """A batch of the given rows `[B]` of all batches one after the other; their caches have one length."""
 
-    def joined(axis: int, *arrays: jax.Array) -> jax.Array:
-        return jnp.concatenate(arrays, axis)
+    def joined(*arrays: jax.Array) -> jax.Array:
+        return jnp.concatenate(arrays)[source]
 
-    if len(batches) == 1:
-        return batches[0].take(source)
-    lightning = jax.tree.map(functools.partial(joined, 1), *(rows.state.lightning for rows in batches))
-    cache = jax.tree.map(functools.partial(joined, 1), *(rows.state.cache for rows in batches))
-    length = joined(0, *(rows.state.length for rows in batches))
-    rest = [jax.tree.map(functools.partial(joined, 0), *parts) for parts in zip(*map(_parts, batches), strict=True)]
-    token, seen, sampling = rest
-    return Rows(M1State(lightning, cache, length), token, seen, sampling).take(source)
+    rest = [jax.tree.map(joined, *parts) for parts in zip(*map(_parts, batches), strict=True)]
+    return Rows(take_rows([rows.state for rows in batches], source), *rest)
 
 
 def _parts(rows: Rows) -> tuple[jax.Array, jax.Array, SamplingRows]:

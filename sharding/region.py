@@ -9,7 +9,7 @@ devices then has a gradient in parts, which the collectives' own transposes add 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -171,3 +171,32 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     inside = (own >= 0) & (own < table.shape[0])
     rows = table[jnp.where(inside, own, 0)]
     return lax.psum(jnp.where(inside[..., None], rows, 0), over)
+
+
+def rows_of(parts: Sequence[jax.Array], rows: jax.Array) -> jax.Array:
+    """The given rows of several arrays, one after the other, whose leading axis is the batch.
+
+    The blocks of the devices go round, so that a device holds one of them at a time beside its own.
+
+    Args:
+      parts: `[B_i, …]`, alike but for the number of rows.
+      rows: int32 `[B]`, row numbers as if the arrays were one, of what this device is to have.
+    """
+    over = split_over("batch")
+    n, me = size_of(over), index(over)
+    round_trip = [(i, (i - 1) % n) for i in range(n)]
+    out, first = jnp.zeros((*rows.shape, *parts[0].shape[1:]), parts[0].dtype), 0
+    for part in parts:
+        size = part.shape[0]
+
+        def look(i: jax.Array | int, carry: Any, first: int = first, size: int = size) -> Any:
+            block, out = carry
+            at = rows - first - (me + i) % n * size
+            here = (at >= 0) & (at < size)
+            found = block[jnp.where(here, at, 0)]
+            out = jnp.where(here.reshape(-1, *(1,) * (out.ndim - 1)), found, out)
+            return lax.ppermute(block, over, round_trip) if over else block, out
+
+        out = lax.fori_loop(0, n, look, (part, out))[1]
+        first += n * size
+    return out

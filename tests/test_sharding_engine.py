@@ -4,12 +4,18 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from m1jax.generate import main
-from tests.tools import DATA
+from m1jax.model import M1State, abstract, take_rows
+from m1jax.sharding.mesh import MeshShape, make_mesh
+from m1jax.sharding.rules import shardings
+from tests.tools import DATA, variant
 
 HELLO = DATA / "m1_hello"
+CONFIG = variant(vocab_size=64, num_key_value_heads=4, num_local_experts=8, layer_types=("lightning", "softmax") * 4)
 
 
 def generated(capsys: pytest.CaptureFixture[str], *args: object) -> Any:
@@ -28,6 +34,32 @@ def test_the_same_text_on_a_mesh(capsys: pytest.CaptureFixture[str], monkeypatch
         monkeypatch.setattr(jax, "devices", lambda *_, count=count: devices[:count])
         got = [[sample["text"] for sample in generated(capsys, *args, "--mesh", text)["samples"]] for args in asked]
         assert got == want
+
+
+@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "data=4,expert=2"])
+def test_rows_join_without_a_device_holding_all(mesh: str) -> None:
+    """Rows that are split over devices stay so, and little is needed beside the states and the result."""
+    model = abstract(CONFIG, "float32")
+    there = make_mesh(MeshShape.parse(mesh))
+    rng = np.random.default_rng(0)
+    source = np.asarray([9, 0, 3, 11, 7, 7, 4, 1], np.int32)
+
+    def state(rows: int) -> M1State:
+        shapes = jax.eval_shape(lambda model: model.init_state(rows, 256), model)
+        return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), shapes)
+
+    states = [state(4), state(8)]
+    with jax.set_mesh(there):
+        placed = [jax.device_put(state, shardings(CONFIG, there, state)) for state in states]
+        joined = jax.jit(take_rows).lower(placed, source).compile()
+        got = joined(placed, source)
+    want = take_rows(states, jnp.asarray(source))
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for x, where in zip(jax.tree.leaves(got), jax.tree.leaves(shardings(CONFIG, there, got)), strict=True):
+        assert x.sharding.is_equivalent_to(where, x.ndim)
+    memory = joined.memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < memory.output_size_in_bytes
 
 
 def test_a_mesh_that_does_not_fit_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
