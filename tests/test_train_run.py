@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -225,13 +226,17 @@ def test_the_peak_is_that_of_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_figures_that_are_added_never_take_the_step_away(folder: Path, tmp_path: Path) -> None:
-    """An evaluation makes the line longer; what is in the file is the step's line at any time."""
+    """An evaluation makes the step's line longer; a process that ends before it is written leaves the line."""
     with Report(settings(folder, tmp_path), CONFIG, 1, 0) as report:
         report.step(0, {"loss": 1.0}, 10, 1.0)
-        before = (tmp_path / "metrics.jsonl").read_text()
-        report.add({"validation_loss": 2.0})
-    (row,) = rows(tmp_path)
-    assert row["validation_loss"] == 2.0 and (tmp_path / "metrics.jsonl").read_text().startswith(before[:-2])
+        before, stream = rows(tmp_path), report._stream
+        report._stream = Mock(wraps=stream, write=Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            report.add({"validation_loss": 2.0})
+        assert rows(tmp_path) == before
+        report._stream = stream
+        report.add({"validation_loss": 3.0})
+    assert rows(tmp_path) == [before[0] | {"validation_loss": 3.0}]
 
 
 def test_auto_takes_all_devices(folder: Path, tmp_path: Path) -> None:
