@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import secrets
+import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -126,15 +127,28 @@ def of_first(rows: "NDArray[Any]") -> "NDArray[Any]":
 
 def check_same(name: str, value: str) -> None:
     """Raises `UserError`, in every process, if they do not all have the same value."""
+    own, all_ = _digests(value)
+    for i, other in enumerate(all_):
+        if other != own:
+            raise UserError(f"process {i} has another {name} than this one: give all of them the same")
+
+
+def neighbours() -> int:
+    """How many of the processes are on this machine, this one included."""
+    own, all_ = _digests(socket.gethostname())
+    return all_.count(own)
+
+
+def _digests(value: str) -> tuple[bytes, list[bytes]]:
+    """The digests of this process's value and of all processes' values."""
+    own = hashlib.sha256(value.encode()).digest()
     if errors.alone():
-        return
+        return own, [own]
     import numpy as np
     from jax.experimental import multihost_utils
 
-    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.int32)
-    for i, other in enumerate(np.asarray(multihost_utils.process_allgather(digest))):
-        if (other != digest).any():
-            raise UserError(f"process {i} has another {name} than this one: give all of them the same")
+    rows = np.asarray(multihost_utils.process_allgather(np.frombuffer(own, np.int32)))
+    return own, [row.tobytes() for row in rows]
 
 
 def wait(name: str) -> None:

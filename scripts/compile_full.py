@@ -71,7 +71,7 @@ def check(found: dict[str, dict[str, int]], record: dict[str, dict[str, int]], p
 
 
 @main_guard
-def main() -> None:
+def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python scripts/compile_full.py", description="Compiles the whole M1.")
     parser.add_argument("--platform", choices=("cpu", "cuda"), help="one compiler only (those that are installed)")
@@ -88,16 +88,19 @@ def main() -> None:
             print(f"only arguments are checked: {error}", file=sys.stderr)
             platforms = ["cpu"]
         for platform in platforms:
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--platform", platform], check=True)
-        return
+            child = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--platform", platform], check=False)
+            if child.returncode:  # it has said why
+                return child.returncode
+        return 0
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
     found = compile_cases(args.platform, args.case or list(cases()))
     if args.write:
         RECORD.write_text(json.dumps(record | found, indent=1) + "\n", encoding="utf-8")
-        return
+        return 0
     grown = check(found, record, args.platform)
     if grown:
         raise UserError("needs more memory than on record: " + "; ".join(grown) + ": if it must be, --write")
+    return 0
 
 
 if __name__ == "__main__":

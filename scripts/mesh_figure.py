@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from m1jax.config import M1Config
+from m1jax.errors import UserError, main_guard
 from m1jax.model import abstract
 from m1jax.params import STATE_AXES, param_table
 from m1jax.presets import find_config
@@ -75,13 +76,16 @@ def _box(x: float, y: float, colour: str) -> Any:
     return Rectangle((x + 0.03, y + 0.06), 0.94, 0.88, color=colour, linewidth=0)
 
 
+@main_guard
 def main() -> None:
     """See the module."""
-    import matplotlib.pyplot as plt
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("sharding/mesh.png"), help="where to (sharding/mesh.png)")
     args = parser.parse_args()
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("a figure needs matplotlib: pip install 'm1jax[plot]'") from None
     config = find_config("m1-80k")
     widths = [1 + sum(size > 1 for size in vars(shape).values()) for _, shape, *_ in MESHES]
     figure, columns = plt.subplots(1, 3, figsize=(10, 5), sharey=True, width_ratios=widths, layout="constrained")

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from m1jax.errors import main_guard
 from m1jax.kernels.gpu import deviceless
 from m1jax.model import abstract
 from m1jax.presets import find_config
+from m1jax.sharding import compiling
 from m1jax.sharding.mesh import AXES
 from m1jax.sharding.rules import shardings
 
@@ -52,6 +54,7 @@ def figures(config_name: str, devices: int, tokens: int, quantize: str | None) -
     }
 
 
+@main_guard
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,7 +64,7 @@ def main() -> None:
     parser.add_argument("--quantize", choices=("int8", "int4"), help="hold the experts in int8 or int4")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
+    compiling.prepare("cuda", max(args.devices))
     rows = []
     print("| devices | tokens | arguments, GB | temporaries, GB | compiled in, s |\n|---|---|---|---|---|")
     for devices in args.devices:

@@ -72,13 +72,13 @@ def compile_step(config: M1Config, work: Workload, mesh: MeshShape, platform: Pl
 def check_backend(platform: Platform) -> None:
     """Raises `UserError` if the wheel of a backend is missing."""
     version = jax.__version__
-    if platform == "cuda" and importlib.util.find_spec("jax_cuda13_plugin") is None:
+    if platform == "cuda" and not all(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_plugins"))):
         raise UserError(
-            "--compile cuda needs the compiler (131 MB, no GPU): pip install --no-deps "
+            "compiling for GPUs needs the CUDA compiler (131 MB, no GPU): pip install --no-deps "
             f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"
         )
     if platform == "tpu" and importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--compile tpu needs the compiler (no TPU): pip install 'libtpu=={_LIBTPU}'")
+        raise UserError(f"compiling for TPUs needs the compiler (no TPU): pip install 'libtpu=={_LIBTPU}'")
 
 
 def prepare(platform: Platform, devices: int) -> None:

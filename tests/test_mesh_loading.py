@@ -213,8 +213,11 @@ def test_what_would_fit_on_accelerators(monkeypatch: pytest.MonkeyPatch) -> None
     assert "--quantize int4 --mesh data=1,expert=4,tensor=1 fits, 68.4" in sizes.remedy(config, "bfloat16", 80e9, 1)
     assert "no mesh" in sizes.remedy(config, "bfloat16", 1e9, 8)
     assert "--dtype float32 --mesh data=1,expert=8,tensor=1 fits, 228.1 GB" in sizes.remedy(config, "float32", 1e12, 8)
-    assert sizes.remedy(config, "bfloat16", 920e9, 1) == "--dtype bfloat16 fits, 912.2 GB on one device"
-    monkeypatch.setattr(sizes, "host_memory", lambda: 1000)
+    assert sizes.remedy(config, "bfloat16", 940e9, 1) == "--dtype bfloat16 fits, 912.2 GB on one device"
+    assert "int4" in sizes.remedy(config, "bfloat16", 60e9, 8)  # 59.8 GB would leave no room for a step
+    monkeypatch.setattr(sizes, "host_memory", lambda: 1_000_000)
+    sizes.require_room("m", CONFIG, None, "float32")
+    monkeypatch.setattr(sizes, "neighbours", lambda: 4)
     with pytest.raises(UserError, match=r"m needs .* on this machine in float32"):
         sizes.require_room("m", CONFIG, None, "float32")
 

@@ -256,9 +256,13 @@ def test_the_compiler_counts_the_same_arguments(mode: Any) -> None:
 
 
 def test_missing_wheels_and_wrong_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    for missing in ("jax_cuda13_plugin", "jax_plugins"):  # there are two wheels
+        monkeypatch.setattr(
+            compiling.importlib.util, "find_spec", lambda name, missing=missing: name != missing or None
+        )
+        with pytest.raises(UserError, match="pip install --no-deps jax-cuda13-plugin=="):
+            compiling.check_backend("cuda")
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match="pip install --no-deps jax-cuda13-plugin=="):
-        compiling.check_backend("cuda")
     with pytest.raises(UserError, match="libtpu"):
         compiling.check_backend("tpu")
     with pytest.raises(UserError, match="compiles for H100, H800, H200, not for A100"):
