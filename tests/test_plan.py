@@ -83,6 +83,25 @@ def test_plan_of_a_small_model() -> None:
     assert found.tokens_per_second == pytest.approx(4 / found.roofline.seconds)
 
 
+@pytest.mark.parametrize(
+    ("row", "device", "work"),
+    [
+        ("8×H800, int8, decode B=8 at 128k", "H800", Workload("serve", 8, 131072, quantize="int8")),
+        ("64×H800, bfloat16, decode B=64 at 128k", "H800", Workload("serve", 64, 131072)),
+    ],
+    ids=["8 devices", "64 devices"],
+)
+def test_the_readmes_table_is_the_planners(row: str, device: str, work: Workload) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {row} |"))
+    _, _, mesh, *cells, bound, _ = (cell.strip() for cell in line.split("|"))
+    plan = make_plan(FULL, work, MeshShape.parse(mesh), DEVICES[device])
+    memory = plan.memory
+    sizes = [f"{x / 1e9:.2f}" for x in (memory.parameters, memory.cache + memory.state, memory.temporaries)]
+    limits = [f"{n:,}" for n in (plan.largest_batch, plan.longest_context)]
+    assert [*cells, bound] == [*sizes, *limits, f"{1e3 * plan.roofline.seconds:.2f}", plan.roofline.bound]
+
+
 def test_limits_are_the_last_that_fit() -> None:
     work = Workload("serve", 8, 131072, quantize="int8")
     found = make_plan(FULL, work, MeshShape(expert=8), H200)
