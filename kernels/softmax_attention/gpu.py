@@ -137,12 +137,12 @@ def _with_log_sums(
 
 def pallas(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, interpreted: bool = False) -> jax.Array:
     """One query a row, keys split among programs; shapes as in `reference.softmax_attention`."""
-    kernel: Any = importlib.import_module(_DECODE)
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array) -> jax.Array:
         with warnings.catch_warnings():
             # Pallas' Triton backend is deprecated; this is the one kernel of its kind that jax has.
             warnings.simplefilter("ignore", DeprecationWarning)
+            kernel: Any = importlib.import_module(_DECODE)
             return kernel.gqa(
                 q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), kv_seq_len=offset + 1, k_splits=_SPLITS,
                 block_k=math.gcd(_BLOCK, k.shape[2] // _SPLITS), interpret=interpreted,
