@@ -2,9 +2,9 @@
 
     python scripts/check_kernels.py [--no-model] [--only WORD]
 
-Prints for each kernel registers, spills, bytes of shared memory and tensor-core instructions (HGMMA); then the memory
-one period of M1 (7 lightning layers, 1 softmax) takes. Fails on a spill, on shared memory above 232,448 bytes, and on a
-matrix kernel without HGMMA.
+Prints for each kernel, under the first case that launches it, registers, spills, bytes of shared memory and tensor-core
+instructions (HGMMA); then the memory one period of M1 (7 lightning layers, 1 softmax) takes. Fails on a spill, on
+shared memory above 232,448 bytes, on a matrix kernel without HGMMA, and on a model that launches no kernel.
 """
 
 import argparse
@@ -25,30 +25,33 @@ from m1jax.model import abstract, period
 from m1jax.presets import find_config
 from m1jax.sharding.mesh import MeshShape, make_mesh
 
-OPS = ("lightning_attention", "experts")
+OPS = {"lightning_attention": "lightning", "experts": "experts"}
 
 
-def cases(word: str) -> Iterator[Case]:
-    """The cases of all ops whose name contains `word`."""
-    for op in OPS:
+def cases(word: str) -> Iterator[tuple[str, Case]]:
+    """The cases of all ops whose name, with that of the op before it, contains `word`."""
+    for op, title in OPS.items():
         for case in importlib.import_module(f"m1jax.kernels.{op}.cases").CASES:
-            if word in case.name:
-                yield case
+            if word in f"{title} {case.name}":
+                yield f"{title} {case.name}", case
 
 
-def check(case: Case) -> int:
-    """Compiles the kernels of one case and prints a line for each; returns how many must not be used."""
-    jaxpr = jax.make_jaxpr(case.fn)(*case.args)
+def check(name: str, case: Case, done: set[aot.Launch]) -> int:
+    """Compiles a case's kernels that are not done and prints a line for each; returns how many must not be used."""
+    jaxpr = jax.make_jaxpr(lambda arguments: case.call("triton", arguments))(case.abstract())
     found = list(dict.fromkeys(aot.launches(jaxpr.jaxpr)))
     if not found:
-        raise UserError(f"{case.name}: launches no Triton kernel")
+        raise UserError(f"{name}: launches no Triton kernel")
     bad = 0
     for launch in found:
+        if launch in done:
+            continue
+        done.add(launch)
         report = aot.compiled(launch)
         faults = report.faults(case.matmul)
         bad += bool(faults)
         numbers = f"{report.registers:9} {report.spills:6} {report.shared:9,} {report.hgmma:6}"
-        print(f"{case.name:36} {report.name:12} {numbers}  {'; '.join(faults) or 'ok'}", flush=True)
+        print(f"{name:42} {report.name:16} {numbers}  {'; '.join(faults) or 'ok'}", flush=True)
     return bad
 
 
@@ -68,6 +71,8 @@ def check_model(mesh: jax.sharding.Mesh, B: int, T: int, N: int) -> None:
     step = jax.jit(lambda model, tokens, state: model.step(tokens, state, logits="last"), donate_argnums=2)
     lowered = step.lower(model, tokens, state)
     kernels = lowered.as_text().count("triton_kernel_call")
+    if not kernels:
+        raise UserError("one period of M1 launches no Triton kernel")
     memory = lowered.compile().memory_analysis()
     parts = ("argument", "output", "alias", "temp")
     sizes = ", ".join(f"{part} {getattr(memory, f'{part}_size_in_bytes') / 1e9:.2f}" for part in parts)
@@ -89,8 +94,9 @@ def main() -> int:
     except ImportError as error:
         raise UserError(str(error)) from error
     with jax.set_mesh(mesh):
-        print(f"{'case':36} {'kernel':12} {'registers':>9} {'spills':>6} {'shared':>9} {'hgmma':>6}")
-        bad = sum(check(case) for case in cases(args.only))
+        print(f"{'case':42} {'kernel':16} {'registers':>9} {'spills':>6} {'shared':>9} {'hgmma':>6}")
+        done: set[aot.Launch] = set()
+        bad = sum(check(name, case, done) for name, case in cases(args.only))
         if not args.no_model:
             check_model(mesh, B=1, T=8192, N=8192)
             check_model(mesh, B=32, T=1, N=32768)

@@ -5,7 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from m1jax.kernels.experts import api as experts
+from m1jax.kernels.lightning_attention import api as lightning
+from m1jax.kernels.softmax_attention import api as softmax
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_gpu.py"
 
@@ -35,11 +41,11 @@ def test_a_kernel_that_fails_is_not_skipped(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from gpu_bench.report import Report  # pyright: ignore[reportMissingImports]
 
-    report = Report(tmp_path / "out.json", True)
+    report = Report(tmp_path / "out.json", False, "NVIDIA H200")
 
-    def outcome(stage: str, error: Exception) -> str:
+    def outcome(stage: str, error: Exception, must: float | None) -> str:
         report.stage = stage
-        with report.attempt(f"{error}"):
+        with report.attempt(f"{error}", must):
             raise error
         row = report.rows[-1]
         assert ("skipped" in row) != (row.get("wrong") is True and "failed" in row)
@@ -48,11 +54,12 @@ def test_a_kernel_that_fails_is_not_skipped(tmp_path: Path, monkeypatch: pytest.
 
     memory = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes.")
     tiles = RuntimeError("INTERNAL: Shared memory size limit exceeded")
-    for stage, error, want in [
+    for stage, error, want, *must in [
         ("check", ImportError("no fla"), "skipped"),
         ("check", RuntimeError("INTERNAL: an illegal memory access was encountered"), "wrong"),
         ("check", memory, "wrong"),
         ("decode", memory, "skipped"),
+        ("decode", memory, "wrong", 5e-6),
         ("decode", MemoryError("host"), "skipped"),
         ("decode", ValueError("implementation: 'triton' cannot run"), "wrong"),
         ("decode", AssertionError("in the compiler"), "wrong"),
@@ -60,7 +67,35 @@ def test_a_kernel_that_fails_is_not_skipped(tmp_path: Path, monkeypatch: pytest.
         ("sweep", tiles, "skipped"),
     ]:
         report.rows.clear()
-        assert outcome(stage, error) == want, (stage, error)
+        assert outcome(stage, error, *must or [None]) == want, (stage, error)
+    report.device = "NVIDIA H100 80GB HBM3"  # of which nothing is required
+    assert outcome("decode", memory, 5e-6) == "skipped" and report.bandwidth < 3.35e12
+    report.timed("decode", 1e-3, must=5e-6)
+    assert "reached" not in report.rows[-1]
+
+
+def test_every_comparison_can_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stage `check` asks for is nothing that an op would refuse on an H200."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from gpu_bench import correctness  # pyright: ignore[reportMissingImports]
+    from gpu_bench.report import Report  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.setattr(softmax.gpu, "capability", lambda: 90)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for module in (softmax.gpu, lightning, experts):
+        monkeypatch.setattr(module, "refusal", lambda: None)
+    asked = set()
+    for op, name, case in correctness.comparisons(Report(tmp_path / "out.json", False, "NVIDIA H200")):
+        a = case.abstract()
+        if op == "softmax":
+            assert softmax._choose(name, a["q"], a["k"], a.get("offset"), a.get("segments")) == name
+        elif op == "experts":
+            assert experts._choose(name, a["gate_up"], a["down"]) == name
+        else:
+            assert lightning._choose(name, case.T, case.D, jnp.dtype(case.dtype)) == name
+        asked.add((name, case.dtype, case.whole))
+    assert {(name, whole) for name, _, whole in asked} >= {("triton", True), ("cudnn", True), ("pallas", False)}
+    assert ("triton", "float32", False) in asked and ("cudnn", "bfloat16", False) in asked
 
 
 def test_bad_use(tmp_path: Path) -> None:

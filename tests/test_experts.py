@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from m1jax.kernels.experts import Quantized, dequantize, experts, gpu, quantize
+from m1jax.kernels.experts.cases import CASES, ExpertsCase
 from m1jax.kernels.experts.gpu import route
 from m1jax.kernels.experts.order import by_bucket
+from m1jax.kernels.gpu.case import reduced
 from tests import tools
-from tests.tools import normal, rms_error
+from tests.tools import compare_case, normal, rms_error
 
 IMPLEMENTATIONS = ["xla", "triton_interpreted"]
 TOLERANCE = tools.TOLERANCE | {"float32": 3e-6}  # two products, one after the other
@@ -80,6 +82,12 @@ def test_gradients(stored: str, implementation: Any) -> None:
     for got, want in zip(gradients(implementation), gradients("reference"), strict=True):
         assert got.dtype == want.dtype and got.shape == want.shape
         assert rms_error(got, want) < (1e-5 if x.dtype == jnp.float32 else 1.5e-2)
+
+
+@pytest.mark.parametrize("case", reduced(CASES), ids=lambda case: case.name)
+def test_cases(case: ExpertsCase) -> None:
+    """The shapes that are timed and compiled, fewer channels, experts and tokens of them."""
+    compare_case(case, ("xla", "triton_interpreted"), 1e-5 if case.dtype == "float32" else 8e-3)
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "int8", "int4"])

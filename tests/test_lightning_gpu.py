@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from m1jax.kernels.gpu.case import reduced
 from m1jax.kernels.lightning_attention import gpu, lightning_attention, log_decay
+from m1jax.kernels.lightning_attention.cases import CASES, LightningCase
 from tests.test_kernels import gradients
-from tests.tools import TOLERANCE, normal, rms_error
+from tests.tools import TOLERANCE, compare_case, normal, rms_error
 
 H, D, T = 2, 32, 150
 DECAY = jnp.asarray(log_decay(H, 3, 9))
@@ -63,6 +65,12 @@ def test_values_and_gradients(segments: jax.Array | None, dtype: str) -> None:
     form = gpu.default_form(D, jnp.dtype(dtype), segments is not None, interpreted=True)
     form = dataclasses.replace(form, forward=gpu.Tiles(64, 32, 8, 1), backward=gpu.Tiles(64, 32, 8, 1))
     compare([form, dataclasses.replace(form, parts=2)], dtype, segments, (T, 0) if segments is None else (T, 141, T))
+
+
+@pytest.mark.parametrize("case", reduced(CASES), ids=lambda case: case.name)
+def test_cases(case: LightningCase) -> None:
+    """The shapes that are timed and compiled, fewer heads and tokens of them."""
+    compare_case(case, ("xla", "triton_interpreted"), TOLERANCE[case.dtype])
 
 
 def test_every_gradient_of_a_single_token() -> None:

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m1jax.kernels.gpu.case import reduced
 from m1jax.kernels.softmax_attention import api, gpu, softmax_attention
-from tests.tools import TOLERANCE, rms_error
+from m1jax.kernels.softmax_attention.cases import CASES, SoftmaxCase
+from tests.tools import TOLERANCE, compare_case, rms_error
 
 H, K, D = 6, 2, 32
 
@@ -35,6 +37,12 @@ def test_library_calls(T: int, N: int, offset: Any, dtype: str) -> None:
     got = cudnn(*arrays, at, None)
     assert got.dtype == arrays[2].dtype
     assert rms_error(got, reference(*arrays, offset=at)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("case", reduced(CASES), ids=lambda case: case.name)
+def test_cases(case: SoftmaxCase) -> None:
+    """The shapes that are timed, fewer heads and tokens of them."""
+    compare_case(case, ("xla",) if case.T > 1 else ("xla", "pallas_interpreted"), TOLERANCE[case.dtype])
 
 
 def test_padding_past_the_end_of_the_cache() -> None:

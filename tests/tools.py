@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m1jax.config import M1Config
+from m1jax.kernels.gpu import Case
 from m1jax.model import M1, build
 
 DATA = Path(__file__).parent / "data"
@@ -47,6 +48,29 @@ def rms_error(ours: Any, theirs: Any) -> float:
 def normal(seed: int, *shape: int, dtype: str = "float32") -> jax.Array:
     """Standard normal numbers."""
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)).astype(dtype)
+
+
+def random_for_cases(seed: int, shape: tuple[int, ...], dtype: Any, scale: float) -> jax.Array:
+    """What the cases of an op are filled with."""
+    rng = np.random.default_rng(seed)
+    if dtype in ("int8", "uint8"):
+        info = np.iinfo(dtype)
+        return jnp.asarray(rng.integers(info.min, info.max, shape, dtype, endpoint=True))
+    return jnp.asarray(rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)).astype(dtype)
+
+
+def compare_case(case: Case, implementations: tuple[str, ...], tolerance: float) -> None:
+    """Whether the implementations of an op agree with its reference on what `case.call` returns."""
+    arguments = case.arguments(random_for_cases)
+
+    def outputs(how: str) -> list[Any]:
+        return jax.tree.leaves(case.defined(arguments, case.call(how, arguments)))
+
+    want = outputs("reference")
+    for how in implementations:
+        for ours, theirs in zip(outputs(how), want, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert rms_error(ours, theirs) < tolerance, how
 
 
 def random_model(config: M1Config, seed: int = 0, dtype: str = "float32") -> M1:

@@ -1,66 +1,101 @@
-"""What `scripts/check_kernels.py` compiles of the experts: M1's shapes, training, prefill and decode."""
+"""The cases of the experts: M1's shapes, training, prefill and decode."""
 
-from typing import Any
+import dataclasses
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
 from m1jax.kernels.experts.api import experts
+from m1jax.kernels.experts.gpu import FEW
 from m1jax.kernels.experts.quantized import Quantization, Quantized, stored_shapes
-from m1jax.kernels.gpu import Case
+from m1jax.kernels.gpu.case import Case, Normal
 
-L, E, F, M, K = 2, 32, 9216, 6144, 2  # M1's, but for the number of layers
-
-
-def _stack(shape: tuple[int, ...], dtype: str, kind: Quantization | None) -> Any:
-    if kind is None:
-        return jax.ShapeDtypeStruct(shape, dtype)
-    values, scales = stored_shapes(kind, shape)
-    parts: Any = (
-        jax.ShapeDtypeStruct(values, "int8" if kind == "int8" else "uint8"),
-        jax.ShapeDtypeStruct(scales, "float32"),
-    )
-    return Quantized(*parts)
+PEAK = 989e12  # bfloat16 FLOP a second of an H100 or H200, by the data sheet
+PREFILL_SHARE = 0.65  # of it that a prefill of 8,192 tokens must reach
 
 
-def _case(name: str, N: int, dtype: str = "bfloat16", kind: Quantization | None = None, grad: bool = False) -> Case:
-    args = (
-        jax.ShapeDtypeStruct((N, M), dtype),
-        _stack((L, E, 2, F, M), dtype, kind),
-        _stack((L, E, M, F), dtype, kind),
-        jax.ShapeDtypeStruct((N, K), jnp.int32),
-        jax.ShapeDtypeStruct((N, K), jnp.float32),
-        jax.ShapeDtypeStruct((), jnp.int32),
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsCase(Case):
+    """N tokens of M channels, each by k of E experts of width F, whose weights are one of `layers` layers'.
 
-    def forward(*a: Any) -> jax.Array:
-        return experts(*a[:5], layer=a[5], implementation="triton")
+    `kind`: how the weights are stored, None for the dtype of the activations. `padding`: a token chooses nobody.
+    """
 
-    def backward(*a: Any) -> Any:
-        wanted = (0,) if kind else (0, 1, 2)
-        return jax.grad(lambda *a: jnp.sum(forward(*a)), argnums=wanted)(*a)
+    N: int
+    kind: Quantization | None = None
+    E: int = 32
+    F: int = 9216
+    M: int = 6144
+    k: int = 2
+    layers: int = 2
+    padding: bool = False
 
-    return Case(f"experts {name}", backward if grad else forward, args, dtype == "bfloat16")
+    def reduced(self) -> Self:
+        """int4 groups of 32 and 128; rows found and tiles chosen as for the whole case, or nearly."""
+        N = min(self.N, 8 if self.N * self.k <= FEW else 200)
+        return dataclasses.replace(self, N=N, E=4, F=96, M=256, layers=2, padding=N > 2)
+
+    @property
+    def flop(self) -> int:
+        """Of the forward products."""
+        return 6 * self.N * self.k * self.F * self.M
+
+    def arguments(self, normal: Normal) -> dict[str, Any]:
+        """Those of `experts`, and `d_out`; experts and shares are uniformly random."""
+        lead = (self.layers, self.E)
+        shares, chosen = jax.lax.top_k(jax.random.uniform(jax.random.key(self.N), (self.N, self.E)), self.k)
+        if self.padding:
+            chosen = chosen.at[1].set(self.E)
+        found: dict[str, Any] = {
+            "x": normal(5, (self.N, self.M), self.dtype, 1),
+            "gate_up": self._stack(normal, 1, (*lead, 2, self.F, self.M)),
+            "down": self._stack(normal, 2, (*lead, self.M, self.F)),
+            "chosen": chosen.astype(jnp.int32),
+            "weights": shares,
+            "layer": jnp.asarray(self.layers - 1),
+        }
+        if self.grad:
+            found["d_out"] = normal(6, (self.N, self.M), "float32", 1)
+        return found
+
+    def _stack(self, normal: Normal, seed: int, shape: tuple[int, ...]) -> Any:
+        scale = shape[-1] ** -0.5  # about the spread of trained weights
+        if self.kind is None:
+            return normal(seed, shape, self.dtype, scale)
+        values, scales = stored_shapes(self.kind, shape)
+        stored, largest = ("int8", 127) if self.kind == "int8" else ("uint8", 7)
+        return Quantized(normal(seed, values, stored, 1), jnp.full(scales, scale / largest, jnp.float32))
+
+    def call(self, implementation: Any, arguments: dict[str, Any]) -> Any:
+        """With `grad` output and gradients: of x and shares, and of weights that are not quantised."""
+        rest = dict(arguments)
+        d_out = rest.pop("d_out", None)
+        if not self.grad:
+            return experts(**rest, implementation=implementation)
+        names = ("x", "weights") if self.kind else ("x", "weights", "gate_up", "down")
+        wanted = {name: rest.pop(name) for name in names}
+        out, vjp = jax.vjp(lambda w: experts(**w, **rest, implementation=implementation), wanted)
+        return out, vjp(d_out)
 
 
-CASES = [
-    _case("decode", 1),
-    _case("decode int8", 1, kind="int8"),
-    _case("decode int4", 1, kind="int4"),
-    _case("decode 128 tokens", 128),  # the most whose rows each program finds on its own
-    _case("decode 128 tokens int8", 128, kind="int8"),
-    _case("decode 128 tokens int4", 128, kind="int4"),
-    _case("decode 160 tokens", 160),  # sorted, in narrow tiles
-    _case("decode 160 tokens int8", 160, kind="int8"),
-    _case("decode 160 tokens int4", 160, kind="int4"),
-    _case("1,024 tokens", 1024),
-    _case("1,024 tokens int8", 1024, kind="int8"),
-    _case("1,024 tokens int4", 1024, kind="int4"),
-    _case("8,192 tokens int8", 8192, kind="int8"),
-    _case("8,192 tokens int4", 8192, kind="int4"),
-    _case("gradients", 8192, grad=True),  # and the forward pass
-    _case("gradients, 1,024 tokens", 1024, grad=True),
-    _case("gradient int8", 8192, kind="int8", grad=True),
-    _case("gradient int4", 8192, kind="int4", grad=True),
-    _case("float32", 8192, dtype="float32", grad=True),
-]
+def _decode(N: int, kind: Quantization | None) -> ExpertsCase:
+    return ExpertsCase(name=f"decode {kind or 'bfloat16'} B={N}", N=N, kind=kind)
+
+
+KINDS: tuple[Quantization | None, ...] = (None, "int8", "int4")
+
+CASES = (
+    ExpertsCase(name="bfloat16 8192 tokens", N=8192, must=6 * 8192 * 2 * 9216 * 6144 / (PREFILL_SHARE * PEAK)),
+    ExpertsCase(name="int8 8192 tokens", N=8192, kind="int8"),
+    ExpertsCase(name="int4 8192 tokens", N=8192, kind="int4"),
+    *(ExpertsCase(name=f"{kind or 'bfloat16'} 1024 tokens", N=1024, kind=kind) for kind in KINDS),
+    *(ExpertsCase(name=f"{kind or 'bfloat16'} 32768 tokens", N=32768, kind=kind) for kind in KINDS),
+    # 128 tokens are the most whose rows each program finds on its own; 160 are sorted, in narrow tiles.
+    *(_decode(N, kind) for kind in KINDS for N in (1, 8, 32, 128, 160)),
+    ExpertsCase(name="gradients 8192 tokens", N=8192, layers=1, grad=True),
+    ExpertsCase(name="gradients 1024 tokens", N=1024, layers=1, grad=True),
+    ExpertsCase(name="gradients int8 8192 tokens", N=8192, kind="int8", grad=True),
+    ExpertsCase(name="gradients int4 8192 tokens", N=8192, kind="int4", grad=True),
+    ExpertsCase(name="gradients float32 1024 tokens", N=1024, layers=1, dtype="float32", grad=True),
+)

@@ -119,7 +119,8 @@ def _require_inside(pointers: Any, mask: Any) -> None:
         raise IndexError("a kernel reads or writes outside its arrays")
 
 
-_load, _store = interpreter.interpreter_builder.create_masked_load, interpreter.interpreter_builder.create_masked_store
+_builder: Any = interpreter.interpreter_builder
+_load, _store = _builder.create_masked_load, _builder.create_masked_store
 
 
 def _load_inside(pointers: Any, mask: Any, *rest: Any) -> Any:
@@ -132,12 +133,12 @@ def _store_inside(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
     return _store(pointers, value, mask, *rest)
 
 
-interpreter.interpreter_builder.create_masked_load = _load_inside
-interpreter.interpreter_builder.create_masked_store = _store_inside
-interpreter.interpreter_builder.create_dot = _exact_dot
-interpreter.interpreter_builder.create_si_to_fp = _converted
-interpreter.interpreter_builder.create_ui_to_fp = _converted
-interpreter.interpreter_builder.create_fp_trunc = _rounded
+_builder.create_masked_load = _load_inside
+_builder.create_masked_store = _store_inside
+_builder.create_dot = _exact_dot
+_builder.create_si_to_fp = _converted
+_builder.create_ui_to_fp = _converted
+_builder.create_fp_trunc = _rounded
 
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpu_bench.report import BANDWIDTH, PEAKS, Report
+from gpu_bench.report import PEAKS, Report
 from gpu_bench.timing import normal, top_operations
 from m1jax.config import M1Config
 from m1jax.model import M1, M1State, build
@@ -127,7 +127,7 @@ def _decode(report: Report, shapes: Sizes, model: M1, name: str, B: int) -> None
     read = sum(x.nbytes * (reached if "moe" in jax.tree_util.keystr(path) else 1) for path, x in leaves)
     read -= model.embed[...].nbytes
     read += 2 * state.lightning.s.nbytes + 2 * state.cache.k.nbytes
-    report.timed(f"{name}, decode B={B} at {shapes.context}", each, read / BANDWIDTH, tokens_per_second=B / each)
+    report.timed(f"{name}, decode B={B} at {shapes.context}", each, read / report.bandwidth, tokens_per_second=B / each)
 
 
 def _profile(report: Report, shapes: Sizes, model: M1, name: str) -> None:

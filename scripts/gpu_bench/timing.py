@@ -58,7 +58,11 @@ def seconds_chained(step: Callable[..., Any], carry: Any, *args: Any, steps: int
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.bfloat16, scale: float = 1.0) -> jax.Array:
-    """Random numbers of the given standard deviation, made in place: no wider copy of a large array exists."""
+    """Random numbers of the given standard deviation, made in place: no wider copy of a large array exists.
+
+    8-bit integers are uniform.
+    """
+    dtype = jnp.dtype(dtype)
 
     @jax.jit
     def make() -> jax.Array:

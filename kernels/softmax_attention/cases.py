@@ -1,0 +1,80 @@
+"""The cases of softmax attention: M1's heads; training and prefill, a later chunk of a prefill, decode."""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from m1jax.kernels.gpu.case import Case, Normal
+from m1jax.kernels.softmax_attention.api import softmax_attention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftmaxCase(Case):
+    """B rows of T queries and N keys, H heads of D channels, K key heads; with `cached` the last T of a cache of N."""
+
+    T: int
+    N: int
+    B: int = 1
+    H: int = 64
+    K: int = 8
+    D: int = 128
+    cached: bool = False
+    packed: bool = False
+
+    def reduced(self) -> Self:
+        """Lengths that the libraries take: an even one of packed rows, and a cache that can be split."""
+        T = min(self.T, 70)
+        return dataclasses.replace(self, T=T, N=256 if self.cached else T, B=2, H=4, K=2)
+
+    @property
+    def library(self) -> str:
+        """The implementation that is meant for it on GPUs."""
+        return "pallas" if self.T == 1 else "cudnn"
+
+    @property
+    def flop(self) -> float:
+        """Of the two products, forward, where the mask lets through."""
+        seen = self.T * (self.N - self.T) + self.T * self.T / 2
+        return 4 * seen * self.B * self.H * self.D
+
+    def arguments(self, normal: Normal) -> dict[str, Any]:
+        """Those of `softmax_attention`, and `d_out`."""
+        B, T, N, row = self.B, self.T, self.N, jnp.arange(self.B)
+        q, kv = (B, T, self.H, self.D), (B, self.K, N, self.D)
+        found: dict[str, Any] = {
+            "q": normal(1, q, self.dtype, 1),
+            "k": normal(2, kv, self.dtype, 1),
+            "v": normal(3, kv, self.dtype, 1),
+        }
+        if self.cached:
+            found["offset"] = (N - T) - row * (N - T) // B
+        if self.packed:
+            found["segments"] = jnp.broadcast_to(1 + jnp.arange(N) * 3 // N, (B, N))
+        if self.grad:
+            found["d_out"] = normal(4, q, self.dtype, 1)
+        return found
+
+    def call(self, implementation: Any, arguments: dict[str, Any]) -> Any:
+        """With `grad` output and gradients of q, k and v."""
+        rest = dict(arguments)
+        d_out = rest.pop("d_out", None)
+        if not self.grad:
+            return softmax_attention(**rest, implementation=implementation)
+        wanted = {name: rest.pop(name) for name in ("q", "k", "v")}
+        out, vjp = jax.vjp(lambda w: softmax_attention(**w, **rest, implementation=implementation), wanted)
+        return out, vjp(d_out)
+
+
+CASES = (
+    *(SoftmaxCase(name=f"prefill {T}", T=T, N=T) for T in (8192, 32768, 131072)),
+    *(SoftmaxCase(name=f"last quarter of {N}", T=N // 4, N=N, cached=True) for N in (8192, 32768, 131072)),
+    SoftmaxCase(name="decode B=1 of 32768", T=1, N=32768, cached=True),
+    SoftmaxCase(name="decode B=32 of 32768", T=1, N=32768, B=32, cached=True),
+    SoftmaxCase(name="decode B=1 of 1048576", T=1, N=2**20, cached=True),
+    SoftmaxCase(name="packed 8192", T=8192, N=8192, packed=True),
+    SoftmaxCase(name="gradients 8192", T=8192, N=8192, grad=True),
+    SoftmaxCase(name="gradients packed 8192", T=8192, N=8192, packed=True, grad=True),
+    SoftmaxCase(name="uneven chunk", T=1000, N=2304, B=2, cached=True, whole=True),
+)
