@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from m1jax import M1Config, UserError, load, nano
+from m1jax.convert import convert
 from m1jax.generate import main
 from m1jax.nano import recipe, training
 from m1jax.params import count, flatten
@@ -195,7 +196,10 @@ def test_generate_without_a_model_takes_the_shipped_one(
     assert capsys.readouterr().out.strip().endswith("</think>\n85")
 
 
-def test_the_shipped_model_thinks_and_is_right(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--prompt", "What is 27 + 58?", "--greedy") == 0
-    assert capsys.readouterr().out == "<think>\n7+8+0=15\n2+5+1=08\n</think>\n85\n"
+def test_the_shipped_model_is_right_converted_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert(nano.FOLDER, tmp_path / "m")
+    capsys.readouterr()
+    for model in ([], ["--model", str(tmp_path / "m")]):
+        assert run(*model, "--prompt", "What is 27 + 58?", "--greedy") == 0
+        assert capsys.readouterr().out == "<think>\n7+8+0=15\n2+5+1=08\n</think>\n85\n"
     assert sum(file.stat().st_size for file in nano.FOLDER.iterdir()) < 16e6
