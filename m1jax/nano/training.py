@@ -37,7 +37,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "dtype": "float32",
         "rows": 8,
-        "steps": {"pretrain": 1200, "sft": 9800, "rl": 16},
+        "steps": {"pretrain": 1200, "sft": 9800, "rl": 24},
         "rate": {"pretrain": 3e-3, "sft": 1.5e-3, "rl": 2.5e-4},
         "passes": 1,
         "rl": {"questions": 32, "replies": 8, "updates": 2, "attempts": 2},  # more updates of so few replies are noise
