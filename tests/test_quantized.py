@@ -107,7 +107,7 @@ def test_weights_that_do_not_fit_are_named() -> None:
         ("down: scales", w13, Quantized(w2.values, w2.scales[..., :3, :])),
         ("gate_up: scales", Quantized(w13.values, w13.scales[0]), w2),
         ("gate_up: expected int8", Quantized(w13.scales, w13.scales), w2),
-        ("gate_up .* down", quantize(jnp.ones((1, 2, 2, 8, 32)), "int4"), w2),
+        ("down: expected", quantize(jnp.ones((1, 2, 2, 8, 32)), "int4"), w2),
     ]
     for name, gate_up, down in bad:
         with pytest.raises(ValueError, match=name):
@@ -202,7 +202,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     folder = tmp_path / "int8"
     assert run(convert, TINY, folder, "--quantize", "int8", monkeypatch=monkeypatch) == 0
     assert run(convert, "--verify", TINY, folder, monkeypatch=monkeypatch) == 0
-    assert "experts int8" in capsys.readouterr().out
+    assert "experts in int8" in capsys.readouterr().out
     assert run(export, folder, tmp_path / "out", monkeypatch=monkeypatch) == 2
     assert "quantised to int8" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert run(convert, "--verify", TINY, folder, "--quantize", "int8", monkeypatch=monkeypatch) == 2
