@@ -125,9 +125,11 @@ def of_first(rows: "NDArray[Any]") -> "NDArray[Any]":
     return np.asarray(multihost_utils.broadcast_one_to_all(rows)) if n else rows
 
 
-def check_same(name: str, value: str) -> None:
-    """Raises `UserError`, in every process, if they do not all have the same value."""
-    own, all_ = _digests(value)
+def check_same(name: str, value: object) -> None:
+    """Raises `UserError`, in every process, if they do not all have the same value, going by its `repr`."""
+    if errors.alone():  # the repr of many lines takes its time
+        return
+    own, all_ = _digests(repr(value))
     for i, other in enumerate(all_):
         if other != own:
             raise UserError(f"process {i} has another {name} than this one: give all of them the same")

@@ -35,11 +35,6 @@ def alone() -> bool:
     return _process is None
 
 
-def first() -> bool:
-    """Whether this is the only process, or the first of several."""
-    return not _process
-
-
 def main_guard(main: Callable[P, int | None]) -> Callable[P, NoReturn]:
     """Wraps a command's `main`: `UserError` becomes ``error: …`` on stderr and exit code 2, Ctrl-C exit code 130.
 

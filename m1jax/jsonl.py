@@ -17,9 +17,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import jax
 import numpy as np
 
-from m1jax import distributed, errors
+from m1jax import distributed
 from m1jax.arguments import MOST_TEXTS
 from m1jax.engine import Engine, check_context
 from m1jax.errors import UserError
@@ -331,10 +332,11 @@ def open_output(path: Path, lines: Sequence[Line]) -> Output:
 
     Raises `UserError`, also if they have different lines.
     """
-    distributed.check_same("--input", repr([line._replace(model="") for line in lines]))
-    output = Output(path, lines) if errors.first() else Elsewhere([])
+    distributed.check_same("--input", [line._replace(model="") for line in lines])
+    first = jax.process_index() == 0
+    output = Output(path, lines) if first else Elsewhere([])
     done = distributed.of_first(np.asarray(sorted(output.done), np.int32).reshape(-1, 2))
-    return output if errors.first() else Elsewhere((line, sample) for line, sample in done.tolist())
+    return output if first else Elsewhere((line, sample) for line, sample in done.tolist())
 
 
 def record(line: Line, reply: Reply, precision: str | None) -> dict[str, Any]:

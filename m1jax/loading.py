@@ -25,7 +25,7 @@ from m1jax.kernels.experts.quantized import Quantization, quantize_on_host, stor
 from m1jax.model import M1, build
 from m1jax.params import QUANTIZED, ParamSpec, param_table
 from m1jax.safetensors import Tensor, read_folder
-from m1jax.sharding.mesh import MeshShape, choose, make_mesh
+from m1jax.sharding.mesh import parsed_mesh
 from m1jax.sharding.placing import place
 from m1jax.sharding.rules import check, param_sharding
 from m1jax.sharding.sizes import require_room
@@ -85,7 +85,7 @@ def load(
             f"mesh is missing: {jax.process_count()} processes share a model by one, such as expert=8 or auto"
         )
     if isinstance(mesh, str):
-        mesh = mesh_of(mesh, config, quantize)
+        mesh = parsed_mesh(mesh, config, quantize=quantize)
     if mesh is not None:
         check(config, mesh, quantize)
     require_room(str(path), config, mesh, dtype, quantize, stored)
@@ -98,12 +98,6 @@ def load(
         return place(lambda block: read(name, spec, block, kind), spec.shape, kind, where)
 
     return build(config, leaf, quantize)
-
-
-def mesh_of(text: str, config: M1Config, quantize: Quantization | None = None) -> Mesh:
-    """The mesh of all devices that a text such as "expert=8" or "auto" says. Raises `UserError`."""
-    chosen = choose(config, jax.device_count(), quantize=quantize) if text == "auto" else MeshShape.parse(text)
-    return make_mesh(chosen)
 
 
 def open_parameters(path: Path, quantize: Quantization | None = None) -> Source:

@@ -31,7 +31,7 @@ def single(
     """Streams the text for one prompt, or prints it as JSON."""
     request = prompter.plain(read_prompt(args), options)
     check_context(len(request.tokens), config.max_position_embeddings)
-    distributed.check_same("prompt", repr(request))
+    distributed.check_same("prompt", request)
     engine, seconds = start(args, prompter.tokenizer, interrupts)
     found: dict[int, Reply] = {}
     printer = None if args.json else Printer(sys.stdout, request.n)

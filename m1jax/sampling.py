@@ -97,10 +97,6 @@ class SamplingRows:
             sample=np.array([sample for _, _, sample in rows], np.int32),
         )
 
-    def take(self, rows: jax.Array) -> "SamplingRows":
-        """The given rows, in that order."""
-        return jax.tree.map(lambda x: x[rows], self)
-
 
 def penalise_repetition(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
     """logits float32 `[B, V]`, seen bool `[B, V]`, penalty `[B]`."""

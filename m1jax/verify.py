@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from m1jax.checkpoint import read_marker
 from m1jax.errors import UserError
-from m1jax.loading import MARKER, Source, mesh_of, open_parameters
+from m1jax.loading import MARKER, Source, open_parameters
 from m1jax.model import M1, TOKENS, Carry, all_decays, body, build, embed, final_norm, head, stretched
 from m1jax.params import ParamSpec, param_table
+from m1jax.sharding.mesh import parsed_mesh
 from m1jax.sharding.placing import Block, place
 from m1jax.sharding.region import on_mesh, ways
 from m1jax.sharding.rules import check, param_sharding
@@ -53,7 +54,7 @@ def verify(src: Path, dst: Path, mesh: str | None = None) -> bool:
     source, other = open_parameters(src, quantize), open_parameters(dst)
     with contextlib.ExitStack() as stack:
         if mesh is not None:
-            devices = mesh_of(mesh, source.config, quantize)
+            devices = parsed_mesh(mesh, source.config, quantize=quantize)
             check(source.config, devices, quantize)
             stack.enter_context(jax.set_mesh(devices))
         wanted, found = _logits(src, _rounding(source) if rounded else source), _logits(dst, other)

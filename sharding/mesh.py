@@ -170,6 +170,14 @@ def make_mesh(shape: MeshShape, use: Use = "serve", devices: Sequence[Any] | Non
     return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
 
 
+def parsed_mesh(
+    text: str, config: M1Config, use: Use = "serve", quantize: Literal["int8", "int4"] | None = None
+) -> Mesh:
+    """The mesh of all devices that a text such as "expert=8" or "auto" says. Raises `UserError`."""
+    count = jax.device_count()
+    return make_mesh(choose(config, count, use, quantize=quantize) if text == "auto" else MeshShape.parse(text), use)
+
+
 def abstract_mesh(shape: MeshShape, use: Use = "serve") -> AbstractMesh:
     """The same without devices, to compute shapes and specs with. Raises `UserError`."""
     names, sizes = _axes(shape, use)

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,6 @@ def require_room(
 ) -> None:
     """Raises `UserError` if the parameters do not fit into the free memory of this process's devices.
 
-    Processes on one machine are taken to have equal shares of what is free of it.
-
     Args:
       name: of the model, for the message.
       config: the model's.
@@ -68,7 +67,7 @@ def require_room(
     on_host = devices[0].platform == "cpu"  # all devices share the host's memory, and what they hold alike
     if on_host and mesh is not None:
         needed = _distinct_bytes(config, mesh, dtype, quantize)
-    free = host_memory() // neighbours() if on_host else min(map(device_memory, devices))
+    free = free_memory(devices)
     if needed <= free:
         return
     where = "this machine" if on_host else f"each of {1 if mesh is None else mesh.size} devices"
@@ -77,6 +76,14 @@ def require_room(
         f"{name} needs {needed / 1e9:.1f} GB of memory on {where} in {held}, {free / 1e9:.1f} GB are free: "
         + remedy(config, dtype, free, len(jax.devices()), on_host, quantize, stored)
     )
+
+
+def free_memory(devices: Sequence[jax.Device]) -> int:
+    """Bytes that are free on each of the devices, or to this process of the host, whose memory CPU devices share.
+
+    Processes on one machine are taken to have equal shares of what is free of it.
+    """
+    return host_memory() // neighbours() if devices[0].platform == "cpu" else min(map(device_memory, devices))
 
 
 def remedy(

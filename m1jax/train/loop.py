@@ -20,7 +20,7 @@ from m1jax.model import M1, abstract, build, init_params
 from m1jax.params import ParamSpec, flatten
 from m1jax.saving import save
 from m1jax.sharding import sizes
-from m1jax.sharding.mesh import MeshShape, choose, make_mesh
+from m1jax.sharding.mesh import MeshShape, make_mesh, parsed_mesh
 from m1jax.sharding.placing import place
 from m1jax.sharding.region import everywhere
 from m1jax.sharding.rules import check, rules_of, shardings, shards
@@ -135,11 +135,7 @@ def mesh_of(text: str, config: M1Config) -> Mesh:
     """The mesh of a setting such as "data=2,expert=4" or "auto"; one device if it is empty. Raises `UserError`."""
     if not text and jax.process_count() > 1:
         raise UserError(f"mesh is missing: {jax.process_count()} processes share a run by one, such as mesh = 'fsdp=8'")
-    if text == "auto":
-        shape = choose(config, jax.device_count(), "train")
-    else:
-        shape = MeshShape.parse(text) if text else MeshShape()
-    mesh = make_mesh(shape, "train", jax.devices() if text else jax.devices()[:1])
+    mesh = parsed_mesh(text, config, "train") if text else make_mesh(MeshShape(), "train", jax.devices()[:1])
     check(config, mesh)
     return mesh
 
@@ -150,7 +146,7 @@ def _require_room(name: str, shapes: TrainState, mesh: Mesh) -> None:
     devices = mesh.local_devices
     on_host = devices[0].platform == "cpu"  # all devices share the host's memory
     needed = each * len(devices) if on_host else each
-    free = sizes.host_memory() if on_host else min(map(sizes.device_memory, devices))
+    free = sizes.free_memory(devices)
     if needed > free:
         raise UserError(
             f"{name} needs {needed / 1e9:.1f} GB of memory on {'this machine' if on_host else 'each device'} for "
