@@ -99,7 +99,7 @@ def test_parts_by_shape() -> None:
         jax.eval_shape(trace, qkv)
         return out[0]
 
-    assert [parts(64, 131072), parts(8, 131072), parts(8, 4096), parts(8, 512), parts(1, 8192)] == [1, 8, 4, 1, 8]
+    assert [parts(64, 131072), parts(8, 131072), parts(8, 4096), parts(8, 512), parts(1, 8192)] == [2, 16, 4, 1, 8]
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "triton_interpreted"])

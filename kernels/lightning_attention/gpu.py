@@ -1,8 +1,8 @@
 """Lightning attention on Hopper: how the Triton kernels of `kernels.py` are put together, and the rule for gradients.
 
 One pass over q, k, v and o, 1,024 bytes a token and head at D = 128 in bfloat16, by one program for each row, head and
-block of value channels. Where these are too few for the device, a row is cut into parts: a first pass finds what each
-part adds to the state, the parts' initial states are summed from that, and a second pass computes all parts at once.
+block of value channels. Where these are too few for the device, a row is cut into parts: first the state before each
+part is found, from what smaller pieces of the parts before it add to the state, then all parts are computed at once.
 
 In bfloat16 the state is kept and summed in float32 and rounded to bfloat16 where it is multiplied with q, the scores
 where they are multiplied with v: errors the size of those of rounding q, k, v themselves. In float32 all products are
@@ -27,16 +27,16 @@ from m1jax.kernels.gpu import launch
 from m1jax.kernels.lightning_attention.reference import starts
 
 HEAD_DIMS = (32, 64, 128)
-MULTIPROCESSORS = 132  # of an H100 or H200
+PROGRAMS = 2 * 132  # which run at once: two on each multiprocessor of an H100 or H200
 LEAST_PART = 1024  # tokens
+PIECES = 4  # of each part whose state is wanted; the programs that find it are small and short
 
-# How the sweeps for o, dq, dk and dv activate a, b, c and differentiate in bfloat16. Chosen by what the compiler makes
-# of it: one wide tile by Newton's iteration balances the units; more where fewer would spill registers.
+# How the sweeps for o, dq, dk and dv activate a, b, c and differentiate in bfloat16.
 ACTIVATION = {
-    "o": ("newton", "root", "root", "none"),
-    "q": ("none", "newton", "root", "root"),
-    "k": ("newton", "none", "root", "root"),
-    "v": ("newton", "newton", "none", "root"),
+    "o": ("tanh", "tanh", "tanh", "none"),
+    "q": ("move", "tanh", "tanh", "tanh"),
+    "k": ("tanh", "move", "tanh", "tanh"),
+    "v": ("tanh", "tanh", "none", "tanh"),
 }
 
 
@@ -52,10 +52,13 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How to run: tiles of the forward and backward sweeps and of the decode step, and whether in the interpreter."""
+    """How to run: tiles of the forward and backward sweeps, of those for states alone (with chunks as long), and of the
+    decode step, and whether in the interpreter.
+    """
 
     forward: Tiles
     backward: Tiles
+    states: Tiles
     step: Tiles
     interpreted: bool = False
     parts: int | None = None  # of each row; None chooses
@@ -63,9 +66,12 @@ class Form:
 
 def default_form(D: int, dtype: Any, packed: bool, interpreted: bool = False) -> Form:
     """The tiles for a head_dim and dtype; those for packed rows, which need more registers, are narrower."""
-    step = Tiles(1, min(32, D), 4, 1)
-    sweep = Tiles(16, 16, 8, 1) if dtype == jnp.float32 else Tiles(64, min(32 if packed else 64, D), 8, 1)
-    return Form(sweep, sweep, step, interpreted)
+    step = Tiles(1, min(32, D), 8, 1)
+    if dtype == jnp.float32:
+        sweep = Tiles(16, 16, 8, 1)
+        return Form(sweep, sweep, sweep, step, interpreted)
+    sweep = Tiles(64, min(32, D), 4, 1) if packed else Tiles(64, min(64, D), 4, 2)
+    return Form(sweep, sweep, Tiles(64, D, 8, 2), step, interpreted)
 
 
 def refusal(D: int, dtype: Any) -> str | None:
@@ -144,8 +150,8 @@ def _attend(
     sweep = Sweep(form, form.forward, qkv, log_decay, lengths, bounds)
     if sweep.parts == 1:
         return sweep.forward(states, layer)
-    inside, last = sweep.prefix(_pick(states, layer))
-    out, _ = sweep.forward(inside[None], jnp.zeros_like(layer))
+    out, after = sweep.forward(sweep.prefix(_pick(states, layer))[None], jnp.zeros_like(layer))
+    last = after[0, :, -1]
     return out, last[None] if states is None else states.at[layer[0]].set(last)
 
 
@@ -160,12 +166,11 @@ def _backward_rule(form: Form, args: Any, gradients: tuple[jax.Array, jax.Array]
     before, after = _pick(states, layer), _pick(d_states, layer)
     assert after is not None
     if sweep.parts == 1:
-        first, last = None if before is None else before[:, None], after[:, None]
-        d_qkv, d_before = sweep.backward(d_out, first, last, want_final=states is not None)
+        before, after = None if before is None else before[:, None], after[:, None]
     else:
-        first, (last, d_before) = sweep.prefix(before)[0], sweep.suffix(d_out, after)
-        d_qkv, _ = sweep.backward(d_out, first, last, want_final=False)
-    d_states = None if states is None else d_states.at[layer[0]].set(d_before.reshape(after.shape))
+        before, after = sweep.prefix(before), sweep.suffix(d_out, after)
+    d_qkv, d_before = sweep.backward(d_out, before, after, want_final=states is not None)
+    d_states = None if states is None else d_states.at[layer[0]].set(d_before[:, 0])
     return d_qkv, jnp.zeros_like(log_decay), d_states, None, None, None
 
 
@@ -212,29 +217,35 @@ class Sweep:
         # What the kernels read of packed rows; of others nothing, but something must be passed.
         self.tables = (lengths, lengths) if bounds is None else (bounds, _chunk_facts(bounds, tiles.chunk))
         programs = B * H * (D // tiles.width)
-        fit = max(1, min(MULTIPROCESSORS // programs, T // LEAST_PART))
+        fit = max(1, min(PROGRAMS // programs, T // LEAST_PART))
         wanted = fit if form.parts is None else form.parts
-        chunks = -(-T // tiles.chunk)
-        self.part = -(-chunks // wanted) * tiles.chunk  # tokens of a part
+        pieces = PIECES if wanted > 1 else 1
+        self.piece = -(-T // (tiles.chunk * wanted * pieces)) * tiles.chunk  # tokens of a piece of a part
+        self.part = self.piece * pieces
         self.parts = -(-T // self.part)
 
-    def forward(self, states: jax.Array | None, layer: jax.Array, write: bool = True) -> tuple[jax.Array, jax.Array]:
-        """One pass: o (nothing of use without `write`) and final states.
+    def forward(self, states: jax.Array | None, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One pass: o and the states after each part.
 
-        With states `[P, B, H, D, D]` these are replaced in place, with `[1, B, parts, H, D, D]` or None they are new.
+        With states `[P, B, H, D, D]` these are replaced in place, as `[1, B, parts, H, D, D]` before each part are.
         """
+        B, T, H, D = self.shape
+        final = jax.ShapeDtypeStruct((1, B, H, D, D), jnp.float32) if states is None else _like(states)
+        out = jax.ShapeDtypeStruct((B, T, H, D), self.qkv.dtype)
+        return self._forward(states, layer, (out, final), self.tiles, (0, self.part, self.parts))
+
+    def _forward(
+        self, states: jax.Array | None, layer: jax.Array, out: Any, tiles: Tiles, cut: tuple[int, int, int],
+        write: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         from m1jax.kernels.lightning_attention import kernels
 
-        B, T, H, D = self.shape
-        out = jax.ShapeDtypeStruct((B, T, H, D) if write else (1,), self.qkv.dtype)
-        fresh = (1, B, H, D, D) if self.parts == 1 else (1, B, self.parts, H, D, D)
-        final = jax.ShapeDtypeStruct(fresh, jnp.float32) if states is None else _like(states)
         arrays = (self.qkv, self.decays, self.lengths, *self.tables, layer, self.decays if states is None else states)
-        out, final = self._launch(
-            kernels.forward, *arrays, out=(out, final), aliases={} if states is None else {6: 1},
-            LAYERS=final.shape[0], FRESH=states is None, WRITE=write, **self._how("o"),
+        o, final = self._launch(
+            kernels.forward, tiles, cut, *arrays, out=out, aliases={} if states is None else {6: 1},
+            LAYERS=1 if states is None else states.shape[0], FRESH=states is None, WRITE=write, **self._how("o"),
         )  # fmt: skip
-        return out, final
+        return o, final
 
     def backward(
         self, d_out: jax.Array, before: jax.Array | None, after: jax.Array, want_final: bool
@@ -243,80 +254,95 @@ class Sweep:
 
         Returns that of qkv and, if wanted, of the states before each part.
         """
-        d_qkv, _ = self._gradient(d_out, before, None, "q", False)
-        d_qkv, _ = self._gradient(d_out, after, d_qkv, "k", False)
-        return self._gradient(d_out, after, d_qkv, "v", want_final)
+        B, _, H, D = self.shape
+        cut = 0, self.part, self.parts
+        final = jax.ShapeDtypeStruct((B, self.parts, H, D, D) if want_final else (1,), jnp.float32)
+        nothing = jax.ShapeDtypeStruct((1,), jnp.float32)
+        out = _like(self.qkv)
+        d_qkv, _ = self._gradient(d_out, before, None, "q", (out, nothing), self.tiles, cut)
+        d_qkv, _ = self._gradient(d_out, after, d_qkv, "k", (out, nothing), self.tiles, cut)
+        return self._gradient(d_out, after, d_qkv, "v", (out, final), self.tiles, cut)
 
     def _gradient(
-        self, d_out: jax.Array, states: jax.Array | None, d_qkv: jax.Array | None, role: str, want_final: bool,
-        write: bool = True,
+        self, d_out: jax.Array, states: jax.Array | None, d_qkv: jax.Array | None, role: str, out: Any, tiles: Tiles,
+        cut: tuple[int, int, int], write: bool = True,
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         from m1jax.kernels.lightning_attention import kernels
 
-        B, _, H, D = self.shape
         nothing = self.decays
-        final = jax.ShapeDtypeStruct((B, self.parts, H, D, D) if want_final else (1,), jnp.float32)
         arrays = (
             self.qkv, d_out, self.decays, self.lengths, *self.tables,
             jnp.zeros((1,), jnp.int32),
             nothing if states is None else states, nothing if d_qkv is None else d_qkv,
         )  # fmt: skip
-        out = _like(self.qkv) if write else jax.ShapeDtypeStruct((1,), self.qkv.dtype)
         d_qkv, final = self._launch(
-            kernels.backward, *arrays, out=(out, final), aliases={} if d_qkv is None else {8: 0},
-            LAYERS=1, FRESH=states is None, WRITE=write, FINAL=want_final, ROLE=role, **self._how(role),
+            kernels.backward, tiles, cut, *arrays, out=out, aliases={} if d_qkv is None else {8: 0},
+            LAYERS=1, FRESH=states is None, WRITE=write, FINAL=len(out[1].shape) > 1, ROLE=role, **self._how(role),
         )  # fmt: skip
         return d_qkv, final
 
-    def prefix(self, state: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """States before each part, `[B, parts, H, D, D]`, and after the last, from that before the row."""
+    def prefix(self, state: jax.Array | None) -> jax.Array:
+        """States before each part, `[B, parts, H, D, D]`, from that before the row."""
         B, _, H, D = self.shape
-        added = self.forward(None, jnp.zeros((1,), jnp.int32), write=False)[1][0]
-        keep = self._keep()
+        cut, out = self._pieces(0)
+        layer = jnp.zeros((1,), jnp.int32)
+        added = self._forward(None, layer, out, self.form.states, cut, write=False)[1]
         s = jnp.zeros((B, H, D, D), jnp.float32) if state is None else state
-        before = []
-        for p in range(self.parts):
-            before.append(s)
-            s = keep[:, p, :, None, None] * s + added[:, p]
-        return jnp.stack(before, axis=1), s
+        keep, before = self._keep(cut), [s]
+        for piece in range(cut[2]):
+            s = keep[:, piece, :, None, None] * s + added[:, piece]
+            if (piece + 1) % PIECES == 0:
+                before.append(s)
+        return jnp.stack(before, axis=1)
 
-    def suffix(self, d_out: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Gradients of the states after each part, and of that before the row, from that after the row."""
-        added = self._gradient(d_out, None, None, "v", True, write=False)[1]
-        keep = self._keep()
-        after = []
-        for p in reversed(range(self.parts)):
-            after.append(gradient)
-            gradient = keep[:, p, :, None, None] * gradient + added[:, p]
-        return jnp.stack(after[::-1], axis=1), gradient
+    def suffix(self, d_out: jax.Array, gradient: jax.Array) -> jax.Array:
+        """Gradients of the states after each part, from that after the row."""
+        cut, out = self._pieces(self.part)
+        added = self._gradient(d_out, None, None, "v", out, self.form.states, cut, write=False)[1]
+        keep, after = self._keep(cut), [gradient]
+        for piece in reversed(range(cut[2])):
+            gradient = keep[:, piece, :, None, None] * gradient + added[:, piece]
+            if piece % PIECES == 0:
+                after.append(gradient)
+        return jnp.stack(after[::-1], axis=1)
 
-    def _keep(self) -> jax.Array:
-        """What is left after each part of the state before it, `[B, parts, H]`."""
+    def _pieces(self, start: int) -> tuple[tuple[int, int, int], Any]:
+        """How all parts but one are cut into pieces, from token `start` on; what a sweep for their states returns."""
+        B, _, H, D = self.shape
+        n = (self.parts - 1) * PIECES
+        out = jax.ShapeDtypeStruct((1,), self.qkv.dtype), jax.ShapeDtypeStruct((B, n, H, D, D), jnp.float32)
+        return (start, self.piece, n), out
+
+    def _keep(self, cut: tuple[int, int, int]) -> jax.Array:
+        """What is left after each piece of the state before it, `[B, pieces, H]`."""
         T = self.shape[1]
-        first = self.part * jnp.arange(self.parts)
+        start, length, n = cut
+        first = np.minimum(start + length * np.arange(n + 1), T)
         if self.bounds is None:
-            count = jnp.clip(self.lengths[:, None] - first, 0, self.part)
+            count = jnp.diff(jnp.minimum(first, self.lengths[:, None]))
             return jnp.exp(count[..., None] * self.log_decay)
-        n = self.parts
 
-        def sums(x: jax.Array) -> jax.Array:  # over each part
-            return jnp.sum(jnp.pad(x, ((0, 0), (0, n * self.part - T))).reshape(-1, n, self.part), axis=2)
+        def sums(x: jax.Array) -> jax.Array:  # over each piece
+            return jnp.diff(jnp.pad(jnp.cumsum(x.astype(jnp.int32), axis=1), ((0, 0), (1, 0)))[:, first])
 
         keep = jnp.exp(sums(self.bounds[:, 1] >= 0)[..., None] * self.log_decay)
         return jnp.where((sums(_starting(self.bounds)) == 0)[..., None], keep, 0.0)
 
     def _how(self, role: str) -> dict[str, str]:
-        """How the sweep for `role` activates a, b, c and differentiates."""
-        exact = self.qkv.dtype == jnp.float32
-        names = ("A_HOW", "B_HOW", "C_HOW", "RAW_HOW")
-        return {n: "exact" if exact and how != "none" else how for n, how in zip(names, ACTIVATION[role], strict=True)}
+        """How the sweep for `role` activates a, b, c and differentiates; the interpreter knows no PTX."""
+        hows = ACTIVATION[role]
+        if self.qkv.dtype == jnp.float32 or self.form.interpreted:
+            hows = tuple({"tanh": "exact", "move": "none"}.get(how, how) for how in hows)
+        return dict(zip(("A_HOW", "B_HOW", "C_HOW", "RAW_HOW"), hows, strict=True))
 
-    def _launch(self, kernel: Any, *arrays: jax.Array, **extra: Any) -> list[jax.Array]:
-        (B, T, H, D), tiles = self.shape, self.tiles
+    def _launch(
+        self, kernel: Any, tiles: Tiles, cut: tuple[int, int, int], *arrays: jax.Array, **extra: Any
+    ) -> list[jax.Array]:
+        (B, T, H, D), (start, part, parts) = self.shape, cut
         return launch(
-            kernel, *arrays, T, self.part, grid=(D // tiles.width, H, B * self.parts), warps=tiles.warps,
-            stages=tiles.stages, interpreted=self.form.interpreted, PARTS=self.parts, H=H, D=D, WIDTH=tiles.width,
-            CHUNK=tiles.chunk, PACKED=self.bounds is not None,
+            kernel, *arrays, T, start, part, grid=(D // tiles.width, H, B * parts), warps=tiles.warps,
+            stages=tiles.stages, interpreted=self.form.interpreted, PARTS=parts, H=H, D=D, WIDTH=tiles.width,
+            CHUNK=tiles.chunk, STAGES=tiles.stages, PACKED=self.bounds is not None,
             PRECISION="ieee" if self.qkv.dtype == jnp.float32 else "tf32", **extra,
         )  # fmt: skip
 

@@ -15,33 +15,52 @@ needs all channels of a and b, a block of c, and writes a block of out.
 import triton
 import triton.language as tl
 
+from m1jax.kernels.gpu.kernels import number_of
+
+# silu of two bfloat16 numbers, as PTX: half the instructions that Triton's own conversions and functions take, and the
+# sweeps have none to spare. For all numbers from -6 upwards it is as far off as exact arithmetic, by its one rounding;
+# below, where silu is between -0.015 and 0, by less than 5e-4.
+_SILU = tl.constexpr("""{
+.reg .b32 x, y, a, b;
+shl.b32 x, $1, 16;
+and.b32 y, $1, 0xffff0000;
+mul.f32 x, x, 0f3F000000;
+mul.f32 y, y, 0f3F000000;
+tanh.approx.f32 a, x;
+tanh.approx.f32 b, y;
+fma.rn.f32 a, x, a, x;
+fma.rn.f32 b, y, b, y;
+cvt.rn.bf16x2.f32 $0, b, a;
+}""")
+_SIGMOID = tl.constexpr("""{
+.reg .b32 a;
+mul.f32 a, $1, 0f3F000000;
+tanh.approx.f32 a, a;
+fma.rn.f32 $0, a, 0f3F000000, 0f3F000000;
+}""")
+_MOVE = tl.constexpr("mov.b32 $0, $1;")
+
 
 @triton.jit
 def sigmoid(x, HOW: tl.constexpr):
-    """By division ("exact"), by 1/√ ("root"), or by Newton's iteration ("newton", to about 1e-5).
-
-    What the bfloat16 sweeps wait for most is the special function unit, 16 results a clock and multiprocessor: "root"
-    needs it twice and fewest instructions, "newton" once.
-    """
-    if HOW == "newton":
-        y = 1.0 + tl.exp2(tl.minimum(x * -1.4426950408889634, 80.0))
-        r = (0x7EF311C3 - y.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # 1/y from the bits of y
-        r *= 2.0 - y * r
-        r *= 2.0 - y * r
-    elif HOW == "root":
-        r = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
-        r *= r
-    else:
-        r = 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
-    return r
+    """Of float32."""
+    if HOW == "tanh":
+        return tl.inline_asm_elementwise(_SIGMOID, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
 
 
 @triton.jit
 def silu(x, HOW: tl.constexpr):
-    """silu(x) in the dtype of x; x itself for "none"."""
-    if HOW != "none":
+    """silu(x) in the dtype of x by "exact" or "tanh"; x itself by "none", or "move", which takes it through registers.
+
+    PTX is called impure, because Triton computes what is pure once for each layout in which a product wants it.
+    """
+    if HOW == "exact":
         wide = x.to(tl.float32)
         x = (wide * sigmoid(wide, HOW)).to(x.dtype)
+    elif HOW != "none":
+        code: tl.constexpr = _SILU if HOW == "tanh" else _MOVE
+        x = tl.inline_asm_elementwise(code, "=r,r", [x], dtype=tl.bfloat16, is_pure=False, pack=2)
     return x
 
 
@@ -50,7 +69,8 @@ def read(pointer, chunk, count, stride: tl.constexpr, channels, CHUNK: tl.conste
     """The first `count` tokens of a chunk, `[CHUNK, channels]`, and zeros."""
     token = tl.arange(0, CHUNK)
     first = tl.cast(chunk * CHUNK, tl.int64) * stride
-    return tl.load(pointer + first + token[:, None] * stride + channels[None, :], (token < count)[:, None], 0.0)
+    row = token + (tl.minimum(count, 1) - 1)
+    return tl.load(pointer + first + row[:, None] * stride + channels[None, :], (token < count)[:, None], 0.0)
 
 
 @triton.jit
@@ -111,6 +131,7 @@ def sweep(
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Sweeps over `tokens` tokens, of which the first `valid` count; returns the state after the last.
 
@@ -119,11 +140,8 @@ def sweep(
     λ^CHUNK - 1. bounds, chunk_facts: pointers to int32, see `forward`. T: tokens of the row, origin of them before the
     first. block: first channel of c and out.
 
-    What a step multiplies was read, activated and rounded by the step before it, and what it finds of (a·b) is
-    multiplied with c by the step after it. So no product waits for another of its step, each tile is activated once
-    and goes to shared memory once (operands that come straight from arithmetic Triton keeps, and computes, in
-    registers, one copy for each product), and all warps divide the tiles among them (products feeding products they
-    would repeat).
+    The steps of one program follow from each other, and what each waits for is the next: the tensor cores, the
+    activations, its warps. So programs are small enough for two to share a multiprocessor.
     """
     TYPE: tl.constexpr = a.dtype.element_ty
     channels = tl.arange(0, D)
@@ -134,30 +152,27 @@ def sweep(
     else:
         age = index[:, None] - index[None, :]
     decay = tl.where(age >= 0, tl.exp2(log2_decay * tl.maximum(age, 0)), 0.0)  # [out, source]
-    from_start = tl.exp2(log2_decay * (index + 1))
     chunks = tl.cdiv(valid, CHUNK)
 
-    # Step m multiplies chunk m, reads chunk m + 1, finishes chunk m - 1: the first only reads, the last only finishes.
-    a_tile, b_tile = tl.zeros([CHUNK, D], TYPE), tl.zeros([CHUNK, D], TYPE)
-    c_tile, c_before = tl.zeros([CHUNK, WIDTH], TYPE), tl.zeros([CHUNK, WIDTH], TYPE)
-    scores = tl.zeros([CHUNK, CHUNK], TYPE)
-    o = tl.zeros([CHUNK, WIDTH], tl.float32)
-    for step in tl.range(-1, chunks + 1):
+    if WRITE:  # first, because after the sweep it would take registers during it
+        for chunk in tl.range(chunks, tl.cdiv(tokens, CHUNK)):
+            place = out + tl.cast(chunk * CHUNK, tl.int64) * OUT + index[:, None] * OUT + own[None, :]
+            left = (chunk * CHUNK + index < tokens)[:, None]
+            tl.store(place, tl.zeros([CHUNK, WIDTH], out.dtype.element_ty), mask=left)
+    for step in tl.range(0, chunks, num_stages=STAGES):
         chunk = chunks - 1 - step if REVERSED else step
-        following = chunk - 1 if REVERSED else chunk + 1
-        previous = chunk + 1 if REVERSED else chunk - 1
-        count = tl.where((step >= 0) & (step < chunks), tl.minimum(valid - chunk * CHUNK, CHUNK), 0)
-        ahead = tl.where(step + 1 < chunks, tl.minimum(valid - following * CHUNK, CHUNK), 0)
+        count = tl.minimum(valid - chunk * CHUNK, CHUNK)
         if WRITE:
-            a_raw = read(a, following, ahead, A, channels, CHUNK)
-        b_raw = read(b, following, ahead, B, channels, CHUNK)
-        c_raw = read(c, following, ahead, C, own, CHUNK)
+            a_raw = read(a, chunk, count, A, channels, CHUNK)
+        b_raw = read(b, chunk, count, B, channels, CHUNK)
+        c_raw = read(c, chunk, count, C, own, CHUNK)
 
         length = count
         if PACKED:
             known = chunk_facts + chunk * 2
-            length = tl.load(known, mask=count > 0, other=0)
+            length = tl.load(known)
         to_end = tl.exp2(log2_decay * tl.maximum(length - 1 - index, 0))
+        from_start = tl.exp2(log2_decay * (index + tl.minimum(count, 1)))  # 1: known beforehand it would take registers
         loss = tl.where(length == CHUNK, chunk_loss, tl.exp2(log2_decay * length) - 1.0)
         inside, old, new = decay, from_start, to_end
         if PACKED:
@@ -170,49 +185,35 @@ def sweep(
                 inside = tl.where(index[None, :] >= begin[:, None], decay, 0.0)
             old = tl.where(begin < 0, from_start, 0.0)
             new = tl.where(end >= tl.maximum(length - 1, 0), to_end, 0.0)  # padding has ends below 0
-            loss = tl.where(tl.load(known + 1, mask=count > 0, other=1) > 0, loss, -1.0)
+            loss = tl.where(tl.load(known + 1) > 0, loss, -1.0)
         reads, feeds = old, new
         if REVERSED:
             reads, feeds = new, old
 
-        fed = (c_tile.to(tl.float32) * feeds[:, None]).to(TYPE)
-        if WRITE:
-            rounded = s.to(TYPE)
-            written = tl.where(step > 0, tl.minimum(tokens - previous * CHUNK, CHUNK), 0)
-            finish(scores, c_before, o, raw, out, previous, written, OUT, RAW_HOW, own, CHUNK, PRECISION)
-            products = tl.dot(a_tile, tl.trans(b_tile), input_precision=PRECISION)
-            o = tl.dot(a_tile, rounded, input_precision=PRECISION) * reads[:, None]
-            scores = (products * inside).to(TYPE)
-            c_before = c_tile
-        s += s * loss
-        s = tl.dot(tl.trans(b_tile), fed, s, input_precision=PRECISION)
-        if WRITE:
-            a_tile = silu(a_raw, A_HOW)
         b_tile = silu(b_raw, B_HOW)
         c_tile = silu(c_raw, C_HOW)
-    if WRITE:
-        for chunk in tl.range(chunks, tl.cdiv(tokens, CHUNK)):
-            place = out + tl.cast(chunk * CHUNK, tl.int64) * OUT + index[:, None] * OUT + own[None, :]
-            left = (chunk * CHUNK + index < tokens)[:, None]
-            tl.store(place, tl.zeros([CHUNK, WIDTH], out.dtype.element_ty), mask=left)
+        fed = (c_tile.to(tl.float32) * feeds[:, None]).to(TYPE)
+        if WRITE:
+            a_tile = silu(a_raw, A_HOW)
+            products = tl.dot(a_tile, tl.trans(b_tile), input_precision=PRECISION)
+            o = tl.dot(a_tile, s.to(TYPE), input_precision=PRECISION) * reads[:, None]
+            scores = (products * inside).to(TYPE)
+            written = tl.minimum(tokens - chunk * CHUNK, CHUNK)
+            finish(scores, c_tile, o, raw, out, chunk, written, OUT, RAW_HOW, own, CHUNK, PRECISION)
+        s += s * loss
+        s = tl.dot(tl.trans(b_tile), fed, s, input_precision=PRECISION)
     return s
 
 
 @triton.jit
-def part_of_row(lengths, T, PART, PARTS: tl.constexpr, CHUNK: tl.constexpr):
+def part_of_row(lengths, T, START, PART, PARTS: tl.constexpr, CHUNK: tl.constexpr):
     """Of this program's part of a row: first token in batch and row, tokens, valid tokens, places in tables."""
     row = tl.program_id(2) // PARTS
-    first = (tl.program_id(2) % PARTS) * PART
-    tokens = tl.minimum(T - first, PART)
+    first = START + (tl.program_id(2) % PARTS) * PART
+    tokens = tl.maximum(tl.minimum(T - first, PART), 0)
     valid = tl.minimum(tl.maximum(tl.load(lengths + row) - first, 0), tokens)
     at_facts = (row * tl.cdiv(T, CHUNK) + first // CHUNK) * 2
     return row.to(tl.int64) * T + first, first, tokens, valid, row.to(tl.int64) * 2 * T + first, at_facts
-
-
-@triton.jit
-def number_of(layer, LAYERS: tl.constexpr):
-    """The number at `layer`; the first or last where a traced one is out of range, instead of any address."""
-    return tl.minimum(tl.maximum(tl.load(layer), 0), LAYERS - 1).to(tl.int64)
 
 
 @triton.jit
@@ -227,10 +228,13 @@ def square(
 ):
     """Pointers to this program's [D, WIDTH] of the states [LAYERS, B, PARTS, H, D, D].
 
-    The layer's number is read from memory each time, or the pointers would be kept in registers during the sweep.
+    The layer's number n is read from memory each time, and n(n + 1) mod 2, which is 0, added to the channels, or the
+    pointers would be kept in registers during the sweep.
     """
-    channels = tl.arange(0, D)[:, None]
-    own = (tl.program_id(0) * WIDTH + tl.arange(0, WIDTH))[None, :]
+    number = tl.load(layer)
+    nothing = (number * (number + 1)) & 1
+    channels = (nothing + tl.arange(0, D))[:, None]
+    own = (nothing + tl.program_id(0) * WIDTH + tl.arange(0, WIDTH))[None, :]
     place = (number_of(layer, LAYERS) * tl.num_programs(2) + tl.program_id(2)) * H + tl.program_id(1)
     inner = own * D + channels if TRANSPOSED else channels * D + own
     return states + place * D * D + inner
@@ -246,6 +250,7 @@ def forward(
     layer,
     state,
     T,
+    START,
     PART,
     out,
     final,
@@ -263,8 +268,9 @@ def forward(
     C_HOW: tl.constexpr,
     RAW_HOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Grid (D/WIDTH, H, B·PARTS): o and the final state of each part of a row of T tokens, PART tokens a part.
+    """Grid (D/WIDTH, H, B·PARTS): o and the final state of each part, PART tokens, of a row of T tokens from START on.
 
     qkv [B, T, H, 3, D]; decays float32 [2, H], log2 λ and λ^CHUNK - 1; lengths int32 [B]; layer int32 [1]; state and
     final (they may be the same memory) float32 [LAYERS, B, PARTS, H, D, D], zero if FRESH; out [B, T, H, D] if WRITE.
@@ -275,7 +281,7 @@ def forward(
     valid token, and whether no segment starts in it.
     """
     h = tl.program_id(1)
-    token, first, tokens, valid, at_bounds, at_facts = part_of_row(lengths, T, PART, PARTS, CHUNK)
+    token, first, tokens, valid, at_bounds, at_facts = part_of_row(lengths, T, START, PART, PARTS, CHUNK)
     facts = chunk_facts + at_facts
     if FRESH:
         s = tl.zeros([D, WIDTH], tl.float32)
@@ -286,7 +292,7 @@ def forward(
         x, x + D, x + 2 * D, x, out + (token * H + h) * D, s, tl.load(decays + h), tl.load(decays + H + h),
         bounds + at_bounds, facts, T, first, valid, tokens, tl.program_id(0) * WIDTH,
         3 * H * D, 3 * H * D, 3 * H * D, H * D, A_HOW, B_HOW, C_HOW, RAW_HOW, False, PACKED,
-        WRITE, D, WIDTH, CHUNK, PRECISION,
+        WRITE, D, WIDTH, CHUNK, PRECISION, STAGES,
     )  # fmt: skip
     tl.store(square(final, layer, LAYERS, H, D, WIDTH, False), s)
 
@@ -303,6 +309,7 @@ def backward(
     state,
     given,
     T,
+    START,
     PART,
     dqkv,
     final,
@@ -322,6 +329,7 @@ def backward(
     C_HOW: tl.constexpr,
     RAW_HOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Writes one of the three of dqkv (`given` is the same memory), ROLE "q", "k" or "v"; grid as of `forward`.
 
@@ -330,7 +338,7 @@ def backward(
     that of the state before it to final.
     """
     h = tl.program_id(1)
-    token, first, tokens, valid, at_bounds, at_facts = part_of_row(lengths, T, PART, PARTS, CHUNK)
+    token, first, tokens, valid, at_bounds, at_facts = part_of_row(lengths, T, START, PART, PARTS, CHUNK)
     facts = chunk_facts + at_facts
     if FRESH:
         s = tl.zeros([D, WIDTH], tl.float32)
@@ -345,21 +353,21 @@ def backward(
             do, v, k, q, dq, s, log2_decay, chunk_loss, bounds + at_bounds, facts, T, first,
             valid, tokens, block,
             H * D, 3 * H * D, 3 * H * D, 3 * H * D, A_HOW, B_HOW, C_HOW, RAW_HOW,
-            False, PACKED, WRITE, D, WIDTH, CHUNK, PRECISION,
+            False, PACKED, WRITE, D, WIDTH, CHUNK, PRECISION, STAGES,
         )  # fmt: skip
     elif ROLE == "k":
         s = sweep(
             v, do, q, k, dq + D, s, log2_decay, chunk_loss, bounds + at_bounds, facts, T, first,
             valid, tokens, block,
             3 * H * D, H * D, 3 * H * D, 3 * H * D, A_HOW, B_HOW, C_HOW, RAW_HOW,
-            True, PACKED, WRITE, D, WIDTH, CHUNK, PRECISION,
+            True, PACKED, WRITE, D, WIDTH, CHUNK, PRECISION, STAGES,
         )  # fmt: skip
     else:
         s = sweep(
             k, q, do, v, dq + 2 * D, s, log2_decay, chunk_loss, bounds + at_bounds, facts, T, first,
             valid, tokens, block,
             3 * H * D, 3 * H * D, H * D, 3 * H * D, A_HOW, B_HOW, C_HOW, RAW_HOW,
-            True, PACKED, WRITE, D, WIDTH, CHUNK, PRECISION,
+            True, PACKED, WRITE, D, WIDTH, CHUNK, PRECISION, STAGES,
         )  # fmt: skip
     if FINAL:
         tl.store(square(final, layer, LAYERS, H, D, WIDTH, False), s)

@@ -1,0 +1,10 @@
+"""Pieces of Triton kernels that several ops have."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def number_of(layer, LAYERS: tl.constexpr):
+    """The number at `layer`; the first or last where a traced one is out of range, instead of any address."""
+    return tl.minimum(tl.maximum(tl.load(layer), 0), LAYERS - 1).to(tl.int64)
