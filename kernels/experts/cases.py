@@ -44,20 +44,26 @@ class ExpertsCase(Case):
     def arguments(self, normal: Normal) -> dict[str, Any]:
         """Those of `experts`, and `d_out`; experts and shares are uniformly random."""
         lead = (self.layers, self.E)
-        shares, chosen = jax.lax.top_k(jax.random.uniform(jax.random.key(self.N), (self.N, self.E)), self.k)
-        if self.padding:
-            chosen = chosen.at[1].set(self.E)
+        shares = jax.lax.top_k(self._uniform(), self.k)[0]
         found: dict[str, Any] = {
             "x": normal(5, (self.N, self.M), self.dtype, 1),
             "gate_up": self._stack(normal, 1, (*lead, 2, self.F, self.M)),
             "down": self._stack(normal, 2, (*lead, self.M, self.F)),
-            "chosen": chosen.astype(jnp.int32),
+            "chosen": self.drawn(),
             "weights": shares,
             "layer": jnp.asarray(self.layers - 1),
         }
         if self.grad:
             found["d_out"] = normal(6, (self.N, self.M), "float32", 1)
         return found
+
+    def _uniform(self) -> jax.Array:
+        return jax.random.uniform(jax.random.key(self.N), (self.N, self.E))
+
+    def drawn(self) -> jax.Array:
+        """The experts of each token, int32 `[N, k]`."""
+        chosen = jax.lax.top_k(self._uniform(), self.k)[1].astype(jnp.int32)
+        return chosen.at[1].set(self.E) if self.padding else chosen
 
     def _stack(self, normal: Normal, seed: int, shape: tuple[int, ...]) -> Any:
         scale = shape[-1] ** -0.5  # about the spread of trained weights
@@ -83,10 +89,11 @@ def _decode(N: int, kind: Quantization | None) -> ExpertsCase:
     return ExpertsCase(name=f"decode {kind or 'bfloat16'} B={N}", N=N, kind=kind)
 
 
+PREFILL = ExpertsCase(name="bfloat16 8192 tokens", N=8192)
 KINDS: tuple[Quantization | None, ...] = (None, "int8", "int4")
 
 CASES = (
-    ExpertsCase(name="bfloat16 8192 tokens", N=8192, must=6 * 8192 * 2 * 9216 * 6144 / (PREFILL_SHARE * PEAK)),
+    dataclasses.replace(PREFILL, must=PREFILL.flop / (PREFILL_SHARE * PEAK)),
     ExpertsCase(name="int8 8192 tokens", N=8192, kind="int8"),
     ExpertsCase(name="int4 8192 tokens", N=8192, kind="int4"),
     *(ExpertsCase(name=f"{kind or 'bfloat16'} 1024 tokens", N=1024, kind=kind) for kind in KINDS),

@@ -19,7 +19,7 @@ from m1jax.kernels.gpu import launch
 
 FEW = 256  # assignments, up to which each program finds its rows on its own
 CHUNK = 32_768  # tokens computed at once: h of more would fill the memory
-SPAN = 8  # tiles of one expert that share a block of weights through the cache
+SPAN = 4  # tiles of one expert that share a block of weights through the cache
 MULTIPROCESSORS = 132  # of an H100 or H200
 INT4_GROUPS = (32, 64, 128)  # in-channels, of which a step multiplies one group
 
@@ -67,12 +67,17 @@ def default_form(assignments: int, E: int, dtype: Any, bits: int, interpreted: b
         exact = Tiles(16, 64, 32, 4, 1)
         return Form(exact, exact, exact, exact, interpreted)
     if assignments <= FEW or each <= 12:
-        inner = {0: 64, 8: 128, 4: 128}[bits]
-        gate_up, down = Tiles(16, 64, inner, 4, 4), Tiles(16, 64, inner, 4, 4, 2)
+        alone = assignments <= E // 2  # each expert has about one row: products are too few for the device
+        split = (4 if bits else 2) if alone else 1
+        gate_up, down = Tiles(16, 64, 128, 4, 3 if bits else 4), Tiles(16, 128, 128, 8 if alone else 4, 3, split)
     elif each <= 96:
         gate_up, down = Tiles(64, 64, 64, 4, 3), Tiles(64, 128, 64, 4, 3)
     else:
-        gate_up, down = Tiles(64 if bits == 4 else 128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 4)
+        gate_up, down = {
+            0: (Tiles(128, 128, 64, 8, 4), Tiles(128, 256, 64, 8, 4)),
+            8: (Tiles(128, 64, 64, 4, 4), Tiles(256, 128, 64, 8, 3)),
+            4: (Tiles(64, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 4)),
+        }[bits]
     rows_gradient = Tiles(128, 64, 128, 8, 3) if each > 96 else Tiles(64, 64, 128, 4, 3)
     return Form(gate_up, down, rows_gradient, Tiles(64, 128, 128, 8, 3), interpreted)
 
@@ -103,8 +108,8 @@ def experts(
     if form is None:
         form = default_form(N * k, E, x.dtype, bits_of(gate_up), interpreted)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    h: Any = _product(form, True, k, x, gate_up, layer, chosen)
-    y: Any = _product(form, False, k, h, down, layer, chosen)  # [split, N·k, M]
+    h: Any = product(form, True, k, x, gate_up, layer, chosen)
+    y: Any = product(form, False, k, h, down, layer, chosen)  # [split, N·k, M]
     y = jnp.where(chosen[..., None] < E, jnp.sum(y, axis=0).reshape(N, k, -1), 0.0)  # no kernel writes padding
     return jnp.sum(y * weights[..., None], axis=1)
 
@@ -154,10 +159,10 @@ def route(chosen: jax.Array, E: int, R: int) -> Routing:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(
+def product(
     form: Form, gated: bool, k: int, x: jax.Array, weights: Weights, layer: jax.Array, chosen: jax.Array
 ) -> jax.Array:
-    """[N·k, F] in the dtype of x from tokens if gated, else float32 [split, N·k, M] from such rows."""
+    """A product: [N·k, F] in the dtype of x from tokens if gated, else float32 [split, N·k, M] from such rows."""
     return _forward(form, gated, k, x, weights, layer, chosen, raw=False)[0]
 
 
@@ -192,7 +197,7 @@ def _product_backward(form: Form, gated: bool, k: int, residuals: tuple[Any, ...
     return d_x.astype(x.dtype), d_weights, None, None
 
 
-_product.defvjp(_product_forward, _product_backward)
+product.defvjp(_product_forward, _product_backward)
 
 
 def _stored(weights: Weights, layer: jax.Array) -> tuple[dict[str, Any], jax.Array, jax.Array]:
@@ -234,6 +239,7 @@ def _forward(
         warps=tiles.warps, stages=tiles.stages, interpreted=form.interpreted, **constants, **stored,
         O=O, I=I, L=L, E=E, k=k, N=n, POWER=1 << (n - 1).bit_length() if few else 1, GATED=gated, BY_TOKEN=gated,
         FEW=few, RAW=raw, SPLIT=split, R=tiles.rows, BO=tiles.out, BI=tiles.inner, PRECISION=_precision(x.dtype),
+        PTX=not form.interpreted and x.dtype == jnp.bfloat16,
     )  # fmt: skip
 
 

@@ -11,16 +11,48 @@ so the forward product is W xᵀ; int8 scales come after the sum, int4 scales af
 import triton
 import triton.language as tl
 
+from m1jax.kernels.gpu.kernels import number_of
+
+# Two bytes to bfloat16 numbers, as PTX: an integer below 128 is the mantissa of a number from 128 on, from which 128 is
+# subtracted, or what makes it signed. Two at a time, as they lie in shared memory.
+_INT8 = tl.constexpr("""{
+.reg .b32 a, b;
+prmt.b32 a, $1, 0, 0x4140;
+lop3.b32 b, a, 0x00800080, 0x43004300, 0xEA;
+lop3.b32 a, a, 0x007f007f, 0x43004300, 0xEA;
+sub.rn.bf16x2 $0, a, b;
+}""")
+_INT4 = tl.constexpr("""{
+.reg .b32 a, b, m;
+prmt.b32 a, $2, 0, 0x4140;
+shr.u32 b, a, 4;
+lop3.b32 a, a, 0x000f000f, 0x43004300, 0xEA;
+lop3.b32 b, b, 0x000f000f, 0x43004300, 0xEA;
+mov.b32 m, 0x43084308;
+sub.rn.bf16x2 $0, a, m;
+sub.rn.bf16x2 $1, b, m;
+}""")
+
 
 @triton.jit
-def number_of(layer, L: tl.constexpr):
-    """The number at `layer`; the first or last where a traced one is out of range, instead of any address."""
-    return tl.minimum(tl.maximum(tl.load(layer), 0), L - 1).to(tl.int64)
+def from_int8(w, TYPE: tl.constexpr, PTX: tl.constexpr):
+    """int8 in another type."""
+    if PTX:
+        return tl.inline_asm_elementwise(_INT8, "=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=2)
+    return w.to(TYPE)
 
 
 @triton.jit
-def tile_of(table, order, pid, BLOCKS: tl.constexpr, R: tl.constexpr):
-    """(expert, block of channels, assignments `[R]`, valid `[R]`, rows) of a program, by the table.
+def from_int4(w, TYPE: tl.constexpr, PTX: tl.constexpr):
+    """The integers in the low and in the high halves of bytes."""
+    if PTX:
+        return tl.inline_asm_elementwise(_INT4, "=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2)
+    return ((w & 15).to(tl.int8) - 8).to(TYPE), ((w >> 4).to(tl.int8) - 8).to(TYPE)
+
+
+@triton.jit
+def tile_of(table, pid, BLOCKS: tl.constexpr):
+    """(expert, block of channels, first sorted row, rows) of a program, by the table.
 
     A table entry is expert, first sorted row, rows, and first tile and size of a span of tiles of this expert, which
     take the blocks of channels together, so that a block of weights read by one is in the cache for the others.
@@ -30,12 +62,14 @@ def tile_of(table, order, pid, BLOCKS: tl.constexpr, R: tl.constexpr):
     size = tl.load(entry + 4)
     local = pid - start * BLOCKS
     entry = table + (start + local % size) * 5
-    first = tl.load(entry + 1)
-    count = tl.load(entry + 2)
+    return tl.load(entry), local // size, tl.load(entry + 1), tl.load(entry + 2)
+
+
+@triton.jit
+def rows_of(order, first, count, R: tl.constexpr):
+    """(assignments `[R]`, valid `[R]`) of `count` sorted rows."""
     row = tl.arange(0, R)
-    valid = row < count
-    a = tl.load(order + first + row, mask=valid, other=0)
-    return tl.load(entry), local // size, a, valid, count
+    return tl.load(order + first + row, mask=row < count, other=0), row < count
 
 
 @triton.jit
@@ -77,15 +111,112 @@ def columns(pointer, rows, i, WIDTH: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def accumulate_group(
-    acc, low_x, high_x, pointer, scales, o, g, I: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr
+    acc,
+    low_x,
+    high_x,
+    pointer,
+    scales,
+    o,
+    g,
+    I: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Adds the group g of in-channels of int4 weights: `[o, rows]`."""
     packed = weights(pointer, o, g * (GROUP // 2) + tl.arange(0, GROUP // 2), I // 2, True)
-    low = (packed & 15).to(tl.int8) - 8
-    high = (packed >> 4).to(tl.int8) - 8
-    part = tl.dot(low.to(low_x.dtype), low_x, input_precision=PRECISION)
-    part = tl.dot(high.to(low_x.dtype), high_x, part, input_precision=PRECISION)
+    low, high = from_int4(packed, low_x.dtype, PTX)
+    part = tl.dot(low, low_x, input_precision=PRECISION)
+    part = tl.dot(high, high_x, part, input_precision=PRECISION)
     return acc + part * tl.load(scales + o * (I // GROUP) + g)[:, None]
+
+
+@triton.jit
+def tile(
+    x,
+    values,
+    scales,
+    layer,
+    out,
+    raw,
+    e,
+    block,
+    a,
+    valid,
+    O: tl.constexpr,
+    I: tl.constexpr,
+    L: tl.constexpr,
+    E: tl.constexpr,
+    k: tl.constexpr,
+    N: tl.constexpr,
+    GATED: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    RAW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    R: tl.constexpr,
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """What `forward` says, for a block of channels and the assignments `a` `[R]` of expert e; the valid count."""
+    PARTS: tl.constexpr = 2 if GATED else 1
+    rows = a // k if BY_TOKEN else a
+    o = tl.minimum(block * BO + tl.arange(0, BO), O - 1)  # rows past the end are computed in vain
+    WIDTH: tl.constexpr = I // 2 if BITS == 4 else I
+    matrix = (number_of(layer, L) * E + e) * (PARTS * O)
+    pointer = values + matrix * WIDTH
+    if BITS == 4:
+        scales += matrix * (I // GROUP)
+    elif BITS == 8:
+        scales += matrix
+    first = tl.zeros((BO, R), tl.float32)
+    second = tl.zeros((BO, R), tl.float32)
+    STEP: tl.constexpr = GROUP if BITS == 4 else BI
+    STEPS: tl.constexpr = (I + STEP - 1) // STEP
+    PER_SPLIT: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    split = tl.program_id(1)
+    for step in range(0, PER_SPLIT):
+        at = split * PER_SPLIT + step
+        if BITS == 4:
+            half = at * GROUP + tl.arange(0, GROUP // 2)
+            low = columns(x, rows, half, I, STEPS % SPLIT == 0)
+            high = columns(x, rows, half + GROUP // 2, I, STEPS % SPLIT == 0)
+            at = tl.minimum(at, STEPS - 1)
+            first = accumulate_group(first, low, high, pointer, scales, o, at, I, GROUP, PRECISION, PTX)
+            if GATED:
+                second = accumulate_group(second, low, high, pointer, scales, o + O, at, I, GROUP, PRECISION, PTX)
+        else:
+            EVEN: tl.constexpr = I % (BI * SPLIT) == 0
+            i = at * BI + tl.arange(0, BI)
+            xt = columns(x, rows, i, I, EVEN)
+            w = weights(pointer, o, i, I, EVEN)
+            if BITS == 8:
+                w = from_int8(w, xt.dtype, PTX)
+            first = tl.dot(w, xt, first, input_precision=PRECISION)
+            if GATED:
+                w = weights(pointer, o + O, i, I, EVEN)
+                if BITS == 8:
+                    w = from_int8(w, xt.dtype, PTX)
+                second = tl.dot(w, xt, second, input_precision=PRECISION)
+    if BITS == 8:
+        first *= tl.load(scales + o)[:, None]
+        if GATED:
+            second *= tl.load(scales + o + O)[:, None]
+    channel = block * BO + tl.arange(0, BO)
+    inside = (channel < O)[:, None] & valid[None, :]
+    place = a[None, :].to(tl.int64)
+    if RAW:
+        kind = raw.dtype.element_ty
+        there = raw + place * (2 * O) + channel[:, None]
+        tl.store(there, first.to(kind), mask=inside)
+        tl.store(there + O, second.to(kind), mask=inside)
+    if GATED:
+        first = first * tl.sigmoid(first) * second
+    there = out + (split.to(tl.int64) * N + place) * O + channel[:, None]
+    tl.store(there, first.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -116,69 +247,35 @@ def forward(
     BO: tl.constexpr,
     BI: tl.constexpr,
     PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """out[a] = W_e x, or with GATED silu(W1 x) ⊙ W3 x where `[W1; W3]` has 2·O rows; RAW also writes W1 x, W3 x.
 
     With SPLIT > 1 the in-channels are shared among programs, `out` is `[SPLIT, N, O]` and to be summed.
     """
     BLOCKS: tl.constexpr = (O + BO - 1) // BO
-    PARTS: tl.constexpr = 2 if GATED else 1
+    HALF: tl.constexpr = R // 2
     pid = tl.program_id(0)
     if FEW:
         e, block, a, valid, count = tile_among_few(order, pid, BLOCKS, R, E, N, POWER)
     else:
-        e, block, a, valid, count = tile_of(table, order, pid, BLOCKS, R)
+        e, block, first, count = tile_of(table, pid, BLOCKS)
     if count == 0:
         return
-    rows = a // k if BY_TOKEN else a
-    o = tl.minimum(block * BO + tl.arange(0, BO), O - 1)  # rows past the end are computed in vain
-    WIDTH: tl.constexpr = I // 2 if BITS == 4 else I
-    matrix = (number_of(layer, L) * E + e) * (PARTS * O)
-    pointer = values + matrix * WIDTH
-    if BITS == 4:
-        scales += matrix * (I // GROUP)
-    elif BITS == 8:
-        scales += matrix
-    first = tl.zeros((BO, R), tl.float32)
-    second = tl.zeros((BO, R), tl.float32)
-    STEP: tl.constexpr = GROUP if BITS == 4 else BI
-    STEPS: tl.constexpr = (I + STEP - 1) // STEP
-    PER_SPLIT: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    split = tl.program_id(1)
-    for step in range(0, PER_SPLIT):
-        at = split * PER_SPLIT + step
-        if BITS == 4:
-            half = at * GROUP + tl.arange(0, GROUP // 2)
-            low = columns(x, rows, half, I, STEPS % SPLIT == 0)
-            high = columns(x, rows, half + GROUP // 2, I, STEPS % SPLIT == 0)
-            at = tl.minimum(at, STEPS - 1)
-            first = accumulate_group(first, low, high, pointer, scales, o, at, I, GROUP, PRECISION)
-            if GATED:
-                second = accumulate_group(second, low, high, pointer, scales, o + O, at, I, GROUP, PRECISION)
-        else:
-            EVEN: tl.constexpr = I % (BI * SPLIT) == 0
-            i = at * BI + tl.arange(0, BI)
-            xt = columns(x, rows, i, I, EVEN)
-            first = tl.dot(weights(pointer, o, i, I, EVEN).to(xt.dtype), xt, first, input_precision=PRECISION)
-            if GATED:
-                w = weights(pointer, o + O, i, I, EVEN)
-                second = tl.dot(w.to(xt.dtype), xt, second, input_precision=PRECISION)
-    if BITS == 8:
-        first *= tl.load(scales + o)[:, None]
-        if GATED:
-            second *= tl.load(scales + o + O)[:, None]
-    channel = block * BO + tl.arange(0, BO)
-    inside = (channel < O)[:, None] & valid[None, :]
-    place = a[None, :].to(tl.int64)
-    if RAW:
-        kind = raw.dtype.element_ty
-        there = raw + place * (2 * O) + channel[:, None]
-        tl.store(there, first.to(kind), mask=inside)
-        tl.store(there + O, second.to(kind), mask=inside)
-    if GATED:
-        first = first * tl.sigmoid(first) * second
-    there = out + (split.to(tl.int64) * N + place) * O + channel[:, None]
-    tl.store(there, first.to(out.dtype.element_ty), mask=inside)
+    if not FEW:
+        a, valid = rows_of(order, first, count, R)
+    if R >= 128 and not FEW:
+        if count <= HALF:  # an expert's last rows: half a tile is enough for half of these
+            last, real = rows_of(order, first, count, HALF)
+            tile(
+                x, values, scales, layer, out, raw, e, block, last, real, O, I, L, E, k, N, GATED, BY_TOKEN, BITS,
+                GROUP, RAW, SPLIT, HALF, BO, BI, PRECISION, PTX,
+            )  # fmt: skip
+            return
+    tile(
+        x, values, scales, layer, out, raw, e, block, a, valid, O, I, L, E, k, N, GATED, BY_TOKEN, BITS, GROUP, RAW,
+        SPLIT, R, BO, BI, PRECISION, PTX,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -203,9 +300,10 @@ def backward_rows(
 ):
     """out[a, i] = Σ_o d[a, o] W_e[o, i]; for int4, BI is the group."""
     BLOCKS: tl.constexpr = (I + BI - 1) // BI
-    e, block, a, valid, count = tile_of(table, order, tl.program_id(0), BLOCKS, R)
+    e, block, first, count = tile_of(table, tl.program_id(0), BLOCKS)
     if count == 0:
         return
+    a, valid = rows_of(order, first, count, R)
     WIDTH: tl.constexpr = I // 2 if BITS == 4 else I
     matrix = (number_of(layer, L) * E + e) * O
     pointer = values + matrix * WIDTH
