@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ def bench(*args: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "stages",
-    [("check",), ("forward", "backward", "decode", "softmax"), ("experts", "experts-decode"), ("sweep", "model")],
+    [("check", "fla"), ("forward", "backward", "decode", "softmax"), ("experts", "experts-decode"), ("sweep", "model")],
 )
 def test_dry_run(tmp_path: Path, stages: tuple[str, ...]) -> None:
     file = tmp_path / "out.json"
@@ -30,7 +31,7 @@ def test_dry_run(tmp_path: Path, stages: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(file.read_text())
     assert report["dry"] and {row["stage"] for row in report["rows"]} == set(stages)
-    assert {row["what"].split()[0] for row in report["rows"] if "skipped" in row} <= {"fla"}
+    assert {row["stage"] for row in report["rows"] if "skipped" in row} <= {"fla"}
     assert all(row["us"] > 0 for row in report["rows"] if "us" in row and "operation" not in row)
     assert not any(row.get("wrong") for row in report["rows"])
     table = file.with_suffix(".md").read_text()
@@ -72,6 +73,28 @@ def test_a_kernel_that_fails_is_not_skipped(tmp_path: Path, monkeypatch: pytest.
     assert outcome("decode", memory, 5e-6) == "skipped" and report.bandwidth < 3.35e12
     report.timed("decode", 1e-3, must=5e-6)
     assert "reached" not in report.rows[-1]
+
+
+def test_what_broke_off_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that dies and one that is too slow are rows, and what they had written is kept."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from gpu_bench import workers  # pyright: ignore[reportMissingImports]
+    from gpu_bench.report import Report  # pyright: ignore[reportMissingImports]
+
+    file, report = tmp_path / "rows.json", Report(tmp_path / "out.json", False, "NVIDIA H200")
+    file.write_text('{"rows": [{"stage": "decode", "what": "triton decode", "us": 2.0}]}')
+    ends = "print('ready', flush=True); input(); raise SystemExit('no such layer')"
+    for code, how in ((ends, "exit code 1: no such layer"), ("import time; time.sleep(60)", "out of time")):
+        report.rows.clear()
+        worker = workers._worker("decode", [sys.executable, "-c", code], file)
+        assert worker.ready.wait(30 if "ready" in code else 1) == ("ready" in code)
+        worker.go()
+        workers._wait(worker, time.monotonic() + (30 if "ready" in code else 0))
+        workers._collect(report, worker)
+        assert report.rows[0]["us"] == 2.0 and report.rows[1]["failed"].startswith(how) and report.failures()
+    report.rows += [{"stage": "fla", "what": "chunk_simple_gla decode", "us": 6.0}]
+    workers._compare(report)
+    assert report.rows[-1]["ours_is_faster"] == 3.0
 
 
 def test_every_comparison_can_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

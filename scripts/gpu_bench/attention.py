@@ -1,15 +1,13 @@
 """Stages of the two attentions: lightning forward, backward and decode, softmax prefill, gradient and decode."""
 
 import dataclasses
-import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gpu_bench import fla
 from gpu_bench.report import Report
-from gpu_bench.timing import normal, seconds, seconds_chained
+from gpu_bench.timing import Measurement, normal
 from m1jax.kernels.lightning_attention import cases, gpu, lightning_attention
 from m1jax.kernels.lightning_attention.cases import LightningCase
 from m1jax.kernels.softmax_attention import cases as softmax_cases
@@ -18,30 +16,38 @@ from m1jax.kernels.softmax_attention.cases import SoftmaxCase
 
 Arguments = dict[str, Any]
 
+LONG = 131_072  # tokens; longer rows have the device to themselves
+
 
 def stage_of(case: LightningCase) -> str:
     """Which stage times it."""
-    return "decode" if case.T == 1 else "backward" if case.grad else "forward"
+    stage = "decode" if case.T == 1 else "backward" if case.grad else "forward"
+    return f"{stage}-long" if case.T > LONG else stage
 
 
-def lightning(report: Report, baseline: fla.Times) -> None:
-    """Lightning attention beside plain XLA and, where it is the same call, fla.
+def lightning(report: Report) -> list[Measurement]:
+    """Lightning attention beside plain XLA.
 
     A gradient is timed without the forward pass, a decode step for each layer whose state it updates in place.
     """
+    chosen = report.sized(case for case in cases.CASES if stage_of(case) == report.stage)
+    return [m for case in chosen for m in _lightning(report, case)]
+
+
+def _lightning(report: Report, case: LightningCase) -> list[Measurement]:
     ours = report.implementation("triton")
-    for case in report.sized(case for case in cases.CASES if stage_of(case) == report.stage):
-        times: dict[str, float] = {}
-        for name in (ours, "xla"):
-            with report.attempt(f"{name} {case.name}", case.must if name == ours else None):
-                times[name] = _seconds(case, name)
-        for kernel in fla.kernels(case):
-            with report.attempt(f"fla {kernel} {case.name}"):
-                times[f"fla {kernel}"] = fla.of(baseline, kernel, case)
-        for name, time in times.items():
-            ratio = {"ours_is_faster": time / times[ours]} if ours in times and name != ours else {}
-            floor = _bytes(case) / report.bandwidth
-            report.timed(f"{name} {case.name}", time, floor, case.must if name == ours else None, **ratio)
+    times: dict[str, float] = {}
+
+    def add(name: str, time: float) -> None:
+        times[name] = time
+        ratio = {"ours_is_faster": time / times[ours]} if ours in times and name != ours else {}
+        must = case.must if name == ours else None
+        report.timed(f"{name} {case.name}", time, _bytes(case) / report.bandwidth, must, **ratio)
+
+    found = [_measurement(case, ours, lambda time: add(ours, time), case.must)]
+    if case.T <= LONG:
+        found.append(_measurement(case, "xla", lambda time: add("xla", time)))
+    return found
 
 
 def _bytes(case: LightningCase) -> float:
@@ -52,13 +58,10 @@ def _bytes(case: LightningCase) -> float:
     return arrays * case.B * case.T * case.H * case.D * jnp.dtype(case.dtype).itemsize
 
 
-def _seconds(case: LightningCase, name: Any) -> float:
-    arguments = case.arguments(normal)
-    if case.T > 1:
+def _measurement(case: LightningCase, name: Any, add: Any, must: float | None = None) -> Measurement:
+    def whole(a: Arguments) -> Any:
         # A layer needs o alone: the compiler leaves out the rest, as it does the forward pass of a gradient.
-        return seconds(lambda a: case.call(name, a) if case.grad else case.call(name, a)[0], arguments)
-    states, qkv, decay = (arguments.pop(key) for key in ("state", "qkv", "log_decay"))
-    del arguments
+        return case.call(name, a) if case.grad else case.call(name, a)[0]
 
     def step(carry: Any, qkv: jax.Array, decay: jax.Array) -> Any:
         states, out = carry
@@ -66,51 +69,66 @@ def _seconds(case: LightningCase, name: Any) -> float:
             out, states = lightning_attention(qkv, decay, state=states, layer=layer, implementation=name)
         return states, out
 
-    carry = states, jnp.zeros((case.B, 1, case.H, case.D), case.dtype)
-    return seconds_chained(step, carry, qkv, decay, steps=8) / case.layers
+    def to_step() -> tuple[Any, ...]:
+        a = case.arguments(normal)
+        return (a["state"], jnp.zeros((case.B, 1, case.H, case.D), case.dtype)), a["qkv"], a["log_decay"]
+
+    what = f"{name} {case.name}"
+    if case.T > 1:
+        return Measurement(what, whole, lambda: (case.arguments(normal),), add, must)
+    return Measurement(what, step, to_step, lambda time: add(time / case.layers), must, steps=8)
 
 
-def softmax(report: Report) -> None:
+def softmax(report: Report) -> list[Measurement]:
     """Causal attention of one row, forward and with gradients; then one token into a cache."""
+    found = []
     for case in report.sized(softmax_cases.CASES):
-        arguments = case.arguments(normal)
         names = [case.library, "cudnn"] if case.T == 1 else [case.library]
-        for name in dict.fromkeys([*map(report.implementation, names), "xla"]):
-            with report.attempt(f"{name} {case.name}"):
-                if case.T == 1:
-                    time = seconds_chained(_decode(case, name), arguments["q"].copy(), arguments, steps=16)
-                    floor = 4 * case.B * case.K * case.N * case.D / report.bandwidth
-                    report.timed(f"{name} {case.name}", time, floor)
-                else:
-                    time = seconds(lambda a, case=case, name=name: case.call(name, a), arguments)
-                    flop = case.flop * (3.5 if case.grad else 1)
-                    report.timed(f"{name} {case.name}", time, TFLOPs=flop / time / 1e12)
+        found += [_softmax(report, case, name) for name in dict.fromkeys([*map(report.implementation, names), "xla"])]
+    return found
 
 
-def _decode(case: SoftmaxCase, name: Any) -> Any:
-    def step(q: jax.Array, arguments: Arguments) -> jax.Array:
-        last = jnp.full((case.B,), case.N - 1)
-        return softmax_attention(q, arguments["k"], arguments["v"], offset=last, implementation=name)
+def _softmax(report: Report, case: SoftmaxCase, name: Any) -> Measurement:
+    what = f"{name} {case.name}"
 
-    return step
+    def step(q: jax.Array, a: Arguments) -> jax.Array:
+        return softmax_attention(q, a["k"], a["v"], offset=jnp.full((case.B,), case.N - 1), implementation=name)
+
+    def to_step() -> tuple[Any, ...]:
+        a = case.arguments(normal)
+        return a.pop("q"), a
+
+    def add(time: float) -> None:
+        flop = case.flop * (3.5 if case.grad else 1)
+        report.timed(what, time, TFLOPs=flop / time / 1e12)
+
+    def add_step(time: float) -> None:
+        report.timed(what, time, 4 * case.B * case.K * case.N * case.D / report.bandwidth)
+
+    if case.T > 1:
+        return Measurement(what, lambda a: case.call(name, a), lambda: (case.arguments(normal),), add)
+    return Measurement(what, step, to_step, add_step, steps=16)
 
 
-def sweep(report: Report) -> None:
+def sweep(report: Report) -> list[Measurement]:
     """Other tiles of the lightning sweeps."""
-    tiles = [(32, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 8, 1), (64, 64, 8, 2), (64, 64, 8, 3),
-             (128, 64, 8, 1)]  # fmt: skip
-    found = report.sized(case for case in cases.CASES if case.name in ("forward 8192", "backward without a state"))
-    for choice, case in itertools.product(tiles[: 2 if report.dry else None], found):
-        chunk, width, warps, stages = choice
-        name = f"lightning {case.name}: chunk {chunk}, width {width}, {warps} warps, {stages} stages"
-        form = gpu.default_form(case.D, jnp.bfloat16, packed=False, interpreted=report.dry)
-        form = dataclasses.replace(form, **{stage_of(case): gpu.Tiles(chunk, width, warps, stages)})
+    tiles = [(64, 64, 8, 1), (64, 64, 16, 1), (32, 64, 4, 1), (64, 32, 4, 1), (64, 32, 8, 1), (128, 64, 8, 1)]
+    chosen = report.sized(case for case in cases.CASES if case.name in ("forward 8192", "backward without a state"))
+    return [
+        _tiled(report, case, gpu.Tiles(*choice)) for case in chosen for choice in tiles[: 2 if report.dry else None]
+    ]
 
-        def run(a: Arguments, form: Any = form, case: LightningCase = case) -> Any:
-            def out(qkv: jax.Array) -> jax.Array:
-                return gpu.attend(form, qkv, a["log_decay"], None, 0, jnp.full((case.B,), case.T, jnp.int32), None)[0]
 
-            return jax.vjp(out, a["qkv"])[1](a["d_out"]) if case.grad else out(a["qkv"])
+def _tiled(report: Report, case: LightningCase, tiles: gpu.Tiles) -> Measurement:
+    stage = "backward" if case.grad else "forward"
+    form = gpu.default_form(case.D, jnp.bfloat16, packed=False, interpreted=report.dry)
+    form = dataclasses.replace(form, **{stage: tiles})
 
-        with report.attempt(name):
-            report.timed(name, seconds(run, case.arguments(normal)))
+    def run(a: Arguments) -> Any:
+        def out(qkv: jax.Array) -> jax.Array:
+            return gpu.attend(form, qkv, a["log_decay"], None, 0, jnp.full((case.B,), case.T, jnp.int32), None)[0]
+
+        return jax.vjp(out, a["qkv"])[1](a["d_out"]) if case.grad else out(a["qkv"])
+
+    what = f"lightning {case.name}: chunk {tiles.chunk}, width {tiles.width}, {tiles.warps} warps"
+    return Measurement(what, run, lambda: (case.arguments(normal),), lambda time: report.timed(what, time))

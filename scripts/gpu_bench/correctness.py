@@ -11,6 +11,7 @@ import numpy as np
 from gpu_bench import fla
 from gpu_bench.report import Report
 from gpu_bench.timing import normal
+from gpu_bench.turns import wait
 from m1jax.kernels.experts import cases as experts
 from m1jax.kernels.gpu.case import Case, reduced
 from m1jax.kernels.lightning_attention import cases as lightning
@@ -31,22 +32,24 @@ def comparisons(report: Report) -> Iterator[tuple[str, str, Case]]:
                 yield op, name, case
 
 
-def check(report: Report) -> None:
-    """Adds a row for each comparison; `wrong` is whether it failed."""
-    for op, name, case in comparisons(report):
+def check(report: Report, mine: Any) -> None:
+    """Adds a row for each comparison that `mine` picks; `wrong` is whether it failed."""
+    compiled = []
+    for op, name, case in mine(comparisons(report)):
         what = f"{op} {case.name}" + " whole" * case.whole
+        with report.attempt(f"{what} {case.dtype}"), jax.default_matmul_precision("highest"):
+            forms = [_compiled(case, how) for how in (report.implementation(name), "reference")]
+            compiled.append((what, case, forms))
+    wait()
+    for what, case, forms in compiled:
         with report.attempt(f"{what} {case.dtype}"):
             arguments = case.arguments(normal)
+            _compare(report, what, case.dtype, *(form(arguments) for form in forms))
 
-            def outputs(arguments: Any, how: Any, case: Case = case) -> Any:
-                return case.defined(arguments, case.call(how, arguments))
 
-            with jax.default_matmul_precision("highest"):
-                run = jax.jit(outputs, static_argnums=1)
-                got, want = run(arguments, report.implementation(name)), run(arguments, "reference")
-            _compare(report, what, case.dtype, got, want)
-    with report.attempt("fla against the reference"):
-        _fla(report)
+def _compiled(case: Case, how: Any) -> Any:
+    run = jax.jit(lambda arguments: case.defined(arguments, case.call(how, arguments)))
+    return run.lower(case.abstract()).compile()
 
 
 def _compare(report: Report, what: str, dtype: str, got: Any, want: Any) -> None:
@@ -57,7 +60,7 @@ def _compare(report: Report, what: str, dtype: str, got: Any, want: Any) -> None
     report.add(what, dtype=dtype, error=max(errors), wrong=not max(errors) < TOLERANCE[dtype])
 
 
-def _fla(report: Report) -> None:
+def check_fla(report: Report) -> None:
     """fla's outputs and gradients: a baseline that computes something else is none."""
     T, H, D = 300, 4, 128
     decay = log_decay(H, 35, 80)

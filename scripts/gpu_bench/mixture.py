@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gpu_bench.report import PEAKS, Report
-from gpu_bench.timing import normal, seconds, seconds_chained
+from gpu_bench.timing import Measurement, normal
 from m1jax.kernels.experts import experts, gpu
 from m1jax.kernels.experts.cases import CASES, ExpertsCase
 
@@ -18,63 +18,88 @@ MUST_TIMES_FLOOR = 1.3  # decode: of the time to read the weights of the chosen 
 Arguments = dict[str, Any]
 
 
-def prefill(report: Report) -> None:
+def prefill(report: Report) -> list[Measurement]:
     """Products per second; a gradient is of x, weights and shares, or with quantised weights of x and shares."""
+    chosen = report.sized(case for case in CASES if case.N > DECODED)
+    return [m for case in chosen for m in _prefill(report, case)]
+
+
+def _prefill(report: Report, case: ExpertsCase) -> list[Measurement]:
     ours = report.implementation("triton")
-    for case in report.sized(case for case in CASES if case.N > DECODED):
-        arguments, times = case.arguments(normal), {}
-        for how in (ours,) if case.grad else (ours, "xla"):
-            must = case.must if how == ours else None
-            with report.attempt(f"{how} {case.name}", must):
-                times[how] = seconds(lambda a, how=how, case=case: case.call(how, a), arguments)
-                flop = case.flop * ((2 if case.kind else 3) if case.grad else 1)
-                more = _rates(flop, times[how])
-                if how != ours and ours in times:
-                    more["ours_is_faster"] = times[how] / times[ours]
-                report.timed(f"{how} {case.name}", times[how], None, must, **more)
+    times: dict[str, float] = {}
+    flop = case.flop * ((2 if case.kind else 3) if case.grad else 1)
+
+    def measurement(how: Any) -> Measurement:
+        what, must = f"{how} {case.name}", case.must if how == ours else None
+
+        def add(time: float) -> None:
+            times[how] = time
+            ratio = {"ours_is_faster": time / times[ours]} if how != ours and ours in times else {}
+            report.timed(what, time, None, must, **_rates(flop, time), **ratio)
+
+        return Measurement(what, lambda a: case.call(how, a), lambda: (case.arguments(normal),), add, must)
+
+    return [measurement(how) for how in ((ours,) if case.grad else (ours, "xla"))]
 
 
 def _rates(flop: float, time: float) -> dict[str, float]:
     return {"TFLOPs": flop / time / 1e12} | {f"share of {k} peak": flop / time / peak for k, peak in PEAKS.items()}
 
 
-def decode(report: Report) -> None:
+def decode(report: Report) -> list[Measurement]:
     """One token for each row; the floor reads each chosen expert once."""
-    ours = report.implementation("triton")
-    for case in report.sized(case for case in CASES if case.N <= DECODED):
-        arguments = case.arguments(normal)
-        stored = sum(leaf.nbytes for leaf in jax.tree.leaves((arguments["gate_up"], arguments["down"])))
-        chosen = set(jax.device_get(arguments["chosen"]).reshape(-1).tolist()) - {case.E}
-        floor = len(chosen) * stored / (case.layers * case.E) / report.bandwidth
-        for how in (ours, "xla"):
-            must = MUST_TIMES_FLOOR * floor if how == ours else None
-            with report.attempt(f"{how} {case.name}", must):
-                report.timed(f"{how} {case.name}", _step_seconds(case, arguments, how), floor, must)
+    chosen = report.sized(case for case in CASES if case.N <= DECODED)
+    return [_decode(report, case, how) for case in chosen for how in (report.implementation("triton"), "xla")]
 
 
-def _step_seconds(case: ExpertsCase, arguments: Arguments, how: Any) -> float:
+def _decode(report: Report, case: ExpertsCase, how: Any) -> Measurement:
+    what, abstract = f"{how} {case.name}", case.abstract()
+    stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((abstract["gate_up"], abstract["down"])))
+    drawn = set(jax.device_get(case.drawn()).reshape(-1).tolist()) - {case.E}
+    floor = len(drawn) * stored / (case.layers * case.E) / report.bandwidth
+    must = MUST_TIMES_FLOOR * floor if how != "xla" else None
+
     def step(x: jax.Array, rest: Arguments) -> jax.Array:
         return experts(x, **rest, implementation=how).astype(x.dtype)
 
-    rest = dict(arguments)
-    x = rest.pop("x").copy()  # it is given away
-    return seconds_chained(step, x, rest, steps=32)
+    def make() -> tuple[Any, ...]:
+        a = case.arguments(normal)
+        return a.pop("x"), a
+
+    return Measurement(
+        what, step, make, lambda time: report.timed(what, time, floor, must), must, steps=4 if how == "xla" else 16
+    )
 
 
-def sweep(report: Report) -> None:
-    """Other tiles, for both products at once: (rows, out, inner, warps, stages, split)."""
-    wide = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 2), (128, 128, 32, 8, 4), (64, 128, 64, 8, 3), (64, 128, 64, 4, 4),
-            (128, 64, 64, 4, 4), (128, 64, 64, 8, 4)]  # fmt: skip
-    narrow = [(16, 64, 64, 4, 4), (16, 64, 128, 4, 4), (16, 64, 128, 4, 3), (16, 128, 64, 4, 4), (16, 128, 128, 8, 3),
-              (16, 64, 64, 4, 4, 2), (16, 64, 128, 4, 4, 2), (16, 64, 128, 4, 3, 4)]  # fmt: skip
+def sweep(report: Report) -> list[Measurement]:
+    """Other tiles, for one product at a time: (rows, out, inner, warps, stages, split)."""
+    gate_up = [(128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 64, 64, 4, 4), (256, 64, 64, 8, 3)]
+    down = [(128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4)]
+    narrow = [(16, 64, 128, 4, 4), (16, 128, 128, 4, 3), (16, 128, 128, 8, 3), (16, 32, 128, 4, 4), (16, 64, 128, 4, 3)]
+    found = []
     for case in report.sized(CASES):
-        if case.grad or case.dtype != "bfloat16" or case.N not in ((1, 200) if report.dry else (1, 128, 8192)):
+        if case.grad or case.dtype != "bfloat16" or case.N not in ((1, 200) if report.dry else (1, 32, 8192)):
             continue
-        arguments = case.arguments(normal)
-        for choice in (narrow if case.N <= DECODED else wide)[: 1 if report.dry else None]:
-            down = gpu.Tiles(*choice)
-            default = gpu.default_form(case.N * case.k, case.E, jnp.bfloat16, 0, report.dry)
-            form = dataclasses.replace(default, gate_up=dataclasses.replace(down, split=1), down=down)
-            with report.attempt(f"experts {case.name}: tiles {choice}"):
-                run = functools.partial(gpu.experts, form=form)
-                report.timed(f"experts {case.name}: tiles {choice}", seconds(lambda a, run=run: run(**a), arguments))
+        for gated, choices in ((True, gate_up), (False, down)):
+            if case.N <= DECODED:
+                choices = narrow if gated else [(*tiles, split) for tiles in narrow for split in (1, 2, 4)]
+            found += [_tiled(report, case, gated, choice) for choice in choices[: 1 if report.dry else None]]
+    return found
+
+
+def _tiled(report: Report, case: ExpertsCase, gated: bool, choice: tuple[int, ...]) -> Measurement:
+    form = gpu.default_form(case.N * case.k, case.E, jnp.bfloat16, 0, report.dry)
+    form = dataclasses.replace(form, **{"gate_up" if gated else "down": gpu.Tiles(*choice)})
+    product = functools.partial(gpu.product, form, gated, case.k)
+    what = f"{case.name}, {'gate_up' if gated else 'down'}: tiles {choice}"
+
+    def make() -> tuple[Any, ...]:
+        a = case.arguments(normal)
+        x = a["x"] if gated else normal(7, (case.N * case.k, case.F), case.dtype)
+        return x, a["gate_up" if gated else "down"], jnp.asarray([case.layers - 1]), a["chosen"]
+
+    def add(time: float) -> None:
+        flop = case.flop * (2 if gated else 1) / 3
+        report.timed(what, time, TFLOPs=flop / time / 1e12)
+
+    return Measurement(what, product, make, add)

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import statistics
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -11,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpu_bench.report import PEAKS, Report
-from gpu_bench.timing import normal, top_operations
+from gpu_bench.timing import normal, operations
 from m1jax.config import M1Config
-from m1jax.model import M1, M1State, build
+from m1jax.model import M1, M1State, abstract, build
 from m1jax.params import ParamSpec, param_table
 from m1jax.presets import find_config
+
+STEPS = 8  # of a decode between two readings of the clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,94 +60,114 @@ def random_model(config: M1Config, quantize: Any) -> M1:
     return build(config, leaf, quantize)
 
 
-def run(report: Report, shapes: Sizes) -> None:
-    """Prefill and decode with bfloat16 and with int8 experts; a profile of both."""
-    for quantize in (None, "int8"):
-        name = f"{quantize or 'bfloat16'} experts"
-        with report.attempt(name):
-            model = random_model(shapes.config, quantize)
-            for T in shapes.lengths:
-                with report.attempt(f"{name}, prefill {T}"):
-                    _prefill(report, shapes, model, name, T)
-            for B in shapes.batches:
-                with report.attempt(f"{name}, decode B={B}"):
-                    _decode(report, shapes, model, name, B)
-            with report.attempt(f"{name}, profile"):
-                _profile(report, shapes, model, name)
-            del model
+class Slice:
+    """The slice with bfloat16 or quantised experts: its programs, compiled before anything lies on the device."""
+
+    def __init__(self, report: Report, shapes: Sizes, quantize: Any):
+        self.report, self.shapes, self.quantize = report, shapes, quantize
+        self.name = f"{quantize or 'bfloat16'} experts"
+        self.programs: dict[tuple[int, int, int], Any] = {}
+
+    def compile(self) -> None:
+        """Compiles a prefill's chunk for each length, and a decode step for each batch."""
+        shapes = self.shapes
+        model = abstract(shapes.config, quantize=self.quantize)
+        calls = [(1, min(T, shapes.chunk), T) for T in shapes.lengths] + [
+            (B, 1, shapes.context) for B in shapes.batches
+        ]
+
+        def lower(B: int, T: int, N: int) -> Any:
+            state = jax.eval_shape(lambda m: m.init_state(B, N), model)
+            return _step.lower(model, jax.ShapeDtypeStruct((B, T), jnp.int32), state)
+
+        with ThreadPoolExecutor(len(calls)) as pool:
+            jobs = {call: pool.submit(lower(*call).compile) for call in calls}
+        for (B, T, N), job in jobs.items():
+            with self.report.attempt(f"{self.name}, {B} x {T} tokens into {N}, compiled"):
+                self.programs[B, T, N] = job.result()
+
+    def run(self) -> None:
+        """Prefill and decode; a profile of both."""
+        shapes, report = self.shapes, self.report
+        model = random_model(shapes.config, self.quantize)
+        for B in shapes.batches:
+            with report.attempt(f"{self.name}, decode B={B}"):
+                self._decode(model, B)
+        for T in shapes.lengths:
+            with report.attempt(f"{self.name}, prefill {T}"):
+                self._prefill(model, T)
+        with report.attempt(f"{self.name}, profile"):
+            self._profile(model)
+
+    def _read(self, model: M1, tokens: jax.Array, state: M1State) -> jax.Array:
+        T, chunk = tokens.shape[1], min(tokens.shape[1], self.shapes.chunk)
+        following = tokens
+        for first in range(0, T, chunk):
+            following, state = self.programs[1, chunk, T](model, tokens[:, first : first + chunk], state)
+        return jax.block_until_ready(following)
+
+    def _tokens(self, B: int, T: int) -> jax.Array:
+        return jnp.asarray(np.random.default_rng(T).integers(0, self.shapes.config.vocab_size, (B, T)), jnp.int32)
+
+    def _prefill(self, model: M1, T: int) -> None:
+        tokens, times = self._tokens(1, T), []
+        for _ in range(3):
+            state = jax.block_until_ready(model.init_state(1, T))
+            start = time.perf_counter()
+            self._read(model, tokens, state)
+            times.append(time.perf_counter() - start)
+        each, cfg = min(times[1:]), self.shapes.config
+        active = sum(
+            spec.size * (cfg.num_experts_per_tok / cfg.num_local_experts if path.startswith("moe.") else 1)
+            for path, spec in param_table(cfg).items()
+            if path not in ("embed", "lm_head", "moe.router")
+        )
+        flop = 2 * T * active + 2 * T * T * cfg.head_dim * cfg.num_attention_heads * len(cfg.softmax_layers)
+        share = {f"share of {k} peak": flop / each / peak for k, peak in PEAKS.items()}
+        floor = flop / PEAKS["data sheet"]
+        self.report.timed(f"{self.name}, prefill {T}", each, floor, tokens_per_second=T / each, **share)
+
+    def _filled(self, model: M1, B: int) -> M1State:
+        state = model.init_state(B, self.shapes.context)
+        return dataclasses.replace(state, length=jnp.full((B,), self.shapes.context - 64, jnp.int32))
+
+    def _decode(self, model: M1, B: int) -> None:
+        state, tokens, times = self._filled(model, B), self._tokens(B, 1), []
+        program = self.programs[B, 1, self.shapes.context]
+        for _ in range(2 if self.report.dry else 5):
+            start = time.perf_counter()
+            for _ in range(STEPS):
+                tokens, state = program(model, tokens, state)
+            jax.block_until_ready(tokens)
+            times.append((time.perf_counter() - start) / STEPS)
+        cfg, each = self.shapes.config, statistics.median(times[1:])
+        reached = 1 - (1 - cfg.num_experts_per_tok / cfg.num_local_experts) ** B  # of the experts, at random
+        leaves = jax.tree_util.tree_leaves_with_path(model)
+        read = sum(x.nbytes * (reached if "moe" in jax.tree_util.keystr(path) else 1) for path, x in leaves)
+        read -= model.embed[...].nbytes
+        read += 2 * state.lightning.s.nbytes + 2 * state.cache.k.nbytes
+        what = f"{self.name}, decode B={B} at {self.shapes.context}"
+        self.report.timed(what, each, read / self.report.bandwidth, tokens_per_second=B / each)
+
+    def _profile(self, model: M1) -> None:
+        T = self.shapes.lengths[0]
+        tokens = self._tokens(1, T)
+        empty = jax.block_until_ready(model.init_state(1, T))
+        self._top(f"prefill {T}", lambda: self._read(model, tokens, empty))
+        for B in self.shapes.batches[:: len(self.shapes.batches) - 1]:
+            one, state = self._tokens(B, 1), self._filled(model, B)
+            program = self.programs[B, 1, self.shapes.context]
+            self._top(f"decode B={B}", lambda program=program, one=one, state=state: program(model, one, state))
+
+    def _top(self, what: str, call: Callable[[], Any], most: int = 10) -> None:
+        found = operations(call)
+        for place, (operation, time_of) in enumerate(found[:most], 1):
+            self.report.add(f"{self.name}, {what}, top {place}", operation=operation, us=time_of * 1e6)
+        self.report.add(f"{self.name}, {what}, all operations", us=sum(time_of for _, time_of in found) * 1e6)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _step(model: M1, tokens: jax.Array, state: M1State) -> tuple[jax.Array, M1State]:
-    """As `m1jax.rows` steps: the state is given away, so that it is updated where it lies."""
-    return model.step(tokens, state, logits="last")
-
-
-def _read(shapes: Sizes, model: M1, tokens: jax.Array, state: M1State) -> jax.Array:
-    logits = jnp.zeros(())
-    for first in range(0, tokens.shape[1], shapes.chunk):
-        logits, state = _step(model, tokens[:, first : first + shapes.chunk], state)
-    return jax.block_until_ready(logits)
-
-
-def _tokens(shapes: Sizes, B: int, T: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(T).integers(0, shapes.config.vocab_size, (B, T)), jnp.int32)
-
-
-def _prefill(report: Report, shapes: Sizes, model: M1, name: str, T: int) -> None:
-    tokens, times = _tokens(shapes, 1, T), []
-    for _ in range(4):
-        state = jax.block_until_ready(model.init_state(1, T))
-        start = time.perf_counter()
-        _read(shapes, model, tokens, state)
-        times.append(time.perf_counter() - start)
-    each, cfg = statistics.median(times[1:]), shapes.config
-    active = sum(
-        spec.size * (cfg.num_experts_per_tok / cfg.num_local_experts if path.startswith("moe.") else 1)
-        for path, spec in param_table(cfg).items()
-        if path not in ("embed", "lm_head", "moe.router")
-    )
-    flop = 2 * T * active + 2 * T * T * cfg.head_dim * cfg.num_attention_heads * len(cfg.softmax_layers)
-    share = {f"share of {k} peak": flop / each / peak for k, peak in PEAKS.items()}
-    report.timed(f"{name}, prefill {T}", each, flop / PEAKS["data sheet"], tokens_per_second=T / each, **share)
-
-
-def _filled(shapes: Sizes, model: M1, B: int) -> M1State:
-    state = model.init_state(B, shapes.context)
-    return dataclasses.replace(state, length=jnp.full((B,), shapes.context - 32, jnp.int32))
-
-
-def _decode(report: Report, shapes: Sizes, model: M1, name: str, B: int) -> None:
-    state, tokens, times = _filled(shapes, model, B), _tokens(shapes, B, 1), []
-    for _ in range(4 if report.dry else 24):
-        start = time.perf_counter()
-        logits, state = _step(model, tokens, state)
-        tokens = jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32)
-        jax.block_until_ready(tokens)
-        times.append(time.perf_counter() - start)
-    cfg, each = shapes.config, statistics.median(times[2:])
-    reached = 1 - (1 - cfg.num_experts_per_tok / cfg.num_local_experts) ** B  # of the experts, at random
-    leaves = jax.tree_util.tree_leaves_with_path(model)
-    read = sum(x.nbytes * (reached if "moe" in jax.tree_util.keystr(path) else 1) for path, x in leaves)
-    read -= model.embed[...].nbytes
-    read += 2 * state.lightning.s.nbytes + 2 * state.cache.k.nbytes
-    report.timed(f"{name}, decode B={B} at {shapes.context}", each, read / report.bandwidth, tokens_per_second=B / each)
-
-
-def _profile(report: Report, shapes: Sizes, model: M1, name: str) -> None:
-    T, B = shapes.lengths[0], shapes.batches[-1]
-    state, tokens = _filled(shapes, model, B), _tokens(shapes, B, 1)
-
-    def prefill() -> Any:
-        return _read(shapes, model, _tokens(shapes, 1, T), model.init_state(1, T))
-
-    def decode() -> Any:
-        nonlocal state
-        logits, state = _step(model, tokens, state)
-        return logits
-
-    for what, fn in ((f"prefill {T}", prefill), (f"decode B={B}", decode)):
-        jax.block_until_ready(fn())
-        found = top_operations(fn)
-        for place, (operation, time_of) in enumerate(found, 1):
-            report.add(f"{name}, {what}, top {place}", operation=operation, us=time_of * 1e6)
+    """The likeliest following tokens `[B, 1]`; the state is given away, so that it is updated where it lies."""
+    logits, state = model.step(tokens, state, logits="last")
+    return jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32), state

@@ -1,5 +1,6 @@
-"""Seconds of a function on the device, and random inputs made there."""
+"""What is timed, seconds of it on the device, and random inputs made there."""
 
+import dataclasses
 import glob
 import re
 import statistics
@@ -13,48 +14,96 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-ROUNDS = 5  # of which the median counts; 1 in a dry run
+from gpu_bench.report import Report
+
+ROUNDS = 3  # of which the median counts; 1 in a dry run
 
 
-def seconds(fn: Callable[..., Any], *args: Any) -> float:
-    """Median over rounds of the mean time of a call; calls of a round overlap their launches."""
-    run = jax.jit(fn)
-    jax.block_until_ready(run(*args))
-    start = time.perf_counter()
-    jax.block_until_ready(run(*args))
-    once = time.perf_counter() - start
-    if ROUNDS == 1:
-        return once
-    calls, times = max(1, min(200, int(0.06 / once))), []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        out = None
-        for _ in range(calls):
-            out = run(*args)
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / calls)
-        del out
-    return statistics.median(times)
+@dataclasses.dataclass
+class Measurement:
+    """A function to time. Compiled for abstract arguments first: nothing lies on the device until its turn.
 
-
-def seconds_chained(step: Callable[..., Any], carry: Any, *args: Any, steps: int = 64) -> float:
-    """Seconds of `carry = step(carry, *args)`, many in one program, so that launching from Python does not count.
-
-    `carry` is given away.
+    Attributes:
+      what: its row of the report.
+      fn: the function; with `steps` it maps a carry and further arguments to the next carry.
+      make: the arguments, made on the device.
+      add: writes its rows, given seconds of a call.
+      must: seconds it must not exceed.
+      steps: how many calls follow each other in one program, so that launching them from Python does not count.
     """
-    steps = min(steps, 2) if ROUNDS == 1 else steps
 
-    def loop(carry: Any, *args: Any) -> Any:
-        return lax.scan(lambda c, _: (step(c, *args), None), carry, None, length=steps, unroll=min(8, steps))[0]
+    what: str
+    fn: Callable[..., Any]
+    make: Callable[[], tuple[Any, ...]]
+    add: Callable[[float], None]
+    must: float | None = None
+    steps: int = 0
+    run: Any = None
 
-    run = jax.jit(loop, donate_argnums=0)
-    carry = jax.block_until_ready(run(carry, *args))
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        carry = jax.block_until_ready(run(carry, *args))
-        times.append((time.perf_counter() - start) / steps)
-    return statistics.median(times)
+    def compile(self) -> None:
+        """Compiles."""
+        fn, donated = (self._loop, 0) if self.steps else (self.fn, ())
+        self.run = jax.jit(fn, donate_argnums=donated).lower(*jax.eval_shape(self.make)).compile()
+
+    def _loop(self, carry: Any, *args: Any) -> Any:
+        steps = self._steps()
+        body = lambda carry, _: (self.fn(carry, *args), None)  # noqa: E731
+        return lax.scan(body, carry, None, length=steps, unroll=min(8, steps))[0]
+
+    def _steps(self) -> int:
+        return min(self.steps, 2) if ROUNDS == 1 else self.steps
+
+    def seconds(self) -> float:
+        """Median over rounds of the mean time of a call; calls of a round overlap their launches."""
+        args = jax.block_until_ready(self.make())
+        if self.steps:
+            return self._chained(*args) / self._steps()
+        jax.block_until_ready(self.run(*args))
+        once = _clocked(lambda: self.run(*args))
+        if ROUNDS == 1:
+            return once
+        calls = max(1, min(200, int(0.03 / once)))
+
+        def several() -> Any:
+            out = None
+            for _ in range(calls):
+                out = self.run(*args)
+            return out
+
+        return statistics.median(_clocked(several) / calls for _ in range(ROUNDS))
+
+    def _chained(self, carry: Any, *args: Any) -> float:
+        times = []
+        for _ in range(ROUNDS + 1):  # the first does not count
+            start = time.perf_counter()
+            carry = jax.block_until_ready(self.run(carry, *args))
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
+
+
+def _clocked(fn: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    out = jax.block_until_ready(fn())
+    taken = time.perf_counter() - start
+    del out
+    return taken
+
+
+def compile_all(report: Report, measurements: list[Measurement]) -> None:
+    """Compiles all; one that fails becomes a row."""
+    for m in measurements:
+        with report.attempt(m.what, m.must):
+            m.compile()
+
+
+def time_all(report: Report, measurements: list[Measurement]) -> None:
+    """Times those that compiled, in order."""
+    for m in measurements:
+        if m.run is not None:
+            with report.attempt(m.what, m.must):
+                m.add(m.seconds())
+            m.run = None
+            report.write()
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.bfloat16, scale: float = 1.0) -> jax.Array:
@@ -79,8 +128,8 @@ def normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.bfloat16, scale: 
     return make()
 
 
-def top_operations(fn: Callable[[], Any], most: int = 10) -> list[tuple[str, float]]:
-    """The operations that take most of the device's time in a call: names and seconds."""
+def operations(fn: Callable[[], Any]) -> list[tuple[str, float]]:
+    """The operations that take the device's time in a call, those that take most first: names and seconds."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(fn())
@@ -93,4 +142,4 @@ def top_operations(fn: Callable[[], Any], most: int = 10) -> list[tuple[str, flo
                 if name.startswith("Stream") or name.startswith("tf_XLAPjRtCpuClient"):
                     for event in line.events:
                         total[re.sub(r"[._]\d+$", "", event.name)] += int(event.duration_ns)
-    return [(name, ns * 1e-9) for name, ns in total.most_common(most)]
+    return [(name, ns * 1e-9) for name, ns in total.most_common()]

@@ -1,0 +1,123 @@
+"""Runs the stages' parts as processes, which compile beside each other and measure one after the other."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from gpu_bench.report import WHOLE_STAGE, Report
+from gpu_bench.stages import PARTS
+from gpu_bench.turns import READY
+
+SCRIPT = Path(__file__).parents[1] / "bench_gpu.py"
+# XLA would try hundreds of Triton kernels for each product of its own, which takes minutes: cuBLAS it is.
+FLAGS = "--xla_gpu_enable_triton_gemm=false"
+
+
+@dataclasses.dataclass
+class Worker:
+    """A process for part `number` of a stage; `file` is where it writes its rows."""
+
+    stage: str
+    process: subprocess.Popen[str]
+    file: Path
+    ready: threading.Event
+    reader: threading.Thread | None = None
+
+    def pass_on(self) -> None:
+        """Prints what the process prints, until it ends."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.strip() == READY:
+                self.ready.set()
+            else:
+                print(line, end="", flush=True)
+        self.ready.set()
+
+    def go(self) -> None:
+        """Gives it its turn."""
+        assert self.process.stdin
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:  # it has ended, and its rows or its exit code say why
+            pass
+
+
+def run(report: Report, chosen: list[str], minutes: float) -> None:
+    """Fills the report with the rows of the chosen stages, in the order of `PARTS`."""
+    end = time.monotonic() + 60 * minutes
+    with tempfile.TemporaryDirectory() as folder:
+        found = _start(report, chosen, Path(folder))
+        try:
+            for worker in found:
+                worker.ready.wait(max(0.0, end - time.monotonic()))
+                worker.go()
+                _wait(worker, end)
+                _collect(report, worker)
+                _compare(report)
+                report.write()
+        finally:
+            for worker in found:
+                worker.process.kill()
+                worker.process.wait()
+
+
+def _start(report: Report, chosen: list[str], folder: Path) -> list[Worker]:
+    found = []
+    for stage in (name for name in PARTS if name in chosen):
+        for number in range(PARTS[stage]):
+            file = folder / f"{stage}-{number}.json"
+            command = [sys.executable, str(SCRIPT), "--worker", f"{stage}:{number}", "--out", str(file)]
+            found.append(_worker(stage, command + ["--dry-run"] * report.dry, file))
+    return found
+
+
+def _worker(stage: str, command: list[str], file: Path) -> Worker:
+    pipe: Any = subprocess.PIPE
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}" + " --xla_gpu_autotune_level=0" * (stage == "check")
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with file.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, cwd=SCRIPT.parent, env=env)
+    worker = Worker(stage, process, file, threading.Event())
+    worker.reader = threading.Thread(target=worker.pass_on, daemon=True)
+    worker.reader.start()
+    return worker
+
+
+def _wait(worker: Worker, end: float) -> None:
+    try:
+        worker.process.wait(max(0.1, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        worker.process.kill()
+        worker.process.wait()
+    assert worker.reader and worker.process.stdin and worker.process.stdout
+    worker.reader.join()
+    worker.process.stdin.close()
+    worker.process.stdout.close()
+
+
+def _collect(report: Report, worker: Worker) -> None:
+    if worker.file.exists():
+        report.rows += json.loads(worker.file.read_text())["rows"]
+    code = worker.process.returncode
+    if code:
+        log = worker.file.with_suffix(".log").read_text()
+        how = "out of time" if code == -9 else f"exit code {code}"
+        report.stage = worker.stage
+        report.add(WHOLE_STAGE, failed=f"{how}: {' '.join(log.split())[-300:]}", wrong=True)
+
+
+def _compare(report: Report) -> None:
+    """Sets beside fla's times what ours of the same case are faster."""
+    ours = {row["what"].removeprefix("triton "): row["us"] for row in report.rows if row["what"].startswith("triton ")}
+    for row in report.rows:
+        name = row["what"].partition(" ")[2]
+        if row["stage"] == "fla" and "us" in row and name in ours:
+            row["ours_is_faster"] = row["us"] / ours[name]
