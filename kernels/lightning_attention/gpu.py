@@ -15,7 +15,6 @@ take about a hundred times as long as those 16 KB. By count, not yet by measurem
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -189,7 +188,7 @@ def _step(
     B, _, H, _, D = qkv.shape
     tiles = form.step
     out, states = launch(
-        kernels.step, qkv, jnp.expm1(log_decay), lengths, layer, states,
+        kernels.step, qkv, log_decay, lengths, layer, states,
         out=(jax.ShapeDtypeStruct((B, 1, H, D), qkv.dtype), _like(states)),
         aliases={4: 1}, grid=(D // tiles.width, H, B), warps=tiles.warps, stages=tiles.stages,
         interpreted=form.interpreted, ROWS=B, LAYERS=states.shape[0], H=H, D=D, WIDTH=tiles.width,
@@ -211,7 +210,6 @@ class Sweep:
     ):
         self.form, self.tiles, self.qkv, self.lengths, self.bounds = form, tiles, qkv, lengths, bounds
         self.log_decay = log_decay
-        self.decays = jnp.stack([log_decay * np.float32(1 / math.log(2)), jnp.expm1(log_decay * tiles.chunk)])
         B, T, H, _, D = qkv.shape
         self.shape = B, T, H, D
         # What the kernels read of packed rows; of others nothing, but something must be passed.
@@ -240,7 +238,8 @@ class Sweep:
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         from m1jax.kernels.lightning_attention import kernels
 
-        arrays = (self.qkv, self.decays, self.lengths, *self.tables, layer, self.decays if states is None else states)
+        given = self.log_decay if states is None else states
+        arrays = (self.qkv, self.log_decay, self.lengths, *self.tables, layer, given)
         o, final = self._launch(
             kernels.forward, tiles, cut, *arrays, out=out, aliases={} if states is None else {6: 1},
             LAYERS=1 if states is None else states.shape[0], FRESH=states is None, WRITE=write, **self._how("o"),
@@ -269,9 +268,9 @@ class Sweep:
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         from m1jax.kernels.lightning_attention import kernels
 
-        nothing = self.decays
+        nothing = self.log_decay
         arrays = (
-            self.qkv, d_out, self.decays, self.lengths, *self.tables,
+            self.qkv, d_out, self.log_decay, self.lengths, *self.tables,
             jnp.zeros((1,), jnp.int32),
             nothing if states is None else states, nothing if d_qkv is None else d_qkv,
         )  # fmt: skip

@@ -65,6 +65,13 @@ def silu(x, HOW: tl.constexpr):
 
 
 @triton.jit
+def less_one(x):
+    """e^x - 1 of float32 x ≤ 0, near 0 by its series: λ - 1 from λ would keep few digits of slow decays."""
+    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x / 5040))))))
+    return tl.where(x > -0.5, series, tl.exp2(x * 1.4426950408889634) - 1.0)
+
+
+@triton.jit
 def read(pointer, chunk, count, stride: tl.constexpr, channels, CHUNK: tl.constexpr):
     """The first `count` tokens of a chunk, `[CHUNK, channels]`, and zeros."""
     token = tl.arange(0, CHUNK)
@@ -272,7 +279,7 @@ def forward(
 ):
     """Grid (D/WIDTH, H, B·PARTS): o and the final state of each part, PART tokens, of a row of T tokens from START on.
 
-    qkv [B, T, H, 3, D]; decays float32 [2, H], log2 λ and λ^CHUNK - 1; lengths int32 [B]; layer int32 [1]; state and
+    qkv [B, T, H, 3, D]; decays float32 [H], log λ; lengths int32 [B]; layer int32 [1]; state and
     final (they may be the same memory) float32 [LAYERS, B, PARTS, H, D, D], zero if FRESH; out [B, T, H, D] if WRITE.
     A_HOW, B_HOW, C_HOW: activations of q, k, v; RAW_HOW: "none".
 
@@ -283,13 +290,15 @@ def forward(
     h = tl.program_id(1)
     token, first, tokens, valid, at_bounds, at_facts = part_of_row(lengths, T, START, PART, PARTS, CHUNK)
     facts = chunk_facts + at_facts
+    log_decay = tl.load(decays + h)
+    log2_decay = log_decay * 1.4426950408889634
     if FRESH:
         s = tl.zeros([D, WIDTH], tl.float32)
     else:
         s = tl.load(square(state, layer, LAYERS, H, D, WIDTH, False))
     x = qkv + (token * H + h) * 3 * D
     s = sweep(
-        x, x + D, x + 2 * D, x, out + (token * H + h) * D, s, tl.load(decays + h), tl.load(decays + H + h),
+        x, x + D, x + 2 * D, x, out + (token * H + h) * D, s, log2_decay, less_one(log_decay * CHUNK),
         bounds + at_bounds, facts, T, first, valid, tokens, tl.program_id(0) * WIDTH,
         3 * H * D, 3 * H * D, 3 * H * D, H * D, A_HOW, B_HOW, C_HOW, RAW_HOW, False, PACKED,
         WRITE, D, WIDTH, CHUNK, PRECISION, STAGES,
@@ -347,7 +356,8 @@ def backward(
     q = qkv + (token * H + h) * 3 * D
     dq = dqkv + (token * H + h) * 3 * D
     k, v, do = q + D, q + 2 * D, grad + (token * H + h) * D
-    log2_decay, chunk_loss, block = tl.load(decays + h), tl.load(decays + H + h), tl.program_id(0) * WIDTH
+    log_decay, block = tl.load(decays + h), tl.program_id(0) * WIDTH
+    log2_decay, chunk_loss = log_decay * 1.4426950408889634, less_one(log_decay * CHUNK)
     if ROLE == "q":
         s = sweep(
             do, v, k, q, dq, s, log2_decay, chunk_loss, bounds + at_bounds, facts, T, first,
@@ -376,7 +386,7 @@ def backward(
 @triton.jit
 def step(
     qkv,
-    losses,
+    decays,
     lengths,
     layer,
     state,
@@ -390,7 +400,7 @@ def step(
 ):
     """One token: S ← S + (λ - 1) S + kᵀ v, o = q S, for WIDTH columns of one head of one row.
 
-    qkv [B, H, 3, D]; losses float32 [H], λ - 1; lengths int32 [B], 0: leave S alone; layer int32 [1]; state and
+    qkv [B, H, 3, D]; decays float32 [H], log λ; lengths int32 [B], 0: leave S alone; layer int32 [1]; state and
     new_state (the same memory) float32 [LAYERS, B, H, D, D]; out [B, H, D].
     """
     block, h, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -407,7 +417,7 @@ def step(
     )
     q, k, v = silu(q, "exact"), silu(k, "exact"), silu(v, "exact")
     valid = tl.load(lengths + row) > 0
-    new = s + s * tl.load(losses + h) + k[:, None] * v[None, :]
+    new = s + s * less_one(tl.load(decays + h)) + k[:, None] * v[None, :]
     new = tl.where(valid, new, s)
     tl.store(out + (row.to(tl.int64) * H + h) * D + own, tl.sum(q[:, None] * new, axis=0).to(out.dtype.element_ty))
     tl.store(new_state + where, new, mask=valid)
