@@ -67,9 +67,11 @@ def default_form(assignments: int, E: int, dtype: Any, bits: int, interpreted: b
         exact = Tiles(16, 64, 32, 4, 1)
         return Form(exact, exact, exact, exact, interpreted)
     if assignments <= FEW or each <= 12:
-        alone = assignments <= E // 2  # each expert has about one row: products are too few for the device
-        split = (4 if bits else 2) if alone else 1
-        gate_up, down = Tiles(16, 64, 128, 4, 3 if bits else 4), Tiles(16, 128, 128, 8 if alone else 4, 3, split)
+        gate_up = Tiles(16, 64, 128, 4, 3 if bits else 4)
+        if assignments > E // 2:
+            down = Tiles(16, 128, 128, 4, 3)
+        else:  # too few programs for the device, so they share the sums
+            down = Tiles(16, 64, 128, 4, 3, 4) if bits else Tiles(16, 128, 128, 8, 3, 2)
     elif each <= 96:
         gate_up, down = Tiles(64, 64, 64, 4, 3), Tiles(64, 128, 64, 4, 3)
     else:
