@@ -64,7 +64,9 @@ def compare(forms: list[Any], dtype: str, segments: jax.Array | None, lengths: t
 def test_values_and_gradients(segments: jax.Array | None, dtype: str) -> None:
     form = gpu.default_form(D, jnp.dtype(dtype), segments is not None, interpreted=True)
     form = dataclasses.replace(form, forward=gpu.Tiles(64, 32, 8, 1), backward=gpu.Tiles(64, 32, 8, 1))
-    compare([form, dataclasses.replace(form, parts=2)], dtype, segments, (T, 0) if segments is None else (T, 141, T))
+    cut = dataclasses.replace(form, forward=gpu.Tiles(16, 32, 8, 1), backward=gpu.Tiles(16, 32, 8, 1), parts=2)
+    assert gpu.Sweep(cut, cut.forward, jnp.zeros((1, T, H, 3, D)), DECAY, jnp.zeros(1), None).parts == 2
+    compare([form, cut], dtype, segments, (T, 0) if segments is None else (T, 141, T))
 
 
 @pytest.mark.parametrize("case", reduced(CASES), ids=lambda case: case.name)

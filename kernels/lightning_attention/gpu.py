@@ -51,8 +51,8 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How to run: tiles of the forward and backward sweeps, of those for states alone (with chunks as long), and of the
-    decode step, and whether in the interpreter.
+    """How to run: tiles of the forward and backward sweeps, of those for states alone (whose chunks are as long as the
+    others'), and of the decode step, and whether in the interpreter.
     """
 
     forward: Tiles
@@ -210,6 +210,7 @@ class Sweep:
     ):
         self.form, self.tiles, self.qkv, self.lengths, self.bounds = form, tiles, qkv, lengths, bounds
         self.log_decay = log_decay
+        self.states_tiles = dataclasses.replace(form.states, chunk=tiles.chunk)  # as long: tables are for this length
         B, T, H, _, D = qkv.shape
         self.shape = B, T, H, D
         # What the kernels read of packed rows; of others nothing, but something must be passed.
@@ -285,7 +286,7 @@ class Sweep:
         B, _, H, D = self.shape
         cut, out = self._pieces(0)
         layer = jnp.zeros((1,), jnp.int32)
-        added = self._forward(None, layer, out, self.form.states, cut, write=False)[1]
+        added = self._forward(None, layer, out, self.states_tiles, cut, write=False)[1]
         s = jnp.zeros((B, H, D, D), jnp.float32) if state is None else state
         keep, before = self._keep(cut), [s]
         for piece in range(cut[2]):
@@ -297,7 +298,7 @@ class Sweep:
     def suffix(self, d_out: jax.Array, gradient: jax.Array) -> jax.Array:
         """Gradients of the states after each part, from that after the row."""
         cut, out = self._pieces(self.part)
-        added = self._gradient(d_out, None, None, "v", out, self.form.states, cut, write=False)[1]
+        added = self._gradient(d_out, None, None, "v", out, self.states_tiles, cut, write=False)[1]
         keep, after = self._keep(cut), [gradient]
         for piece in reversed(range(cut[2])):
             gradient = keep[:, piece, :, None, None] * gradient + added[:, piece]

@@ -1,6 +1,7 @@
 """What is timed, seconds of it on the device, and random inputs made there."""
 
 import dataclasses
+import functools
 import glob
 import re
 import statistics
@@ -38,10 +39,12 @@ class Measurement:
     add: Callable[[float], None]
     must: float | None = None
     steps: int = 0
+    made: Any = None
     run: Any = None
 
     def compile(self) -> None:
-        """Compiles."""
+        """Compiles the function, and what makes its arguments."""
+        self.made = jax.jit(self.make).lower().compile()
         fn, donated = (self._loop, 0) if self.steps else (self.fn, ())
         self.run = jax.jit(fn, donate_argnums=donated).lower(*jax.eval_shape(self.make)).compile()
 
@@ -55,7 +58,7 @@ class Measurement:
 
     def seconds(self) -> float:
         """Median over rounds of the mean time of a call; calls of a round overlap their launches."""
-        args = jax.block_until_ready(self.make())
+        args = jax.block_until_ready(self.made())
         if self.steps:
             return self._chained(*args) / self._steps()
         jax.block_until_ready(self.run(*args))
@@ -102,7 +105,7 @@ def time_all(report: Report, measurements: list[Measurement]) -> None:
         if m.run is not None:
             with report.attempt(m.what, m.must):
                 m.add(m.seconds())
-            m.run = None
+            m.run = m.made = None
             report.write()
 
 
@@ -111,21 +114,20 @@ def normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.bfloat16, scale: 
 
     8-bit integers are uniform.
     """
-    dtype = jnp.dtype(dtype)
+    return _normal(jnp.uint32(seed * 2654435761 % 2**32), shape, jnp.dtype(dtype), scale)
 
-    @jax.jit
-    def make() -> jax.Array:
-        bits = jnp.full(shape, jnp.uint32(seed * 2654435761 % 2**32))
-        for axis in range(len(shape)):
-            bits = (bits ^ lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(0x9E3779B1)
-            bits = (bits ^ (bits >> 15)) * jnp.uint32(0x85EBCA77)
-            bits = bits ^ (bits >> 13)
-        if dtype in (jnp.int8, jnp.uint8):
-            return (bits & 255).astype(jnp.uint8).view(dtype)
-        uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24 - 0.5
-        return (uniform * (12**0.5 * scale)).astype(dtype)
 
-    return make()
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal(bits: jax.Array, shape: tuple[int, ...], dtype: Any, scale: float) -> jax.Array:
+    bits = jnp.full(shape, bits)
+    for axis in range(len(shape)):
+        bits = (bits ^ lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(0x9E3779B1)
+        bits = (bits ^ (bits >> 15)) * jnp.uint32(0x85EBCA77)
+        bits = bits ^ (bits >> 13)
+    if dtype in (jnp.int8, jnp.uint8):
+        return (bits & 255).astype(jnp.uint8).view(dtype)
+    uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24 - 0.5
+    return (uniform * (12**0.5 * scale)).astype(dtype)
 
 
 def operations(fn: Callable[[], Any]) -> list[tuple[str, float]]:

@@ -58,6 +58,7 @@ def run(report: Report, chosen: list[str], minutes: float) -> None:
         try:
             for worker in found:
                 worker.ready.wait(max(0.0, end - time.monotonic()))
+                print(f"{worker.stage}, {end - time.monotonic():.0f} s left", flush=True)
                 worker.go()
                 _wait(worker, end)
                 _collect(report, worker)
