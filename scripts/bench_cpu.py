@@ -75,7 +75,7 @@ class Theirs:
     def _run(self, ids: np.ndarray, **options: Any) -> np.ndarray:
         with torch.inference_mode():
             out = self.model(torch.tensor(ids), use_cache=True, logits_to_keep=1, **options)
-        self.cache = out.past_key_values
+        self.cache = out.cache
         return out.logits[:, -1].float().numpy()
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
@@ -85,7 +85,7 @@ class Theirs:
     def step(self, token: np.ndarray, position: int) -> np.ndarray:
         """As in `Ours`."""
         where = torch.full(token.shape, position)
-        return self._run(token, past_key_values=self.cache, position_ids=where)
+        return self._run(token, cache=self.cache, position_ids=where)
 
 
 def limits(dtype: str) -> dict[str, float]:

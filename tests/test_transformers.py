@@ -70,7 +70,7 @@ def test_logits_and_decode(folder: Path) -> None:
         whole = theirs(torch.tensor(ids), use_cache=True)
         nxt = torch.argmax(whole.logits[:, -1:], -1)
         position = torch.full((2, 1), 290)
-        one = theirs(nxt, past_key_values=whole.past_key_values, use_cache=True, position_ids=position)
+        one = theirs(nxt, cache=whole.cache, use_cache=True, position_ids=position)
     assert rms_error(ours(ids), whole.logits.numpy()) < 3e-6
     logits, state = ours.step(ids, ours.init_state(2, 300), logits="last")
     assert np.array_equal(np.argmax(logits, -1), nxt.numpy()[:, 0])
