@@ -9,7 +9,7 @@ gives, written (a, b, c), o for (q, k, v) and dq for (do, v, k); from the last t
 dk for (v, do, q) and dv for (k, q, do). A program keeps the columns of S that belong to a block of c's channels, so it
 needs all channels of a and b, a block of c, and writes a block of out.
 
-`tl.dot(tl.trans(x), …)` is only ever of an x that was loaded: Triton up to 3.7.0 miscompiles it for accumulators.
+`tl.dot(tl.trans(x), …)` is never of an x that a product gave: Triton up to 3.7.0 miscompiles it for accumulators.
 """
 
 import triton
