@@ -76,7 +76,7 @@ def read(pointer, chunk, count, stride: tl.constexpr, channels, CHUNK: tl.conste
     """The first `count` tokens of a chunk, `[CHUNK, channels]`, and zeros."""
     token = tl.arange(0, CHUNK)
     first = tl.cast(chunk * CHUNK, tl.int64) * stride
-    row = token + (tl.minimum(count, 1) - 1)
+    row = token + (tl.minimum(count, 1) - 1)  # the token itself: offsets known beforehand would take registers
     return tl.load(pointer + first + row[:, None] * stride + channels[None, :], (token < count)[:, None], 0.0)
 
 
@@ -147,8 +147,8 @@ def sweep(
     λ^CHUNK - 1. bounds, chunk_facts: pointers to int32, see `forward`. T: tokens of the row, origin of them before the
     first. block: first channel of c and out.
 
-    The steps of one program follow from each other, and what each waits for is the next: the tensor cores, the
-    activations, its warps. So programs are small enough for two to share a multiprocessor.
+    A step activates, multiplies, rounds, multiplies again, and each of these waits for the one before it. So programs
+    are small enough for two to share a multiprocessor and fill each other's gaps.
     """
     TYPE: tl.constexpr = a.dtype.element_ty
     channels = tl.arange(0, D)
@@ -179,7 +179,7 @@ def sweep(
             known = chunk_facts + chunk * 2
             length = tl.load(known)
         to_end = tl.exp2(log2_decay * tl.maximum(length - 1 - index, 0))
-        from_start = tl.exp2(log2_decay * (index + tl.minimum(count, 1)))  # 1: known beforehand it would take registers
+        from_start = tl.exp2(log2_decay * (index + tl.minimum(count, 1)))  # 1, as in `read`
         loss = tl.where(length == CHUNK, chunk_loss, tl.exp2(log2_decay * length) - 1.0)
         inside, old, new = decay, from_start, to_end
         if PACKED:
