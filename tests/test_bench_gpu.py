@@ -92,9 +92,11 @@ def test_what_broke_off_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         workers._wait(worker, time.monotonic() + (30 if "ready" in code else 0))
         workers._collect(report, worker)
         assert report.rows[0]["us"] == 2.0 and report.rows[1]["failed"].startswith(how) and report.failures()
-    report.rows += [{"stage": "fla", "what": "chunk_simple_gla decode", "us": 6.0}]
+    report.rows += [{"stage": "decode", "what": "triton forward", "skipped": "no memory"}]
+    report.rows += [{"stage": "fla", "what": f"chunk_simple_gla {case}", "us": 6.0} for case in ("forward", "decode")]
     workers._compare(report)
     assert report.rows[-1]["ours_is_faster"] == 3.0
+    assert sum("ours_is_faster" in row for row in report.rows) == 1
 
 
 def test_every_comparison_can_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

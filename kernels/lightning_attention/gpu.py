@@ -234,8 +234,7 @@ class Sweep:
         return self._forward(states, layer, (out, final), self.tiles, (0, self.part, self.parts))
 
     def _forward(
-        self, states: jax.Array | None, layer: jax.Array, out: Any, tiles: Tiles, cut: tuple[int, int, int],
-        write: bool = True,
+        self, states: jax.Array | None, layer: jax.Array, out: Any, tiles: Tiles, cut: tuple[int, int, int]
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         from m1jax.kernels.lightning_attention import kernels
 
@@ -243,7 +242,8 @@ class Sweep:
         arrays = (self.qkv, self.log_decay, self.lengths, *self.tables, layer, given)
         o, final = self._launch(
             kernels.forward, tiles, cut, *arrays, out=out, aliases={} if states is None else {6: 1},
-            LAYERS=1 if states is None else states.shape[0], FRESH=states is None, WRITE=write, **self._how("o"),
+            LAYERS=1 if states is None else states.shape[0], FRESH=states is None, WRITE=_wanted(out[0]),
+            **self._how("o"),
         )  # fmt: skip
         return o, final
 
@@ -265,7 +265,7 @@ class Sweep:
 
     def _gradient(
         self, d_out: jax.Array, states: jax.Array | None, d_qkv: jax.Array | None, role: str, out: Any, tiles: Tiles,
-        cut: tuple[int, int, int], write: bool = True,
+        cut: tuple[int, int, int],
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         from m1jax.kernels.lightning_attention import kernels
 
@@ -277,7 +277,7 @@ class Sweep:
         )  # fmt: skip
         d_qkv, final = self._launch(
             kernels.backward, tiles, cut, *arrays, out=out, aliases={} if d_qkv is None else {8: 0},
-            LAYERS=1, FRESH=states is None, WRITE=write, FINAL=len(out[1].shape) > 1, ROLE=role, **self._how(role),
+            LAYERS=1, FRESH=states is None, WRITE=_wanted(out[0]), FINAL=_wanted(out[1]), ROLE=role, **self._how(role),
         )  # fmt: skip
         return d_qkv, final
 
@@ -286,7 +286,7 @@ class Sweep:
         B, _, H, D = self.shape
         cut, out = self._pieces(0)
         layer = jnp.zeros((1,), jnp.int32)
-        added = self._forward(None, layer, out, self.states_tiles, cut, write=False)[1]
+        added = self._forward(None, layer, out, self.states_tiles, cut)[1]
         s = jnp.zeros((B, H, D, D), jnp.float32) if state is None else state
         keep, before = self._keep(cut), [s]
         for piece in range(cut[2]):
@@ -298,7 +298,7 @@ class Sweep:
     def suffix(self, d_out: jax.Array, gradient: jax.Array) -> jax.Array:
         """Gradients of the states after each part, from that after the row."""
         cut, out = self._pieces(self.part)
-        added = self._gradient(d_out, None, None, "v", out, self.states_tiles, cut, write=False)[1]
+        added = self._gradient(d_out, None, None, "v", out, self.states_tiles, cut)[1]
         keep, after = self._keep(cut), [gradient]
         for piece in reversed(range(cut[2])):
             gradient = keep[:, piece, :, None, None] * gradient + added[:, piece]
@@ -349,3 +349,8 @@ class Sweep:
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _wanted(out: jax.ShapeDtypeStruct) -> bool:
+    """Whether an output is one, or stands for none, as `[1]`."""
+    return len(out.shape) > 1

@@ -36,18 +36,14 @@ def lightning(report: Report) -> list[Measurement]:
 
 def _lightning(report: Report, case: LightningCase) -> list[Measurement]:
     ours = report.implementation("triton")
-    times: dict[str, float] = {}
 
-    def add(name: str, time: float) -> None:
-        times[name] = time
-        ratio = {"ours_is_faster": time / times[ours]} if ours in times and name != ours else {}
-        must = case.must if name == ours else None
-        report.timed(f"{name} {case.name}", time, _bytes(case) / report.bandwidth, must, **ratio)
+    def measurement(name: Any) -> Measurement:
+        what, must = f"{name} {case.name}", case.must if name == ours else None
+        return _measurement(
+            case, name, lambda time: report.timed(what, time, _bytes(case) / report.bandwidth, must), must
+        )
 
-    found = [_measurement(case, ours, lambda time: add(ours, time), case.must)]
-    if case.T <= LONG:
-        found.append(_measurement(case, "xla", lambda time: add("xla", time)))
-    return found
+    return [measurement(name) for name in (ours, "xla")[: 2 if case.T <= LONG else 1]]
 
 
 def _bytes(case: LightningCase) -> float:

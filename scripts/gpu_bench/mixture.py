@@ -26,16 +26,13 @@ def prefill(report: Report) -> list[Measurement]:
 
 def _prefill(report: Report, case: ExpertsCase) -> list[Measurement]:
     ours = report.implementation("triton")
-    times: dict[str, float] = {}
     flop = case.flop * ((2 if case.kind else 3) if case.grad else 1)
 
     def measurement(how: Any) -> Measurement:
         what, must = f"{how} {case.name}", case.must if how == ours else None
 
         def add(time: float) -> None:
-            times[how] = time
-            ratio = {"ours_is_faster": time / times[ours]} if how != ours and ours in times else {}
-            report.timed(what, time, None, must, **_rates(flop, time), **ratio)
+            report.timed(what, time, None, must, **_rates(flop, time))
 
         return Measurement(what, lambda a: case.call(how, a), lambda: (case.arguments(normal),), add, must)
 

@@ -50,8 +50,7 @@ class Measurement:
 
     def _loop(self, carry: Any, *args: Any) -> Any:
         steps = self._steps()
-        body = lambda carry, _: (self.fn(carry, *args), None)  # noqa: E731
-        return lax.scan(body, carry, None, length=steps, unroll=min(8, steps))[0]
+        return lax.fori_loop(0, steps, lambda _, carry: self.fn(carry, *args), carry, unroll=min(8, steps))
 
     def _steps(self) -> int:
         return min(self.steps, 2) if ROUNDS == 1 else self.steps

@@ -22,13 +22,14 @@ FLAGS = "--xla_gpu_enable_triton_gemm=false"
 
 @dataclasses.dataclass
 class Worker:
-    """A process for part `number` of a stage; `file` is where it writes its rows."""
+    """A process for a part of a stage; `file` is where it writes its rows; `late`: it was ended for being too slow."""
 
     stage: str
     process: subprocess.Popen[str]
     file: Path
     ready: threading.Event
     reader: threading.Thread | None = None
+    late: bool = False
 
     def pass_on(self) -> None:
         """Prints what the process prints, until it ends."""
@@ -96,6 +97,7 @@ def _wait(worker: Worker, end: float) -> None:
     try:
         worker.process.wait(max(0.1, end - time.monotonic()))
     except subprocess.TimeoutExpired:
+        worker.late = True
         worker.process.kill()
         worker.process.wait()
     assert worker.reader and worker.process.stdin and worker.process.stdout
@@ -110,15 +112,15 @@ def _collect(report: Report, worker: Worker) -> None:
     code = worker.process.returncode
     if code:
         log = worker.file.with_suffix(".log").read_text()
-        how = "out of time" if code == -9 else f"exit code {code}"
+        how = "out of time" if worker.late else f"exit code {code}"
         report.stage = worker.stage
         report.add(WHOLE_STAGE, failed=f"{how}: {' '.join(log.split())[-300:]}", wrong=True)
 
 
 def _compare(report: Report) -> None:
-    """Sets beside fla's times what ours of the same case are faster."""
-    ours = {row["what"].removeprefix("triton "): row["us"] for row in report.rows if row["what"].startswith("triton ")}
-    for row in report.rows:
-        name = row["what"].partition(" ")[2]
-        if row["stage"] == "fla" and "us" in row and name in ours:
-            row["ours_is_faster"] = row["us"] / ours[name]
+    """Sets beside each time of another form, the second word on of which names the case, how much faster ours is."""
+    named = [(row, *row["what"].partition(" ")[::2]) for row in report.rows if "us" in row]
+    ours = {case: row["us"] for row, form, case in named if form.startswith("triton")}
+    for row, form, case in named:
+        if case in ours and not form.startswith("triton"):
+            row["ours_is_faster"] = row["us"] / ours[case]
