@@ -48,6 +48,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.dry_run:
         jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", 8)  # Mosaic's interpreter needs a thread for each of its warp groups
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     else:
         os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95"}

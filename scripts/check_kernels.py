@@ -1,17 +1,20 @@
-"""Compiles every Triton kernel, and one period of the full-width model, for an H200, without a GPU.
+"""Compiles every Triton and Mosaic kernel, and one period of the full-width model, for an H200, without a GPU.
 
     python scripts/check_kernels.py [--no-model] [--only WORD]
 
 Prints for each kernel, under the first case that launches it, registers, spills, bytes of shared memory and tensor-core
 instructions (HGMMA); then the memory one period of M1 (7 lightning layers, 1 softmax) takes. Fails on a spill, on
-shared memory above 232,448 bytes, on a matrix kernel without HGMMA, and on a model that launches no kernel.
+shared memory above 232,448 bytes, on a matrix kernel without HGMMA or, Mosaic's, with serialized ones, and on a model
+that launches no kernel. Mosaic's kernels need jax 0.11; with an older one they are left out, and a line says so.
 """
 
 import argparse
 import dataclasses
 import importlib
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from m1jax.errors import UserError, main_guard
 from m1jax.kernels.gpu import Case, aot, deviceless
 from m1jax.kernels.gpu.target import missing
+from m1jax.kernels.lightning_attention.cases import LightningCase
 from m1jax.model import abstract, period
 from m1jax.presets import find_config
 from m1jax.sharding.mesh import MeshShape, make_mesh
@@ -47,12 +51,39 @@ def check(name: str, case: Case, done: set[aot.Launch]) -> int:
         if launch in done:
             continue
         done.add(launch)
-        report = aot.compiled(launch)
-        faults = report.faults(case.matmul)
-        bad += bool(faults)
-        numbers = f"{report.registers:9} {report.spills:6} {report.shared:9,} {report.hgmma:6}"
-        print(f"{name:42} {report.name:16} {numbers}  {'; '.join(faults) or 'ok'}", flush=True)
+        bad += show(name, aot.compiled(launch), case.matmul)
     return bad
+
+
+def show(name: str, report: aot.Report, matmul: bool) -> int:
+    """Prints a line; returns 1 if the kernel must not be used."""
+    faults = report.faults(matmul)
+    numbers = f"{report.registers:9} {report.spills:6} {report.shared:9,} {report.hgmma:6}"
+    print(f"{name:42} {report.name:16} {numbers}  {'; '.join(faults) or 'ok'}", flush=True)
+    return int(bool(faults))
+
+
+def check_mosaic(word: str, mesh: jax.sharding.Mesh) -> int:
+    """The same for Mosaic's kernels, one of those that differ in the number of tokens alone."""
+    chosen: dict[Case, tuple[str, LightningCase]] = {}
+    for name, case in cases(word):
+        if isinstance(case, LightningCase) and "mosaic" in case.forms:
+            alike = dataclasses.replace(case, name="", must=None, T=min(case.T, 8192))
+            chosen.setdefault(alike, (name, case))
+    with tempfile.TemporaryDirectory() as folder:
+        aot.ask_mosaic(folder)
+        return sum(_check_mosaic(name, case, mesh, Path(folder)) for name, case in chosen.values())
+
+
+def _check_mosaic(name: str, case: LightningCase, mesh: jax.sharding.Mesh, folder: Path) -> int:
+    place = NamedSharding(mesh, PartitionSpec())
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), case.abstract())
+    outputs = slice(None) if case.grad else slice(1)
+    jax.jit(lambda a: jax.tree.leaves(case.call("mosaic", a))[outputs]).lower(arguments).compile()
+    report = aot.mosaic_report("mosaic sweeps" if case.grad else "mosaic sweep", folder)
+    if report is None:
+        raise UserError(f"{name}: Mosaic's compiler left nothing in {folder}")
+    return show(name, report, case.matmul)
 
 
 def check_model(mesh: jax.sharding.Mesh, B: int, T: int, N: int) -> None:
@@ -97,6 +128,9 @@ def main() -> int:
         print(f"{'case':42} {'kernel':16} {'registers':>9} {'spills':>6} {'shared':>9} {'hgmma':>6}")
         done: set[aot.Launch] = set()
         bad = sum(check(name, case, done) for name, case in cases(args.only))
+        bad += check_mosaic(args.only, mesh)
+        if jax.__version_info__ < (0, 11):
+            print(f"Mosaic's kernels need jax 0.11, this is {jax.__version__}: not compiled")
         if not args.no_model:
             check_model(mesh, B=1, T=8192, N=8192)
             check_model(mesh, B=32, T=1, N=32768)

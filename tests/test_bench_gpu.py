@@ -117,7 +117,7 @@ def test_every_comparison_can_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.M
         elif op == "experts":
             assert experts._choose(name, a["gate_up"], a["down"]) == name
         else:
-            assert lightning._choose(name, case.T, case.D, jnp.dtype(case.dtype)) == name
+            assert lightning._choose(name, a["qkv"], "segments" in a, jnp.asarray([-0.5])) == name
         asked.add((name, case.dtype, case.whole))
     assert {(name, whole) for name, _, whole in asked} >= {("triton", True), ("cudnn", True), ("pallas", False)}
     assert ("triton", "float32", False) in asked and ("cudnn", "bfloat16", False) in asked

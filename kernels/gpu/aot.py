@@ -1,9 +1,11 @@
-"""Compiles Triton kernels for Hopper on a machine without a GPU, and reads what came out.
+"""Compiles kernels for Hopper on a machine without a GPU, and reads what came out.
 
-Registers and local memory are from `cuobjdump -res-usage`, instructions from `nvdisasm`; both come with triton.
+Triton's: registers and local memory are from `cuobjdump -res-usage`, instructions from `nvdisasm`; both come with
+triton. Mosaic's: what its compiler writes to a folder.
 """
 
 import dataclasses
+import os
 import re
 import subprocess
 import tempfile
@@ -39,6 +41,7 @@ class Report:
     shared: int  # bytes
     hgmma: int  # warp-group matrix instructions in the code
     sass: str
+    warnings: str = ""  # of the assembler, on speed
 
     def faults(self, matmul: bool) -> list[str]:
         """Why this kernel must not be used."""
@@ -49,6 +52,8 @@ class Report:
             found.append(f"{self.shared} bytes of shared memory, {SHARED_MEMORY} is the limit")
         if matmul and not self.hgmma:
             found.append("no HGMMA")
+        if self.warnings:
+            found.append(self.warnings)
         return found
 
 
@@ -91,6 +96,30 @@ def compiled(launch: Launch) -> Report:
     return _report(launch.kernel.fn.__name__, binary.asm["cubin"], binary.metadata.shared)
 
 
+def ask_mosaic(folder: str) -> None:
+    """Makes Mosaic's compiler write to a folder, the machine code by triton's disassembler."""
+    import jax.experimental.mosaic.gpu  # which sets the variable  # noqa: F401
+    from triton import knobs
+
+    os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(Path(knobs.nvidia.nvdisasm.path).parents[1])
+    os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTXAS": "1"}
+
+
+def mosaic_report(name: str, folder: Path) -> Report | None:
+    """Of the kernel that a compilation left in the folder, which is emptied; None if it left none."""
+    texts = {file.suffix: file.read_text() for file in folder.iterdir()}
+    for file in folder.iterdir():
+        file.unlink()
+    if not {".sass_ctrl", ".ptxas", ".txt"} <= set(texts):
+        return None
+    registers = re.search(r"Used (\d+) registers", texts[".ptxas"])
+    shared = re.search(r"smem_scratch_bytes=(\d+)", texts[".txt"])
+    if not (registers and shared):
+        raise RuntimeError(f"Mosaic's compiler names no registers or shared memory: {texts['.ptxas']} {texts['.txt']}")
+    slow = re.search(r"Potential Performance Loss: [^\n]*", texts[".ptxas"])
+    return _counted(name, int(registers[1]), int(shared[1]), texts[".sass_ctrl"], slow[0] if slow else "")
+
+
 def _report(name: str, cubin: bytes, shared: int) -> Report:
     from triton import knobs
 
@@ -102,8 +131,12 @@ def _report(name: str, cubin: bytes, shared: int) -> Report:
     found = re.search(r"REG:(\d+)", usage)
     if not found:
         raise RuntimeError(f"cuobjdump names no registers:\n{usage}")
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return Report(name, int(found[1]), spills, shared, len(re.findall(r"\bHGMMA\b", sass)), sass)
+    return _counted(name, int(found[1]), shared, sass)
+
+
+def _counted(name: str, registers: int, shared: int, sass: str, warnings: str = "") -> Report:
+    spills, hgmma = (len(re.findall(rf"\b(?:{word})\b", sass)) for word in ("LDL|STL", "HGMMA"))
+    return Report(name, registers, spills, shared, hgmma, sass, warnings)
 
 
 def _output(*command: str) -> str:

@@ -1,6 +1,6 @@
 """`lightning_attention`: the one function to call, on any device."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ from m1jax.kernels.checks import check_integers, check_layer
 from m1jax.kernels.gpu import refusal
 from m1jax.kernels.lightning_attention import gpu, gradient, reference, xla
 
-Implementation = Literal["reference", "xla", "triton", "triton_interpreted"]
+Implementation = Literal["reference", "xla", "triton", "triton_interpreted", "mosaic", "mosaic_interpreted"]
+GPU = ("triton", "triton_interpreted", "mosaic", "mosaic_interpreted")
 
 
 def slopes(heads: int) -> np.ndarray:
@@ -57,9 +58,10 @@ def lightning_attention(
       segments: int32 `[B, T]` of packed rows: the same id ≥ 1 for consecutive tokens that belong together, 0 for
         padding. The state is zero again where a segment starts; a row's first token goes on with `state`.
       layer: int32, which of the states to go on with and to replace; on a GPU in place, if the argument is donated.
-      implementation: "reference"; "xla"; "triton", on Hopper GPUs, head_dim 32, 64 or 128; "triton_interpreted", the
-        same kernels on the CPU, for tests. None is "triton" where it can run, except for more than one token in
-        float32, else "xla".
+      implementation: "reference"; "xla"; "triton", on Hopper GPUs, head_dim 32, 64 or 128; "mosaic", the same with faster
+        sweeps: bfloat16, head_dim 64 or 128, a multiple of 8 tokens, no segments, log λ ≥ -1.25 (below, where it is not
+        known before, NaN), jax ≥ 0.11; "triton_interpreted", "mosaic_interpreted", these on the CPU, for tests. None is
+        the first of "mosaic", "triton" that can run, except for more than one token in float32, else "xla".
 
     Returns:
       o `[B, T, H, D]` in the dtype of `qkv` (undefined, but finite, at padded tokens), and the float32 state
@@ -71,12 +73,13 @@ def lightning_attention(
     """
     _check(qkv, log_decay, state, lengths, segments, layer)
     B, T, H, _, D = qkv.shape
-    chosen = _choose(implementation, T, D, qkv.dtype)
+    chosen = _choose(implementation, qkv, segments is not None, log_decay)
     log_decay = jax.lax.stop_gradient(log_decay)
     if lengths is None:
         lengths = jnp.full((B,), T, jnp.int32)
-    if chosen in ("triton", "triton_interpreted"):
-        form = gpu.default_form(D, qkv.dtype, segments is not None, chosen == "triton_interpreted")
+    if chosen in GPU:
+        kind, _, interpreted = chosen.partition("_")
+        form = gpu.default_form(D, qkv.dtype, segments is not None, bool(interpreted), kind == "mosaic")
         states = state if state is None or layer is not None else state[None]
         out, states = gpu.attend(form, qkv, log_decay, states, 0 if layer is None else layer, lengths, segments)
         return out, states if layer is not None else states[0]
@@ -92,16 +95,21 @@ def lightning_attention(
     return out, after if layer is None else state.at[layer].set(after)
 
 
-def _choose(implementation: str | None, T: int, D: int, dtype: jnp.dtype) -> str:
+def _choose(implementation: str | None, qkv: Any, packed: bool, log_decay: Any) -> str:
+    T, D, dtype = qkv.shape[1], qkv.shape[4], jnp.dtype(qkv.dtype)
+    of_mosaic = gpu.refusal_of_mosaic(qkv, packed, log_decay)
     if implementation is None:
         slow = T > 1 and dtype == jnp.float32  # exact float32 products, which XLA's libraries do better
-        return "xla" if slow or gpu.refusal(D, dtype) or refusal() else "triton"
+        if slow or gpu.refusal(D, dtype) or refusal():
+            return "xla"
+        return "triton" if of_mosaic else "mosaic"
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation: unknown {implementation!r}: expected None or one of {get_args(Implementation)}"
         )
-    if implementation in ("triton", "triton_interpreted"):
-        reason = gpu.refusal(D, dtype) or (refusal() if implementation == "triton" else None)
+    if implementation in GPU:
+        reason = gpu.refusal(D, dtype) or (None if implementation.endswith("_interpreted") else refusal())
+        reason = reason or (of_mosaic if implementation.startswith("mosaic") else None)
         if reason:
             raise ValueError(f"implementation: {implementation!r} cannot run: {reason}")
     return implementation

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from m1jax.kernels.gpu.case import Case, Normal
+from m1jax.kernels.lightning_attention import gpu
 from m1jax.kernels.lightning_attention.api import lightning_attention, log_decay
 
 
@@ -26,14 +27,21 @@ class LightningCase(Case):
     packed: bool = False
 
     def reduced(self) -> Self:
-        """A chunk, of 64 tokens or 16, and 6 tokens more."""
-        T, H = min(self.T, 22 if self.dtype == "float32" else 70), 1 if self.grad else 2
+        """A chunk, of 64 tokens or 16, and 8 tokens more."""
+        T, H = min(self.T, 24 if self.dtype == "float32" else 72), 1 if self.grad else 2
         return dataclasses.replace(self, T=T, B=min(self.B, 2), H=H, layers=min(self.layers, 3))
 
     @property
     def matmul(self) -> bool:
         """Tiles of 32 rows are below HGMMA's 64, float32 is multiplied on the ordinary cores."""
         return self.T > 1 and self.D >= 64 and self.dtype == "bfloat16"
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The GPU implementations that do it, the fastest first."""
+        qkv = jax.ShapeDtypeStruct((self.B, self.T, self.H, 3, self.D), self.dtype)
+        why_not = gpu.refusal_of_mosaic(qkv, self.packed, log_decay(self.H, 35, 80))
+        return ("triton",) if why_not else ("mosaic", "triton")
 
     def arguments(self, normal: Normal) -> dict[str, Any]:
         """Those of `lightning_attention`, and `d_out`, zero where o is undefined."""
@@ -83,7 +91,7 @@ class LightningCase(Case):
 FORWARD = {8192: 200e-6, 32768: 800e-6, 131072: 3200e-6, 2**20: 25600e-6}
 BACKWARD = {8192: 600e-6, 32768: 2400e-6, 131072: 9600e-6, 2**20: 76700e-6}
 STEP = {1: 5e-6, 32: 75e-6, 128: 290e-6}
-UNEVEN = 4133  # tokens: 8 heads of two rows are cut into four parts
+UNEVEN = 4136  # tokens: 8 heads of two rows are cut into four parts
 
 CASES = (
     *(LightningCase(name=f"forward {T}", T=T, must=must) for T, must in FORWARD.items()),

@@ -1,4 +1,7 @@
-"""Lightning attention on Hopper: how the Triton kernels of `kernels.py` are put together, and the rule for gradients.
+"""Lightning attention on Hopper: how the kernels are put together, and the rule for gradients.
+
+The sweeps over whole rows are `mosaic.py`'s where it does them, bfloat16 rows that are not packed, and else those of
+`kernels.py`, in Triton, as are the decode step and the states before parts of a row.
 
 One pass over q, k, v and o, 1,024 bytes a token and head at D = 128 in bfloat16, by one program for each row, head and
 block of value channels. Where these are too few for the device, a row is cut into parts: first the state before each
@@ -21,12 +24,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from m1jax.kernels.gpu import launch
 from m1jax.kernels.lightning_attention.reference import starts
 
 HEAD_DIMS = (32, 64, 128)
-PROGRAMS = 2 * 132  # which run at once: two on each multiprocessor of an H100 or H200
+MULTIPROCESSORS = 132  # of an H100 or H200; two programs in Triton run on each, or one of Mosaic's
+MOSAIC_HEAD_DIMS = (64, 128)
+MOSAIC_TOKENS = 8  # rows of a tile in shared memory, which it does not cut
+WIDTH = 64  # channels of a program of Mosaic's
+FASTEST = -1.25  # log λ below which the powers of λ over a chunk that Mosaic's sweeps divide by are no numbers
 LEAST_PART = 1024  # tokens
 PIECES = 4  # of each part whose state is wanted; the programs that find it are small and short
 
@@ -52,7 +60,7 @@ class Tiles:
 @dataclasses.dataclass(frozen=True)
 class Form:
     """How to run: tiles of the forward and backward sweeps, of those for states alone (whose chunks are as long as the
-    others'), and of the decode step, and whether in the interpreter.
+    others'), and of the decode step, whether Mosaic's sweeps are used instead, and whether in the interpreter.
     """
 
     forward: Tiles
@@ -61,16 +69,31 @@ class Form:
     step: Tiles
     interpreted: bool = False
     parts: int | None = None  # of each row; None chooses
+    mosaic: bool = False
 
 
-def default_form(D: int, dtype: Any, packed: bool, interpreted: bool = False) -> Form:
+def default_form(D: int, dtype: Any, packed: bool, interpreted: bool = False, mosaic: bool = False) -> Form:
     """The tiles for a head_dim and dtype; those for packed rows, which need more registers, are narrower."""
     step = Tiles(1, min(32, D), 8, 1)
     if dtype == jnp.float32:
         sweep = Tiles(16, 16, 8, 1)
         return Form(sweep, sweep, sweep, step, interpreted)
     sweep = Tiles(64, min(32, D), 4, 1) if packed else Tiles(64, min(64, D), 4, 2)
-    return Form(sweep, sweep, Tiles(64, D, 8, 2), step, interpreted)
+    return Form(sweep, sweep, Tiles(64, D, 8, 2), step, interpreted, mosaic=mosaic)
+
+
+def refusal_of_mosaic(qkv: Any, packed: bool, log_decay: Any) -> str | None:
+    """Why Mosaic's sweeps do not do this, whatever the device; None if they do."""
+    T, D, dtype = qkv.shape[1], qkv.shape[4], qkv.dtype
+    if jax.__version_info__ < (0, 11):
+        return f"needs jax 0.11 or later, this is {jax.__version__}"
+    if D not in MOSAIC_HEAD_DIMS or dtype != jnp.bfloat16:
+        return f"it takes bfloat16 and a head_dim of {MOSAIC_HEAD_DIMS}, got {dtype} and {D}"
+    if T % MOSAIC_TOKENS or packed:
+        return f"it takes rows of a multiple of {MOSAIC_TOKENS} tokens, without segments, got {T} tokens"
+    if not isinstance(log_decay, Tracer) and np.any(np.asarray(log_decay) < FASTEST):
+        return f"it takes a log_decay from {FASTEST} on, got {np.min(np.asarray(log_decay)):.3g}"
+    return None
 
 
 def refusal(D: int, dtype: Any) -> str | None:
@@ -215,8 +238,8 @@ class Sweep:
         self.shape = B, T, H, D
         # What the kernels read of packed rows; of others nothing, but something must be passed.
         self.tables = (lengths, lengths) if bounds is None else (bounds, _chunk_facts(bounds, tiles.chunk))
-        programs = B * H * (D // tiles.width)
-        fit = max(1, min(PROGRAMS // programs, T // LEAST_PART))
+        width, at_once = (WIDTH, 1) if form.mosaic else (tiles.width, 2)
+        fit = max(1, min(at_once * MULTIPROCESSORS // (B * H * (D // width)), T // LEAST_PART))
         wanted = fit if form.parts is None else form.parts
         pieces = PIECES if wanted > 1 else 1
         self.piece = -(-T // (tiles.chunk * wanted * pieces)) * tiles.chunk  # tokens of a piece of a part
@@ -228,6 +251,8 @@ class Sweep:
 
         With states `[P, B, H, D, D]` these are replaced in place, as `[1, B, parts, H, D, D]` before each part are.
         """
+        if self.form.mosaic:
+            return self._mosaic_forward(states, layer)
         B, T, H, D = self.shape
         final = jax.ShapeDtypeStruct((1, B, H, D, D), jnp.float32) if states is None else _like(states)
         out = jax.ShapeDtypeStruct((B, T, H, D), self.qkv.dtype)
@@ -254,6 +279,8 @@ class Sweep:
 
         Returns that of qkv and, if wanted, of the states before each part.
         """
+        if self.form.mosaic:
+            return self._mosaic_backward(d_out, before, after, want_final)
         B, _, H, D = self.shape
         cut = 0, self.part, self.parts
         final = jax.ShapeDtypeStruct((B, self.parts, H, D, D) if want_final else (1,), jnp.float32)
@@ -280,6 +307,30 @@ class Sweep:
             LAYERS=1, FRESH=states is None, WRITE=_wanted(out[0]), FINAL=_wanted(out[1]), ROLE=role, **self._how(role),
         )  # fmt: skip
         return d_qkv, final
+
+    def _mosaic_forward(self, states: jax.Array | None, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        before = _pick(states, layer)
+        if before is not None and self.parts == 1:
+            before = before[:, None]
+        o, final = self._mosaic("FORWARD", None, [_transposed(before)], 0)
+        final = _transposed(final)
+        if self.parts > 1:
+            return o, final[None]
+        return o, final[:, 0][None] if states is None else states.at[layer[0]].set(final[:, 0])
+
+    def _mosaic_backward(
+        self, d_out: jax.Array, before: jax.Array | None, after: jax.Array, want_final: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        d_qkv, final = self._mosaic("BACKWARD", d_out, [before, after, _transposed(after)], 2 if want_final else None)
+        return d_qkv, jnp.zeros((1,), jnp.float32) if final is None else _transposed(final)
+
+    def _mosaic(self, roles: str, d_out: Any, states: list[Any], final_of: int | None) -> tuple[jax.Array, Any]:
+        from m1jax.kernels.lightning_attention import mosaic
+
+        return mosaic.sweep(
+            mosaic.Plan(), getattr(mosaic, roles), self.part, self.qkv, d_out, self.log_decay, self.lengths, states,
+            final_of, self.form.interpreted,
+        )  # fmt: skip
 
     def prefix(self, state: jax.Array | None) -> jax.Array:
         """States before each part, `[B, parts, H, D, D]`, from that before the row."""
@@ -345,6 +396,10 @@ class Sweep:
             CHUNK=tiles.chunk, STAGES=tiles.stages, PACKED=self.bounds is not None,
             PRECISION="ieee" if self.qkv.dtype == jnp.float32 else "tf32", **extra,
         )  # fmt: skip
+
+
+def _transposed(states: jax.Array | None) -> Any:
+    return None if states is None else states.swapaxes(-1, -2)
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -35,7 +35,7 @@ def lightning(report: Report) -> list[Measurement]:
 
 
 def _lightning(report: Report, case: LightningCase) -> list[Measurement]:
-    ours = report.implementation("triton")
+    ours = report.implementation(case.forms[0])
 
     def measurement(name: Any) -> Measurement:
         what, must = f"{name} {case.name}", case.must if name == ours else None

@@ -27,16 +27,22 @@ def comparisons(report: Report) -> Iterator[tuple[str, str, Case]]:
         both = [dataclasses.replace(case, dtype=dtype) for case in cases for dtype in TOLERANCE]
         chosen = report.sized(cases) if report.dry else [*reduced(both), *(case for case in cases if case.whole)]
         for case in chosen:
-            name = case.library if isinstance(case, softmax.SoftmaxCase) else "triton"
-            if name != "cudnn" or case.dtype != "float32":  # which cuDNN does not take
-                yield op, name, case
+            for name in _forms(case):
+                if name != "cudnn" or case.dtype != "float32":  # which cuDNN does not take
+                    yield op, name, case
+
+
+def _forms(case: Case) -> tuple[str, ...]:
+    if isinstance(case, softmax.SoftmaxCase):
+        return (case.library,)
+    return case.forms if isinstance(case, lightning.LightningCase) else ("triton",)
 
 
 def check(report: Report, mine: Any) -> None:
     """Adds a row for each comparison that `mine` picks; `wrong` is whether it failed."""
     compiled = []
     for op, name, case in mine(comparisons(report)):
-        what = f"{op} {case.name}" + " whole" * case.whole
+        what = f"{op} {case.name}" + " whole" * case.whole + f", {name}" * (name == "mosaic")
         with report.attempt(f"{what} {case.dtype}"), jax.default_matmul_precision("highest"):
             forms = [_compiled(case, how) for how in (report.implementation(name), "reference")]
             made = jax.jit(lambda case=case: case.arguments(normal)).lower().compile()

@@ -15,6 +15,7 @@ from gpu_bench.report import WHOLE_STAGE, Report
 from gpu_bench.stages import PARTS
 from gpu_bench.turns import READY
 
+OURS = "triton", "mosaic"  # as the names of forms begin
 SCRIPT = Path(__file__).parents[1] / "bench_gpu.py"
 # XLA would try hundreds of Triton kernels for each product of its own, which takes minutes: cuBLAS it is.
 FLAGS = "--xla_gpu_enable_triton_gemm=false"
@@ -120,7 +121,7 @@ def _collect(report: Report, worker: Worker) -> None:
 def _compare(report: Report) -> None:
     """Sets beside each time of another form, the second word on of which names the case, how much faster ours is."""
     named = [(row, *row["what"].partition(" ")[::2]) for row in report.rows if "us" in row]
-    ours = {case: row["us"] for row, form, case in named if form.startswith("triton")}
+    ours = {case: row["us"] for row, form, case in named if form.startswith(OURS)}
     for row, form, case in named:
-        if case in ours and not form.startswith("triton"):
+        if case in ours and not form.startswith(OURS):
             row["ours_is_faster"] = row["us"] / ours[case]
