@@ -7,19 +7,19 @@ from gpu_bench.report import WHOLE_STAGE, Report
 from gpu_bench.timing import Measurement
 from gpu_bench.turns import wait
 
-# Into how many parts a stage is cut, in the order of turns. What fills the memory comes last, when no other is left.
+# Into how many parts a stage is cut, in the order of turns: first what tells most, last what compiles longest.
 PARTS = {
-    "check": 5,
     "forward": 1,
     "backward": 1,
     "decode": 1,
-    "experts": 1,
-    "experts-decode": 1,
-    "softmax": 1,
-    "sweep": 4,
     "model": 2,
     "forward-long": 1,
     "backward-long": 1,
+    "softmax": 1,
+    "experts": 1,
+    "experts-decode": 1,
+    "check": 5,
+    "sweep": 4,
     "fla": 1,
 }
 
