@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import importlib
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,9 +69,8 @@ def check_mosaic(word: str, mesh: jax.sharding.Mesh) -> int:
         if isinstance(case, LightningCase) and "mosaic" in case.forms:
             alike = dataclasses.replace(case, name="", must=None, T=min(case.T, 8192))
             chosen.setdefault(alike, (name, case))
-    with tempfile.TemporaryDirectory() as folder:
-        aot.ask_mosaic(folder)
-        return sum(_check_mosaic(name, case, mesh, Path(folder)) for name, case in chosen.values())
+    with aot.mosaic_dumps() as folder:
+        return sum(_check_mosaic(name, case, mesh, folder) for name, case in chosen.values())
 
 
 def _check_mosaic(name: str, case: LightningCase, mesh: jax.sharding.Mesh, folder: Path) -> int:

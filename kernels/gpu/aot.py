@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,22 @@ def compiled(launch: Launch) -> Report:
     return _report(launch.kernel.fn.__name__, binary.asm["cubin"], binary.metadata.shared)
 
 
-def ask_mosaic(folder: str) -> None:
-    """Makes Mosaic's compiler write to a folder, the machine code by triton's disassembler."""
-    import jax.experimental.mosaic.gpu  # which sets the variable  # noqa: F401
+@contextmanager
+def mosaic_dumps() -> Iterator[Path]:
+    """A folder to which Mosaic's compiler writes for so long, the machine code by triton's disassembler."""
+    import jax.experimental.mosaic.gpu  # noqa: F401, which sets the first variable
     from triton import knobs
 
-    os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(Path(knobs.nvidia.nvdisasm.path).parents[1])
-    os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(Path(knobs.nvidia.nvdisasm.path).parents[1])
+        os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTXAS": "1"}
+        try:
+            yield Path(folder)
+        finally:
+            for name in ("MOSAIC_GPU_CUDA_ROOT", "MOSAIC_GPU_DUMP_TO", "MOSAIC_GPU_DUMP_PTXAS"):
+                os.environ.pop(name)
+            os.environ |= before
 
 
 def mosaic_report(name: str, folder: Path) -> Report | None:

@@ -58,7 +58,7 @@ def lightning_attention(
       segments: int32 `[B, T]` of packed rows: the same id ≥ 1 for consecutive tokens that belong together, 0 for
         padding. The state is zero again where a segment starts; a row's first token goes on with `state`.
       layer: int32, which of the states to go on with and to replace; on a GPU in place, if the argument is donated.
-      implementation: "reference"; "xla"; "triton", on Hopper GPUs, head_dim 32, 64 or 128; "mosaic", the same with faster
+      implementation: "reference"; "xla"; "triton", on Hopper GPUs, head_dim 32, 64 or 128; "mosaic", with faster
         sweeps: bfloat16, head_dim 64 or 128, a multiple of 8 tokens, no segments, log λ ≥ -1.25 (below, where it is not
         known before, NaN), jax ≥ 0.11; "triton_interpreted", "mosaic_interpreted", these on the CPU, for tests. None is
         the first of "mosaic", "triton" that can run, except for more than one token in float32, else "xla".
