@@ -1,5 +1,6 @@
 """Settings of the test run: CPU, modules as plain pytrees, compiled programs kept between runs."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 settings.register_profile("m1jax", deadline=None, max_examples=15, derandomize=True)
 settings.load_profile("m1jax")
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: garbage collection need not look at it again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
