@@ -27,16 +27,19 @@ settings.register_profile("m1jax", deadline=None, max_examples=15, derandomize=T
 settings.load_profile("m1jax")
 
 
-def pytest_collection_finish() -> None:
-    """Tracing makes many small objects: garbage is collected less often, and never what is there now."""
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+gc.set_threshold(20_000, 20, 20)  # tracing makes many small objects
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _let_go_of_programs() -> Iterator[None]:
-    """Each compiled program holds memory maps, of which a process may have 65,530: the whole suite would need more."""
+    """Each compiled program holds memory maps, of which a process may have 65,530: the whole suite would need more.
+
+    What stays is not looked at again when garbage is collected, which would take a second each time.
+    """
+    gc.collect()
+    gc.freeze()
     yield
     maps = Path("/proc/self/maps")  # of Linux
     if not maps.exists() or maps.read_bytes().count(b"\n") > 30_000:
+        gc.unfreeze()
         jax.clear_caches()
