@@ -17,7 +17,7 @@ from m1jax.kernels.gpu.case import reduced
 from tests import tools
 from tests.tools import compare_case, normal, rms_error
 
-IMPLEMENTATIONS = ["xla", "triton_interpreted"]
+IMPLEMENTATIONS: tuple[Any, ...] = ("xla", "triton_interpreted")
 TOLERANCE = tools.TOLERANCE | {"float32": 3e-6}  # two products, one after the other
 L, E, F, M = 2, 6, 96, 256  # int4 groups of 32 and 128; F is no multiple of the tiles
 

@@ -81,7 +81,7 @@ def test_lightning_attention_of_packed_rows_goes_on_with_a_state() -> None:
     valid = segments[0] > 0
 
     @functools.partial(jax.jit, static_argnames="implementation")
-    def run(qkv: jax.Array, state: jax.Array, segments: np.ndarray, implementation: Any = None) -> Any:
+    def run(qkv: jax.Array, state: jax.Array, segments: Any, implementation: Any = None) -> Any:
         return lightning_attention(qkv, decay, state=state, segments=segments, implementation=implementation)
 
     a, middle = run(qkv[:, :100], state, segments[:, :100])
