@@ -1,5 +1,6 @@
 """Settings of the test run: CPU, modules as plain pytrees, compiled programs kept between runs."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +9,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["NNX_GRAPH_MODE"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-# Most of the time goes into compiling programs that run once: LLVM's optimizations cost more than they save.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the interpreter's products are small: further threads only wait
+# Most of the time goes into compiling programs that run once: what makes them faster costs more than it saves.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 
 import jax
 import pytest
@@ -23,8 +27,19 @@ settings.register_profile("m1jax", deadline=None, max_examples=15, derandomize=T
 settings.load_profile("m1jax")
 
 
+gc.set_threshold(20_000, 20, 20)  # tracing makes many small objects
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _let_go_of_programs() -> Iterator[None]:
-    """Each compiled program holds memory maps, of which a process may have 65,530: the whole suite would need more."""
+    """Each compiled program holds memory maps, of which a process may have 65,530: the whole suite would need more.
+
+    What stays is not looked at again when garbage is collected, which would take a second each time.
+    """
+    gc.collect()
+    gc.freeze()
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")  # of Linux
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 30_000:
+        gc.unfreeze()
+        jax.clear_caches()

@@ -1,6 +1,7 @@
 """The experts: one suite over every implementation that runs here, against `reference.py`; relative RMS error."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,11 +17,12 @@ from m1jax.kernels.gpu.case import reduced
 from tests import tools
 from tests.tools import compare_case, normal, rms_error
 
-IMPLEMENTATIONS = ["xla", "triton_interpreted"]
+IMPLEMENTATIONS: tuple[Any, ...] = ("xla", "triton_interpreted")
 TOLERANCE = tools.TOLERANCE | {"float32": 3e-6}  # two products, one after the other
 L, E, F, M = 2, 6, 96, 256  # int4 groups of 32 and 128; F is no multiple of the tiles
 
 
+@functools.cache
 def weights_of(dtype: str) -> Any:
     """gate_up and down in a float dtype, or quantised."""
     w13, w2 = normal(1, L, E, 2, F, M) / np.sqrt(M), normal(2, L, E, M, F) / np.sqrt(F)
@@ -41,47 +43,50 @@ def routing(N: int, k: int, skew: bool, experts: int = E) -> Any:
     return jnp.asarray(chosen), jnp.asarray(rng.random((N, k), dtype=np.float32))
 
 
+@jax.jit
 def exact(x: jax.Array, weights: Any, *args: Any) -> jax.Array:
     """The reference on the numbers that the weights stand for, in float32 throughout."""
     w13, w2 = map(dequantize, weights)
     return experts(x.astype(jnp.float32), w13, w2, *args, layer=1, implementation="reference")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("stored", ["float", "int8", "int4"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("N", "k", "skew"), [(1, 2, False), (8, 2, True), (200, 2, True)])
-def test_forward(N: int, k: int, skew: bool, dtype: str, stored: str, implementation: Any) -> None:
+def test_forward(N: int, k: int, skew: bool, dtype: str, stored: str) -> None:
     x, weights = normal(0, N, M, dtype=dtype), weights_of(dtype if stored == "float" else stored)
     args = routing(N, k, skew)
-    got = jax.jit(lambda x, w: experts(x, *w, *args, layer=1, implementation=implementation))(x, weights)
-    assert got.dtype == jnp.float32
-    assert rms_error(got, exact(x, weights, *args)) < TOLERANCE[dtype]
-    if N > 2:
-        assert not np.any(got[N // 2 :: 3])
+    want = exact(x, weights, *args)
+    for implementation in IMPLEMENTATIONS:
+        run: Any = jax.jit(functools.partial(experts, layer=1, implementation=implementation))
+        got = run(x, *weights, *args)
+        assert got.dtype == jnp.float32
+        assert rms_error(got, want) < TOLERANCE[dtype], implementation
+        if N > 2:
+            assert not np.any(got[N // 2 :: 3])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8", "int4"])
-def test_gradients(stored: str, implementation: Any) -> None:
+def test_gradients(stored: str) -> None:
     N, x = 40, normal(0, 40, M, dtype="bfloat16" if stored == "bfloat16" else "float32")
     quantized = stored in ("int8", "int4")
     chosen, share = routing(N, 2, True)
     into = normal(5, N, M)
 
-    def loss(x: jax.Array, share: jax.Array, weights: Any, how: str) -> jax.Array:
+    def loss(how: str, x: jax.Array, share: jax.Array, weights: Any) -> jax.Array:
         if how == "reference":
             return jnp.vdot(into, exact(x, weights, chosen, share))
         return jnp.vdot(into, experts(x, weights[0], weights[1], chosen, share, layer=1, implementation=how))  # pyright: ignore
 
     def gradients(how: str) -> list[jax.Array]:
-        weights = weights_of(stored)
-        parts = jax.grad(loss, argnums=(0, 1) if quantized else (0, 1, 2))(x, share, weights, how)
-        return jax.tree.leaves(parts)
+        of = jax.grad(functools.partial(loss, how), argnums=(0, 1) if quantized else (0, 1, 2))
+        return jax.tree.leaves(jax.jit(of)(x, share, weights_of(stored)))
 
-    for got, want in zip(gradients(implementation), gradients("reference"), strict=True):
-        assert got.dtype == want.dtype and got.shape == want.shape
-        assert rms_error(got, want) < (1e-5 if x.dtype == jnp.float32 else 1.5e-2)
+    wanted = gradients("reference")
+    for implementation in IMPLEMENTATIONS:
+        for got, want in zip(gradients(implementation), wanted, strict=True):
+            assert got.dtype == want.dtype and got.shape == want.shape
+            assert rms_error(got, want) < (1e-5 if x.dtype == jnp.float32 else 1.5e-2), implementation
 
 
 @pytest.mark.parametrize("case", reduced(CASES), ids=lambda case: case.name)
@@ -99,14 +104,15 @@ def test_split_sums_and_many_rows(stored: str) -> None:
     few = gpu.default_form(1, E, x.dtype, gpu.bits_of(weights[0]), True)
     for tiles in (few.down, dataclasses.replace(few.down, split=3), gpu.Tiles(128, 128, 64, 8, 1)):
         form = dataclasses.replace(few, gate_up=dataclasses.replace(tiles, split=1), down=tiles)
-        got = gpu.experts(x, weights[0], weights[1], 1, chosen, shares, form=form)
+        got = jax.jit(functools.partial(gpu.experts, form=form))(x, *weights, 1, chosen, shares)
         assert rms_error(got, want) < TOLERANCE["bfloat16"], tiles
 
 
 def test_chunks_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "CHUNK", 16)
     x, weights, args = normal(0, 37, M), weights_of("float32"), routing(37, 2, False)
-    got = experts(x, *weights, *args, layer=1, implementation="triton_interpreted")
+    run: Any = jax.jit(functools.partial(experts, layer=1, implementation="triton_interpreted"))
+    got = run(x, *weights, *args)
     assert rms_error(got, exact(x, weights, *args)) < TOLERANCE["float32"]
 
 
@@ -115,7 +121,7 @@ def test_route(skew: bool) -> None:
     """Every assignment is in one tile of its expert, and the programs of a span are those of its tiles."""
     N, R, blocks = 500, 16, 3
     chosen, _ = routing(N, 2, skew)
-    order, table, bounds = (np.asarray(a) for a in route(chosen, E, R))
+    order, table, bounds = (np.asarray(a) for a in jax.jit(route, static_argnums=(1, 2))(chosen, E, R))
     flat = np.asarray(chosen).reshape(-1)
     seen: list[int] = []
     for expert, first, count, _, _ in table:
@@ -163,16 +169,17 @@ def test_a_traced_layer_out_of_range_touches_no_other_memory() -> None:
         assert all(map(np.array_equal, call(jnp.asarray(layer)), call(jnp.asarray(taken))))
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "reference"])
 @pytest.mark.parametrize("N", [8, 200])
-def test_numbers_that_are_no_experts_choose_nobody(N: int, implementation: Any) -> None:
+def test_numbers_that_are_no_experts_choose_nobody(N: int) -> None:
     x, (w13, w2) = normal(0, N, M), weights_of("float32")
     chosen, shares = routing(N, 2, False)
     want = exact(x, (w13, w2), chosen, shares)
     strange = np.array(chosen)
     strange[strange == E] = np.resize([-1, E + 1, -(2**31), 2**31 - 1, 99], np.sum(strange == E))
-    got = experts(x, w13, w2, jnp.asarray(strange), shares, layer=1, implementation=implementation)
-    assert rms_error(got, want) < TOLERANCE["float32"]
+    for implementation in (*IMPLEMENTATIONS, "reference"):
+        run: Any = jax.jit(functools.partial(experts, layer=1, implementation=implementation))
+        got = run(x, w13, w2, jnp.asarray(strange), shares)
+        assert rms_error(got, want) < TOLERANCE["float32"], implementation
 
 
 def test_bad_arguments_are_named() -> None:
@@ -197,7 +204,7 @@ def test_bad_arguments_are_named() -> None:
 @pytest.mark.parametrize(("n", "buckets"), [(1, 4), (7, 1), (128, 32), (129, 5), (1000, 32)])
 def test_the_order_by_counting_is_that_of_a_stable_sort(n: int, buckets: int) -> None:
     ids = jax.random.randint(jax.random.key(n), (n,), 0, buckets + 1)
-    found = by_bucket(ids, buckets)
+    found = jax.jit(by_bucket, static_argnums=1)(ids, buckets)
     expected = np.argsort(np.asarray(ids), stable=True)
     assert np.array_equal(found.order, expected) and np.array_equal(found.place, np.argsort(expected))
     assert np.array_equal(found.counts, np.bincount(ids, minlength=buckets + 1)[:buckets])

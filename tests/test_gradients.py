@@ -78,14 +78,17 @@ def test_lightning_attention_of_packed_rows_goes_on_with_a_state() -> None:
     segments = np.zeros((1, T), np.int32)
     segments[0, 20:60], segments[0, 70:150], segments[0, 150:190] = 3, 1, 2
     decay, qkv, state = jnp.asarray(log_decay(H, 0, 2)), normal(0, 1, T, H, 3, D), normal(1, 1, H, D, D)
+    valid = segments[0] > 0
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def run(qkv: jax.Array, state: jax.Array, segments: Any, implementation: Any = None) -> Any:
+        return lightning_attention(qkv, decay, state=state, segments=segments, implementation=implementation)
+
+    a, middle = run(qkv[:, :100], state, segments[:, :100])
+    b, last = run(qkv[:, 100:], middle, segments[:, 100:])
     for implementation in ("reference", "xla"):
-        whole, end = lightning_attention(
-            qkv, decay, state=state, segments=jnp.asarray(segments), implementation=implementation
-        )
-        a, middle = lightning_attention(qkv[:, :100], decay, state=state, segments=jnp.asarray(segments[:, :100]))
-        b, last = lightning_attention(qkv[:, 100:], decay, state=middle, segments=jnp.asarray(segments[:, 100:]))
-        valid = segments[0] > 0
-        assert rms_error(jnp.concatenate([a, b], 1)[0, valid], whole[0, valid]) < 2e-6
+        whole, end = run(qkv, state, segments, implementation)
+        assert rms_error(np.concatenate([a, b], 1)[0, valid], whole[0, valid]) < 2e-6
         assert rms_error(last, end) < 2e-6
 
 
@@ -122,9 +125,14 @@ def test_softmax_attention_of_packed_rows_from_an_offset() -> None:
     """Queries in the middle of a row read their segment's keys before them."""
     q, k, v = normal(0, 2, 40, 4, 8), normal(1, 2, 2, WIDTH, 8), normal(2, 2, 2, WIDTH, 8)
     segments, offset = jnp.asarray(segments_of(ROWS, WIDTH)), jnp.asarray([110, 150])
-    want = softmax_attention(q, k, v, offset=offset, segments=segments, implementation="reference")
-    assert rms_error(softmax_xla.direct(q, k, v, offset, segments), want) < 2e-6
-    assert rms_error(softmax_xla.blocked(q, k, v, offset, 16, 24, segments), want) < 2e-6
+    forms: list[Any] = [
+        functools.partial(softmax_attention, implementation="reference"),
+        softmax_xla.direct,
+        functools.partial(softmax_xla.blocked, q_block=16, k_block=24),
+    ]
+    want, *found = (jax.jit(form)(q, k, v, offset=offset, segments=segments) for form in forms)
+    for got in found:
+        assert rms_error(got, want) < 2e-6
 
 
 PACKED = [[9, 4, 6], [17]]
@@ -191,8 +199,8 @@ def test_cross_entropy_in_pieces_is_that_of_the_whole(monkeypatch: pytest.Monkey
         log_p, entropy = token_log_probs(h, w, targets, 0.7)
         return jnp.vdot(log_p, weight) + jnp.sum(entropy), entropy
 
-    (value, entropy), got = jax.value_and_grad(pieces, (0, 1), has_aux=True)(hidden, head)
-    (want, want_entropy), gradient = jax.value_and_grad(whole, (0, 1), has_aux=True)(hidden, head)
+    (value, entropy), got = jax.jit(jax.value_and_grad(pieces, (0, 1), has_aux=True))(hidden, head)
+    (want, want_entropy), gradient = jax.jit(jax.value_and_grad(whole, (0, 1), has_aux=True))(hidden, head)
     assert float(value - jnp.sum(entropy)) == pytest.approx(float(want), rel=1e-4)
     assert rms_error(entropy, want_entropy) < 2e-6
     for a, b in zip(got, gradient, strict=True):

@@ -20,48 +20,57 @@ from tests.tools import TOLERANCE, normal, rms_error
 DTYPES = list(TOLERANCE)
 
 
+def outputs_and_gradients(fn: Any, *arrays: jax.Array) -> tuple[Any, list[jax.Array]]:
+    """What `fn` returns, and gradients of a scalar made of every output, each weighted by its own fixed numbers."""
+
+    @jax.jit
+    def run(*arrays: jax.Array) -> tuple[Any, list[jax.Array]]:
+        outputs, vjp = jax.vjp(fn, *arrays)
+        leaves, tree = jax.tree.flatten(outputs)
+        weights = [normal(99 + i, *o.shape).astype(o.dtype) for i, o in enumerate(leaves)]
+        return outputs, jax.tree.leaves(vjp(jax.tree.unflatten(tree, weights)))
+
+    return run(*arrays)
+
+
 def gradients(fn: Any, *arrays: jax.Array) -> list[jax.Array]:
-    """Gradients of a scalar made of every output, each weighted by its own fixed numbers."""
-
-    def loss(*arrays: jax.Array) -> jax.Array:
-        outputs = jax.tree.leaves(fn(*arrays))
-        parts = [jnp.vdot(normal(99 + i, *o.shape), o.astype(jnp.float32)) for i, o in enumerate(outputs)]
-        return sum(parts, jnp.zeros(()))
-
-    return jax.tree.leaves(jax.grad(loss, argnums=tuple(range(len(arrays))))(*arrays))
+    return outputs_and_gradients(fn, *arrays)[1]
 
 
 # --- lightning attention
 
 
-@pytest.mark.parametrize("implementation", ["xla", "triton_interpreted"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("length", "lengths"), [(1, (1, 0)), (5, (5, 2)), (128, (128, 128)), (300, (300, 129))])
-def test_lightning_attention(length: int, lengths: tuple[int, int], dtype: str, implementation: Any) -> None:
+def test_lightning_attention(length: int, lengths: tuple[int, int], dtype: str) -> None:
     H, D = 3, 32
     qkv, state = normal(0, 2, length, H, 3, D, dtype=dtype), normal(1, 2, H, D, D)
     decay = jnp.asarray(log_decay(H, 3, 9))
-    args: dict[str, Any] = {"state": state, "lengths": jnp.asarray(lengths)}
-    want, want_state = lightning_attention(qkv, decay, implementation="reference", **args)
-    got, got_state = lightning_attention(qkv, decay, implementation=implementation, **args)
-    assert got.dtype == qkv.dtype and got_state.dtype == jnp.float32
-    assert bool(jnp.all(jnp.isfinite(got)))
-    for b, n in enumerate(lengths):
-        assert n == 0 or rms_error(got[b, :n], want[b, :n]) < TOLERANCE[dtype]
-    exact = implementation == "xla"  # in bfloat16 the kernels round silu(k) and silu(v)
-    assert rms_error(got_state, want_state) < TOLERANCE["float32" if exact else dtype]
+
+    def run(implementation: Any) -> tuple[jax.Array, jax.Array]:
+        named: dict[str, Any] = {"lengths": jnp.asarray(lengths), "implementation": implementation}
+        return jax.jit(lambda qkv, state: lightning_attention(qkv, decay, state=state, **named))(qkv, state)
+
+    want, want_state = run("reference")
+    for implementation in ("xla", "triton_interpreted"):
+        got, got_state = run(implementation)
+        assert got.dtype == qkv.dtype and got_state.dtype == jnp.float32
+        assert np.all(np.isfinite(got))
+        for b, n in enumerate(lengths):
+            assert n == 0 or rms_error(got[b, :n], want[b, :n]) < TOLERANCE[dtype], implementation
+        exact = implementation == "xla"  # in bfloat16 the kernels round silu(k) and silu(v)
+        assert rms_error(got_state, want_state) < TOLERANCE["float32" if exact else dtype], implementation
 
 
 @pytest.mark.parametrize("length", [1, 37, 200])
 def test_lightning_attention_gradients(length: int) -> None:
     H, D = 4, 8
-    arrays = normal(0, 2, length, H, 3, D), normal(1, 2, H, D, D)
+    arrays, decay = (normal(0, 2, length, H, 3, D), normal(1, 2, H, D, D)), jnp.asarray(log_decay(H, 1, 4))
     lengths = jnp.asarray([length, max(length - 20, 1)])
     valid = (jnp.arange(length) < lengths[:, None])[..., None, None]
 
     def run(implementation: Any) -> Any:
         def fn(qkv: jax.Array, state: jax.Array) -> Any:
-            decay = jnp.asarray(log_decay(H, 1, 4))
             out, state = lightning_attention(qkv, decay, state=state, lengths=lengths, implementation=implementation)
             return jnp.where(valid, out, 0), state
 
@@ -105,13 +114,15 @@ def test_state_survives_ten_thousand_single_steps() -> None:
 def test_softmax_attention(T: int, N: int, offset: tuple[int, int], dtype: str) -> None:
     H, K, D = 6, 2, 16
     q, k, v = normal(0, 2, T, H, D, dtype=dtype), *(normal(i, 2, K, N, D, dtype=dtype) for i in (1, 2))
-    want = softmax_attention(q, k, v, offset=jnp.asarray(offset), implementation="reference")
-    got = {
-        "api": softmax_attention(q, k, v, offset=jnp.asarray(offset), implementation="xla"),
-        "direct": softmax_xla.direct(q, k, v, jnp.asarray(offset)),
-        "blocked": softmax_xla.blocked(q, k, v, jnp.asarray(offset), 64, 96),
+    at = jnp.asarray(offset)
+    forms: dict[str, Any] = {
+        "api": functools.partial(softmax_attention, offset=at, implementation="xla"),
+        "direct": functools.partial(softmax_xla.direct, offset=at),
+        "blocked": functools.partial(softmax_xla.blocked, offset=at, q_block=64, k_block=96),
     }
-    for name, out in got.items():
+    want = jax.jit(functools.partial(softmax_attention, offset=at, implementation="reference"))(q, k, v)
+    for name, form in forms.items():
+        out = jax.jit(form)(q, k, v)
         assert out.dtype == v.dtype
         assert rms_error(out, want) < TOLERANCE[dtype], name
 
@@ -123,7 +134,8 @@ def test_softmax_attention_ignores_what_lies_ahead() -> None:
     offset = jnp.asarray([5])
     blocked = functools.partial(softmax_xla.blocked, q_block=2, k_block=4)
     for form in (softmax_xla.direct, blocked):
-        assert np.array_equal(form(q, far_k, far_v, offset), form(q, k, v, offset))
+        run = jax.jit(form)
+        assert np.array_equal(run(q, far_k, far_v, offset), run(q, k, v, offset))
 
 
 def test_softmax_attention_gradients() -> None:
@@ -153,13 +165,14 @@ def routing(seed: int, N: int, k: int, E: int, skew: bool) -> tuple[jax.Array, j
 )
 def test_linear(N: int, width: int, O: int, dtypes: tuple[str, str]) -> None:
     x, stack = normal(0, N, width, dtype=dtypes[0]), normal(1, 3, O, width, dtype=dtypes[1])
-    want = linear(x, stack, 2, implementation="reference")
+    want = jax.jit(lambda x, stack: linear(x, stack, 2, implementation="reference"))(x, stack)
 
     def loop(x: jax.Array, stack: jax.Array) -> jax.Array:  # inside a loop, as in the model
         return jax.lax.map(lambda i: linear(x, stack, i, implementation="xla"), jnp.arange(3))[2]
 
     assert rms_error(jax.jit(loop)(x, stack), want) < TOLERANCE["float32"]
-    assert rms_error(linear(x, stack, 2, implementation="xla"), want) < TOLERANCE["float32"]
+    alone = jax.jit(lambda x, stack: linear(x, stack, 2, implementation="xla"))
+    assert rms_error(alone(x, stack), want) < TOLERANCE["float32"]
 
 
 def test_linear_gradients() -> None:

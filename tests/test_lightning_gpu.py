@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from m1jax.kernels.gpu.case import reduced
 from m1jax.kernels.lightning_attention import gpu, lightning_attention, log_decay
 from m1jax.kernels.lightning_attention.cases import CASES, LightningCase
-from tests.test_kernels import gradients
+from tests.test_kernels import gradients, outputs_and_gradients
 from tests.tools import TOLERANCE, compare_case, normal, rms_error
 
 H, D, T = 2, 32, 150
@@ -47,7 +47,7 @@ def compare(forms: list[Any], dtype: str, segments: jax.Array | None, lengths: t
                 new = new[0]
             return jnp.where(valid, out, 0), new
 
-        return fn(qkv, state), gradients(fn, qkv, state)
+        return outputs_and_gradients(fn, qkv, state)
 
     want = run(None)
     for form in forms:

@@ -210,7 +210,8 @@ def test_one_long_prompt_is_split_over_its_tokens() -> None:
 
 
 @pytest.mark.parametrize("work", [Workload("serve", 4, 512), Workload("prefill", 2, 512)])
-def test_best_is_the_best_of_all(work: Workload) -> None:
+def test_best_is_the_best_of_all(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_with_limits", lambda config, plan: plan)  # most of the time, and no matter here
     plans = []
     for mesh in factorings(4, "serve", sequence=work.mode != "serve"):
         with contextlib.suppress(UserError):

@@ -19,8 +19,8 @@ from tests.tools import TOLERANCE, compare_case, rms_error
 
 H, K, D = 6, 2, 32
 
-reference: Any = functools.partial(softmax_attention, implementation="reference")
-cudnn: Any = functools.partial(gpu.cudnn, library="xla")  # the same arguments for another library
+reference: Any = jax.jit(functools.partial(softmax_attention, implementation="reference"))
+cudnn: Any = jax.jit(functools.partial(gpu.cudnn, library="xla"))  # the same arguments for another library
 
 
 def inputs(T: int, N: int, dtype: str = "float32") -> list[jax.Array]:
@@ -65,7 +65,7 @@ def test_gradients() -> None:
     arrays, into = inputs(30, 30), inputs(31, 30)[0][:, :30]
 
     def gradients(fn: Any) -> Any:
-        return jax.grad(lambda *a: jnp.vdot(into, fn(*a)), argnums=(0, 1, 2))(*arrays)
+        return jax.jit(jax.grad(lambda *a: jnp.vdot(into, fn(*a)), argnums=(0, 1, 2)))(*arrays)
 
     for got, want in zip(gradients(lambda *a: cudnn(*a, None, None)), gradients(reference), strict=True):
         assert rms_error(got, want) < 1e-5
@@ -90,7 +90,8 @@ def test_cudnn_gives_its_sums_unrounded(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(("N", "offset"), [(256, (0, 255)), (256, (100, 7)), (2304, (2303, 150))])
 def test_one_token(N: int, offset: tuple[int, int], dtype: str) -> None:
     arrays, at = inputs(1, N, dtype), jnp.asarray(offset)
-    got = softmax_attention(*arrays, offset=at, implementation="pallas_interpreted")
+    run: Any = jax.jit(functools.partial(softmax_attention, implementation="pallas_interpreted"))
+    got = run(*arrays, offset=at)
     assert got.dtype == arrays[2].dtype
     assert rms_error(got, reference(*arrays, offset=at)) < TOLERANCE[dtype]
 

@@ -64,7 +64,7 @@ def compare_case(case: Case, implementations: tuple[str, ...], tolerance: float)
     arguments = case.arguments(random_for_cases)
 
     def outputs(how: str) -> list[Any]:
-        return jax.tree.leaves(case.defined(arguments, case.call(how, arguments)))
+        return jax.tree.leaves(jax.jit(lambda given: case.defined(given, case.call(how, given)))(arguments))
 
     want = outputs("reference")
     for how in implementations:
