@@ -1,5 +1,8 @@
 """What the GPU kernels' tests and checks stand on: the interpreter, the target of a trace, the reports."""
 
+import dataclasses
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -89,3 +92,19 @@ def test_faults_of_a_kernel() -> None:
     bad = aot.Report("k", registers=255, spills=2, shared=aot.SHARED_MEMORY + 1, hgmma=0, sass="")
     assert [f.split()[0] for f in bad.faults(matmul=True)] == ["2", str(aot.SHARED_MEMORY + 1), "no"]
     assert len(bad.faults(matmul=False)) == 2
+    slow = dataclasses.replace(good, warnings="Potential Performance Loss: serialized")
+    assert slow.faults(matmul=True) == ["Potential Performance Loss: serialized"]
+
+
+def test_what_mosaics_compiler_leaves_is_read_once(tmp_path: Path) -> None:
+    assert aot.mosaic_report("k", tmp_path) is None
+    loss = "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    for name, text in {
+        "body_0.ptxas": f"ptxas info : {loss}\nptxas info : Used 168 registers, used 16 barriers",
+        "body_0.resources.txt": "Resources(smem_scratch_bytes=196608, tmem_scratch_cols=0)",
+        "body_0.sass_ctrl": "HGMMA.64x64x16\nSTL [R1]\nHGMMA.64x64x16",
+    }.items():
+        (tmp_path / name).write_text(text)
+    report = aot.mosaic_report("k", tmp_path)
+    assert report and (report.registers, report.spills, report.shared, report.hgmma) == (168, 1, 196608, 2)
+    assert report.warnings == loss.removeprefix("(C7510) ") and not list(tmp_path.iterdir())
