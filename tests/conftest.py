@@ -14,7 +14,9 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the interpreter's products are small
 # Most of the time goes into compiling programs that run once: what makes them faster costs more than it saves.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    + " --xla_cpu_use_fusion_emitters=false" * (importlib.metadata.version("jaxlib") < "0.11")  # gone in that version
+    " --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false"
+    * (importlib.metadata.version("jaxlib") < "0.11")  # gone in that version
 )
 
 import jax
@@ -28,18 +30,19 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 settings.register_profile("m1jax", deadline=None, max_examples=15, derandomize=True)
 settings.load_profile("m1jax")
 
-
 gc.set_threshold(20_000, 20, 20)  # tracing makes many small objects
+
+
+@pytest.fixture(autouse=True)
+def _look_at_garbage_once() -> None:
+    """What stays after a test is not looked at again in later ones, where that would take a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _let_go_of_programs() -> Iterator[None]:
-    """Each compiled program holds memory maps, of which a process may have 65,530: the whole suite would need more.
-
-    What stays is not looked at again when garbage is collected, which would take a second each time.
-    """
-    gc.collect()
-    gc.freeze()
+    """Each compiled program holds memory maps, of which a process may have 65,530: the whole suite would need more."""
     yield
     maps = Path("/proc/self/maps")  # of Linux
     if not maps.exists() or maps.read_bytes().count(b"\n") > 30_000:
