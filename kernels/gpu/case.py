@@ -49,6 +49,11 @@ class Case:
         return outputs
 
     @property
+    def forms(self) -> tuple[str, ...]:
+        """The GPU implementations that do it, the fastest first."""
+        return ("triton",)
+
+    @property
     def matmul(self) -> bool:
         """Whether its kernels must use tensor cores."""
         return self.dtype == "bfloat16"

@@ -97,19 +97,21 @@ def lightning_attention(
 
 def _choose(implementation: str | None, qkv: Any, packed: bool, log_decay: Any) -> str:
     T, D, dtype = qkv.shape[1], qkv.shape[4], jnp.dtype(qkv.dtype)
-    of_mosaic = gpu.refusal_of_mosaic(qkv, packed, log_decay)
     if implementation is None:
         slow = T > 1 and dtype == jnp.float32  # exact float32 products, which XLA's libraries do better
         if slow or gpu.refusal(D, dtype) or refusal():
             return "xla"
-        return "triton" if of_mosaic else "mosaic"
+        return "triton" if gpu.refusal_of_mosaic(qkv, packed, log_decay) else "mosaic"
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation: unknown {implementation!r}: expected None or one of {get_args(Implementation)}"
         )
     if implementation in GPU:
-        reason = gpu.refusal(D, dtype) or (None if implementation.endswith("_interpreted") else refusal())
-        reason = reason or (of_mosaic if implementation.startswith("mosaic") else None)
+        reason = gpu.refusal(D, dtype)
+        if not implementation.endswith("_interpreted"):
+            reason = reason or refusal()
+        if implementation.startswith("mosaic"):
+            reason = reason or gpu.refusal_of_mosaic(qkv, packed, log_decay)
         if reason:
             raise ValueError(f"implementation: {implementation!r} cannot run: {reason}")
     return implementation

@@ -38,7 +38,7 @@ class LightningCase(Case):
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """The GPU implementations that do it, the fastest first."""
+        """Mosaic's sweeps where they do it."""
         qkv = jax.ShapeDtypeStruct((self.B, self.T, self.H, 3, self.D), self.dtype)
         why_not = gpu.refusal_of_mosaic(qkv, self.packed, log_decay(self.H, 35, 80))
         return ("triton",) if why_not else ("mosaic", "triton")

@@ -280,7 +280,12 @@ class Sweep:
         Returns that of qkv and, if wanted, of the states before each part.
         """
         if self.form.mosaic:
-            return self._mosaic_backward(d_out, before, after, want_final)
+            from m1jax.kernels.lightning_attention import mosaic
+
+            return mosaic.backward(
+                self.part, self.qkv, d_out, self.log_decay, self.lengths, before, after, want_final,
+                self.form.interpreted,
+            )  # fmt: skip
         B, _, H, D = self.shape
         cut = 0, self.part, self.parts
         final = jax.ShapeDtypeStruct((B, self.parts, H, D, D) if want_final else (1,), jnp.float32)
@@ -309,28 +314,15 @@ class Sweep:
         return d_qkv, final
 
     def _mosaic_forward(self, states: jax.Array | None, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        from m1jax.kernels.lightning_attention import mosaic
+
         before = _pick(states, layer)
         if before is not None and self.parts == 1:
             before = before[:, None]
-        o, final = self._mosaic("FORWARD", None, [_transposed(before)], 0)
-        final = _transposed(final)
+        o, after = mosaic.forward(self.part, self.qkv, self.log_decay, self.lengths, before, self.form.interpreted)
         if self.parts > 1:
-            return o, final[None]
-        return o, final[:, 0][None] if states is None else states.at[layer[0]].set(final[:, 0])
-
-    def _mosaic_backward(
-        self, d_out: jax.Array, before: jax.Array | None, after: jax.Array, want_final: bool
-    ) -> tuple[jax.Array, jax.Array]:
-        d_qkv, final = self._mosaic("BACKWARD", d_out, [before, after, _transposed(after)], 2 if want_final else None)
-        return d_qkv, jnp.zeros((1,), jnp.float32) if final is None else _transposed(final)
-
-    def _mosaic(self, roles: str, d_out: Any, states: list[Any], final_of: int | None) -> tuple[jax.Array, Any]:
-        from m1jax.kernels.lightning_attention import mosaic
-
-        return mosaic.sweep(
-            mosaic.Plan(), getattr(mosaic, roles), self.part, self.qkv, d_out, self.log_decay, self.lengths, states,
-            final_of, self.form.interpreted,
-        )  # fmt: skip
+            return o, after[None]
+        return o, after[:, 0][None] if states is None else states.at[layer[0]].set(after[:, 0])
 
     def prefix(self, state: jax.Array | None) -> jax.Array:
         """States before each part, `[B, parts, H, D, D]`, from that before the row."""
@@ -396,10 +388,6 @@ class Sweep:
             CHUNK=tiles.chunk, STAGES=tiles.stages, PACKED=self.bounds is not None,
             PRECISION="ieee" if self.qkv.dtype == jnp.float32 else "tf32", **extra,
         )  # fmt: skip
-
-
-def _transposed(states: jax.Array | None) -> Any:
-    return None if states is None else states.swapaxes(-1, -2)
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

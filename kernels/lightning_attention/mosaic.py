@@ -40,7 +40,10 @@ _LOG2_E = 1.4426950408889634
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the kernel is tuned by: chunks of b and c in their ring, and registers of a thread of each kind of group."""
+    """What the kernel is tuned by: chunks of b and c in their ring, and registers of a thread of each kind of group.
+
+    The chunks are a multiple of OUTPUTS: an output group waits for every turn of the places that are its own.
+    """
 
     slots: int = 4
     registers: tuple[int, int, int] = (128, 64, 160)
@@ -59,11 +62,50 @@ class Role:
     reversed: bool = False
 
 
-FORWARD = (Role(0, 1, 2),)
-BACKWARD = (Role(3, 2, 1, raw=0), Role(2, 3, 0, raw=1, reversed=True), Role(1, 0, 3, raw=2, reversed=True))
+_FORWARD = (Role(0, 1, 2),)
+_BACKWARD = (Role(3, 2, 1, raw=0), Role(2, 3, 0, raw=1, reversed=True), Role(1, 0, 3, raw=2, reversed=True))
 
 
-def sweep(
+def forward(
+    part: int,
+    qkv: jax.Array,
+    log_decay: jax.Array,
+    lengths: jax.Array,
+    before: jax.Array | None,
+    interpreted: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """o, and the states after each part, `[B, parts, H, D, D]`, from those before it, None: zeros.
+
+    Other arguments as of `_sweep`.
+    """
+    states = [None if before is None else before.swapaxes(-1, -2)]
+    o, after = _sweep(Plan(), _FORWARD, part, qkv, None, log_decay, lengths, states, 0, interpreted)
+    assert after is not None
+    return o, after.swapaxes(-1, -2)
+
+
+def backward(
+    part: int,
+    qkv: jax.Array,
+    grad: jax.Array,
+    log_decay: jax.Array,
+    lengths: jax.Array,
+    before: jax.Array | None,
+    after: jax.Array,
+    want_final: bool,
+    interpreted: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of qkv and, if wanted, of the states before each part, else `[1]`.
+
+    Given the states before each part and the gradients of those after it, `[B, parts, H, D, D]`; other arguments as of
+    `_sweep`.
+    """
+    states, final_of = [before, after, after.swapaxes(-1, -2)], 2 if want_final else None
+    d_qkv, d_before = _sweep(Plan(), _BACKWARD, part, qkv, grad, log_decay, lengths, states, final_of, interpreted)
+    return d_qkv, jnp.zeros((1,), jnp.float32) if d_before is None else d_before.swapaxes(-1, -2)
+
+
+def _sweep(
     plan: Plan,
     roles: Sequence[Role],
     part: int,
@@ -73,7 +115,7 @@ def sweep(
     lengths: jax.Array,
     states: Sequence[jax.Array | None],
     final_of: int | None,
-    interpreted: bool = False,
+    interpreted: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Sweeps over all parts of all rows at once, for each role.
 
@@ -93,7 +135,6 @@ def sweep(
     parts, blocks = pl.cdiv(T, part), D // WIDTH
     programs = B * parts * H * blocks
     given = [s for s in states if s is not None]
-    gated = any(role.raw is not None for role in roles)
 
     def body(*refs: Any) -> None:
         qkv, grad, log_decay, lengths, *rest = refs
@@ -153,7 +194,7 @@ def sweep(
     }
     if interpreted:  # it multiplies from shared memory only
         shared |= {"a_operand": tiles(OUTPUTS, CHUNK, D), "scores": tiles(OUTPUTS, CHUNK, CHUNK)}
-    out_type = [jax.ShapeDtypeStruct((B, T, H, 3, D)[: None if gated else 3] + (() if gated else (D,)), jnp.bfloat16)]
+    out_type = [jax.ShapeDtypeStruct(qkv.shape if len(roles) > 1 else (B, T, H, D), jnp.bfloat16)]
     if final_of is not None:
         out_type.append(jax.ShapeDtypeStruct((B, parts, H, D, D), jnp.float32))
     out = plgpu.kernel(
@@ -337,7 +378,7 @@ class _Program:
             a = _read(a_tile)
             plgpu.commit_smem()  # until all have read
             load(step + OUTPUTS)
-            a = lax.cond(count < CHUNK, lambda a: _cleared(a, count), lambda a: a, a)
+            a = _valid(a, count)
             a = a if self.role.a == _GRADIENT else _silu(a).astype(jnp.bfloat16)
             if self.interpreted:
                 shared["a_operand"].at[w][...] = a
@@ -358,8 +399,7 @@ class _Program:
             plgpu.barrier_arrive(shared["read"].at[w])
             if self.role.raw is not None:
                 plgpu.barrier_wait(shared["raw_loaded"].at[w])
-                raw = lax.cond(count < CHUNK, lambda x: _cleared(x, count), lambda x: x, _read(out_tile))
-                out = out * _silu_gradient(raw)
+                out = out * _silu_gradient(_valid(_read(out_tile), count))
             out_tile[...] = out.astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_tile, self.out_tile(first))
@@ -407,9 +447,15 @@ def _rows(x: jax.Array) -> jax.Array:
 
 
 def _clear(ref: Any, count: jax.Array) -> None:
+    """Zeros after the first `count` tokens; full chunks, all but a row's last, are left as they are, as by `_valid`."""
+
     @pl.when(count < CHUNK)
     def _() -> None:
         ref[...] = _cleared(_read(ref), count)
+
+
+def _valid(x: jax.Array, count: jax.Array) -> jax.Array:
+    return lax.cond(count < CHUNK, lambda x: _cleared(x, count), lambda x: x, x)
 
 
 def _cleared(x: jax.Array, count: jax.Array) -> jax.Array:

@@ -29,9 +29,9 @@ class SoftmaxCase(Case):
         return dataclasses.replace(self, T=T, N=256 if self.cached else T, B=2, H=4, K=2)
 
     @property
-    def library(self) -> str:
-        """The implementation that is meant for it on GPUs."""
-        return "pallas" if self.T == 1 else "cudnn"
+    def forms(self) -> tuple[str, ...]:
+        """The library that is meant for it."""
+        return ("pallas",) if self.T == 1 else ("cudnn",)
 
     @property
     def flop(self) -> float:

@@ -79,7 +79,7 @@ def softmax(report: Report) -> list[Measurement]:
     """Causal attention of one row, forward and with gradients; then one token into a cache."""
     found = []
     for case in report.sized(softmax_cases.CASES):
-        names = [case.library, "cudnn"] if case.T == 1 else [case.library]
+        names = [*case.forms, "cudnn"] if case.T == 1 else case.forms
         found += [_softmax(report, case, name) for name in dict.fromkeys([*map(report.implementation, names), "xla"])]
     return found
 

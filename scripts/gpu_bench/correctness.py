@@ -27,15 +27,9 @@ def comparisons(report: Report) -> Iterator[tuple[str, str, Case]]:
         both = [dataclasses.replace(case, dtype=dtype) for case in cases for dtype in TOLERANCE]
         chosen = report.sized(cases) if report.dry else [*reduced(both), *(case for case in cases if case.whole)]
         for case in chosen:
-            for name in _forms(case):
+            for name in case.forms:
                 if name != "cudnn" or case.dtype != "float32":  # which cuDNN does not take
                     yield op, name, case
-
-
-def _forms(case: Case) -> tuple[str, ...]:
-    if isinstance(case, softmax.SoftmaxCase):
-        return (case.library,)
-    return case.forms if isinstance(case, lightning.LightningCase) else ("triton",)
 
 
 def check(report: Report, mine: Any) -> None:
