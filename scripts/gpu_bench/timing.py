@@ -140,7 +140,8 @@ def operations(fn: Callable[[], Any]) -> list[tuple[str, float]]:
         for plane in profile.planes:
             for line in plane.lines:
                 name = line.name or ""
-                if name.startswith("Stream") or name.startswith("tf_XLAPjRtCpuClient"):
+                # A GPU's streams; on CPUs, for dry runs, the threads that execute: before jax 0.12, and since.
+                if name.startswith(("Stream", "tf_XLAPjRtCpuClient", "tf_XLAExecute")):
                     for event in line.events:
                         total[re.sub(r"[._]\d+$", "", event.name)] += int(event.duration_ns)
     return [(name, ns * 1e-9) for name, ns in total.most_common()]
