@@ -441,6 +441,23 @@ def test_a_checkpoint_from_before_contents_were_noted_is_read(tmp_path: Path) ->
         saving.Checkpoints(tmp_path, 1, noted | {"tokenizer": "d"}).load(state)
 
 
+def test_a_model_of_one_kind_of_layer_is_written_too(tmp_path: Path) -> None:
+    """It has arrays of no layers for the kind that it lacks, which Orbax refuses."""
+    config = dataclasses.replace(CONFIG, layer_types=("lightning",) * 2)
+    model = build(config, lambda _, spec: jnp.arange(spec.size, dtype=jnp.float32).reshape(spec.shape))
+    assert min(leaf.size for leaf in jax.tree.leaves(model)) == 0
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    for where in (jax.devices()[0], jax.sharding.NamedSharding(mesh, jax.P())):
+        state, out = jax.device_put(model, where), tmp_path / str(isinstance(where, jax.Device))
+        checkpoints = saving.Checkpoints(out, 1, {})
+        assert checkpoints.save(1, state, 5) is None and checkpoints.close() is None
+        found, position = saving.Checkpoints(out, 1, {}).load(state)
+        assert position == 5 and jax.tree.structure(found) == jax.tree.structure(state)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
+            assert a.sharding == b.sharding and a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
 def test_a_damaged_checkpoint_is_named(folder: Path, whole: Path, tmp_path: Path) -> None:
     """In a process of its own: Orbax gives up at the first error, and its other reads outlive the call."""
     out = tmp_path / "out"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from m1jax import checkpoint
@@ -66,7 +67,7 @@ class Checkpoints:
         with _quiet():
             try:
                 check_space(self._folder, size)
-                self._pending = self._checkpointer.save_async(step, state, custom_metadata=note)
+                self._pending = self._checkpointer.save_async(step, _filled(state), custom_metadata=note)
             except Exception as error:
                 problem = self._failed(error)
         return problem
@@ -131,17 +132,26 @@ class Checkpoints:
                 f"{self._folder} was written with {', '.join(differing)}: choose another out, or go back to that"
             )
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+        leaves, structure = jax.tree.flatten(abstract)
         with _quiet():
             try:
-                return self._checkpointer.load(self.latest, abstract), note["position"]
+                found = self._checkpointer.load(self.latest, _filled(abstract))
             except Exception as error:
                 raise UserError(f"{damaged} ({checkpoint.short(error)}): {remedy}") from error
+        filled = iter(jax.tree.leaves(found))
+        whole = [next(filled) if a.size else jnp.zeros(a.shape, a.dtype, device=a.sharding) for a in leaves]
+        return jax.tree.unflatten(structure, whole), note["position"]
 
     def close(self) -> str | None:
         """Waits, then lets go of the folder; why the last checkpoint failed, or None."""
         self.wait()
         self._checkpointer.close()
         return self._problem
+
+
+def _filled(state: Any) -> Any:
+    """The state without the arrays of no layers, which Orbax refuses: those of a kind of layer that a model lacks."""
+    return jax.tree.map(lambda leaf: leaf if leaf.size else None, state)
 
 
 def identity(config: M1Config, figures: Mapping[str, Any]) -> dict[str, Any]:
