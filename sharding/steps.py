@@ -95,6 +95,7 @@ def _rows(mesh: Mesh | AbstractMesh, *shape: int) -> jax.ShapeDtypeStruct:
 def _train(config: M1Config, work: Workload, mesh: Mesh | AbstractMesh) -> Step:
     """The trainer's step: AdamW on float32 weights, in `work.dtype`, layers computed twice."""
     # The trainer builds on this package.
+    from m1jax.train.loss import Balance
     from m1jax.train.settings import GuardSettings, OptimizerSettings
     from m1jax.train.step import adamw, cross_entropy, init_state, make_step
 
@@ -107,5 +108,6 @@ def _train(config: M1Config, work: Workload, mesh: Mesh | AbstractMesh) -> Step:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
 
     batch = {name: rows("int32") for name in ("tokens", "targets", "segments")} | {"weights": rows("float32")}
-    step = make_step(cross_entropy(work.dtype, "layer", config.router_aux_loss_coef), optimizer, GuardSettings())
+    loss = cross_entropy(work.dtype, "layer", Balance(config.router_aux_loss_coef))
+    step = make_step(loss, optimizer, GuardSettings())
     return Step(step, (_placed(config, mesh, state), batch), (0,))

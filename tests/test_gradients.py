@@ -17,7 +17,7 @@ from m1jax.model import head
 from m1jax.params import flatten
 from m1jax.train import loss
 from m1jax.train.forward import hidden_states
-from m1jax.train.loss import CHUNK, token_log_probs
+from m1jax.train.loss import CHUNK, Balance, token_log_probs
 from m1jax.train.step import accumulated, cross_entropy
 from tests import numpy_m1
 from tests.test_kernels import gradients, routing
@@ -228,7 +228,7 @@ def packed_batch(rows: list[list[int]], width: int, seed: int) -> tuple[dict[str
 )
 def test_packing_gives_the_loss_and_gradients_of_separate_rows(remat: Any, kinds: tuple[str, ...]) -> None:
     model = random_model(variant(layer_types=kinds, shared_intermediate_size=20))
-    fn = jax.jit(functools.partial(accumulated, cross_entropy("float32", remat, 0.5)))
+    fn = jax.jit(functools.partial(accumulated, cross_entropy("float32", remat, Balance(0.5))))
     packed, alone = packed_batch(PACKED, 22, 0)
     gradient, metrics = fn(model, {name: x[None] for name, x in packed.items()})
     want_gradient, want = fn(model, {name: x[None] for name, x in alone.items()})

@@ -22,6 +22,7 @@ from m1jax.rl.policy import correlation, policy_gradient
 from m1jax.rl.settings import RLSettings
 from m1jax.tasks import TASKS, Problem
 from m1jax.tokenizer import Tokenizer
+from m1jax.train.loss import Balance
 from m1jax.train.saving import Checkpoints
 from m1jax.train.settings import GuardSettings, OptimizerSettings, Settings, parse
 from m1jax.train.step import TrainState, adamw, init_state, make_step
@@ -97,7 +98,7 @@ def test_updates_follow_the_advantages() -> None:
     replies = [reply(3, 5, 1.0, 1), reply(3, 5, -1.0, 11)]
     rl = RLSettings(updates=1, row_tokens=16, windows=(8,))
     optimizer = adamw(model.config, OptimizerSettings(learning_rate=3e-3, warmup=0, eps=1e-15, weight_decay=0.0), 9)
-    step = make_step(policy_gradient(rl, "float32", "none", 0.0), optimizer, GuardSettings())
+    step = make_step(policy_gradient(rl, "float32", "none", Balance(0.0)), optimizer, GuardSettings())
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         state, metrics = step(state, jax.device_put(dict(batch)))

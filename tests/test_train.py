@@ -17,6 +17,8 @@ from m1jax.params import flatten
 from m1jax.rl.settings import RLSettings
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import data
+from m1jax.train.forward import Routing
+from m1jax.train.loss import Balance, balancing_loss
 from m1jax.train.settings import DataSettings, GuardSettings, OptimizerSettings, Settings, parse, read
 from m1jax.train.step import accumulated, adamw, computing, cross_entropy, init_state, make_step, schedule
 from tests.tools import DATA, SMALL, random_model, rms_error, variant
@@ -251,7 +253,7 @@ def batch(seed: int, accumulate: int = 1) -> dict[str, np.ndarray]:
 def test_accumulated_gradients_are_those_of_one_batch() -> None:
     model, several = random_model(CONFIG), batch(0, accumulate=3)
     one = {name: x.reshape(1, 6, 10) for name, x in several.items()}
-    loss = cross_entropy("float32", "layer", 0.0)  # the balancing loss is each batch's own
+    loss = cross_entropy("float32", "layer", Balance(0.0))  # the balancing loss is each batch's own
     (got, metrics), (want, wanted) = (jax.jit(lambda b: accumulated(loss, model, b))(b) for b in (several, one))
     for path, leaf in flatten(got).items():
         assert not leaf.size or rms_error(leaf, flatten(want)[path]) < 1e-5, path
@@ -262,11 +264,26 @@ def test_accumulated_gradients_are_those_of_one_batch() -> None:
 def test_a_batch_of_padding_adds_nothing() -> None:
     model, two = random_model(CONFIG), batch(0, accumulate=2)
     padded = {name: np.concatenate([x[:1], np.zeros_like(x[:1]), x[1:]]) for name, x in two.items()}
-    loss = cross_entropy("float32", "layer", 0.1)
+    loss = cross_entropy("float32", "layer", Balance(0.1))
     (got, metrics), (want, wanted) = (jax.jit(lambda b: accumulated(loss, model, b))(b) for b in (padded, two))
     assert metrics["loss"] == wanted["loss"]
     for path, leaf in flatten(got).items():
         np.testing.assert_array_equal(leaf, flatten(want)[path], err_msg=path)
+
+
+def test_balancing_by_hand() -> None:
+    """Two layers that use one of two experts each: alike over the model, not in any layer."""
+    one, other = jnp.asarray([[4.0, 0.0]]), jnp.asarray([[0.0, 4.0]])  # k = 1, four tokens
+    none = jnp.zeros(2)
+    apart = Routing(jnp.stack([one, other]), jnp.stack([one[0], other[0]]), none, jnp.full(2, 4.0), none)
+    assert balancing_loss(apart) == 2 * (0.5 * 0.5 + 0.5 * 0.5) == 1  # the least
+    assert balancing_loss(apart, "layer") == (2 * 1 * 1 + 2 * 1 * 1) / 2 == 2  # the most
+    even = apart._replace(chosen=jnp.full((2, 1, 2), 2.0), probability=jnp.full((2, 2), 2.0))
+    assert balancing_loss(even) == balancing_loss(even, "layer") == 1
+    padding = jax.tree.map(jnp.zeros_like, apart)
+    assert balancing_loss(padding) == balancing_loss(padding, "layer") == 0
+    assert Balance.of(OptimizerSettings(), CONFIG) == (CONFIG.router_aux_loss_coef, "model")
+    assert Balance.of(OptimizerSettings(balance=0.0, balance_over="layer"), CONFIG) == (0, "layer")
 
 
 def test_adamw_as_written_down() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 import m1jax
 from m1jax.params import flatten
+from m1jax.train.loss import Balance
 from m1jax.train.step import accumulated, cross_entropy
 from m1jax.weights import expected
 from tests.tools import rms_error
@@ -103,7 +104,7 @@ def test_loss_and_gradients_with_the_balancing_loss(folder: Path) -> None:
         "weights": jnp.asarray(weights),
         "segments": jnp.asarray(valid, jnp.int32),
     }
-    loss = cross_entropy("float32", "layer", coefficient)
+    loss = cross_entropy("float32", "layer", Balance(coefficient))
     gradient, metrics = jax.jit(functools.partial(accumulated, loss))(ours, {k: v[None] for k, v in batch.items()})
     assert float(metrics["loss"]) == pytest.approx(out.loss.item(), rel=1e-6)
     assert float(metrics["balance"]) == pytest.approx(out.aux_loss.item(), rel=1e-6)

@@ -11,11 +11,11 @@ from m1jax.model import M1
 from m1jax.rl.losses import ratio, token_mean
 from m1jax.rl.settings import RLSettings
 from m1jax.train.forward import Remat, hidden_states
-from m1jax.train.loss import balancing_loss, head_weight, token_log_probs
+from m1jax.train.loss import Balance, head_weight, token_log_probs
 from m1jax.train.step import Batch, Loss, Metrics, computing
 
 
-def policy_gradient(settings: RLSettings, dtype: str, remat: Remat, balance: float) -> Loss:
+def policy_gradient(settings: RLSettings, dtype: str, remat: Remat, balance: Balance) -> Loss:
     """The loss of a batch with the arrays of `m1jax.rl.experience.Experience`, averaged over the generated tokens."""
     policy_loss = settings.policy_loss
 
@@ -29,7 +29,7 @@ def policy_gradient(settings: RLSettings, dtype: str, remat: Remat, balance: flo
 
         old = batch["old_logp"]
         policy = mean(policy_loss.per_token(logp, old, batch["advantage"]))
-        balancing = balancing_loss(routing) * jnp.sum(batch["segments"] > 0) / total["tokens"]
+        balancing = balance(routing) * jnp.sum(batch["segments"] > 0) / total["tokens"]
         r = jnp.where(generated, ratio(logp, old), 1.0)
         metrics = {
             "policy": policy,
@@ -41,7 +41,7 @@ def policy_gradient(settings: RLSettings, dtype: str, remat: Remat, balance: flo
             "router_entropy": routing.entropy / total["tokens"],
             "agreement": jnp.stack([_moments(logp, old, generated), _moments(jnp.exp(logp), jnp.exp(old), generated)]),
         }
-        return policy + balance * balancing, metrics
+        return policy + balance.weight * balancing, metrics
 
     return loss
 

@@ -15,6 +15,7 @@ from m1jax.rl.settings import RLSettings
 from m1jax.sharding.rules import shards
 from m1jax.train.data import fingerprint
 from m1jax.train.loop import Guard, Parts, drive, fetched, figures, prepare, size, to_devices
+from m1jax.train.loss import Balance
 from m1jax.train.report import Report
 from m1jax.train.settings import Settings, parse
 from m1jax.train.step import TrainState, make_step, measuring, schedule
@@ -63,7 +64,7 @@ class Reinforced:
             "tokenizer": fingerprint(parts.tokenizer),
             **{f"rl.{name}": own[name] for name in own},
         }
-        balance = settings.optimizer.balance if settings.optimizer.balance >= 0 else parts.config.router_aux_loss_coef
+        balance = Balance.of(settings.optimizer, parts.config)
         loss = policy_gradient(rl, settings.model.dtype, settings.model.remat, balance)
         self._step, self._measure = make_step(loss, parts.optimizer, settings.guard), measuring(loss)
         self._rate = schedule(settings.optimizer, settings.steps * rl.updates)

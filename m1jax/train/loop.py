@@ -27,6 +27,7 @@ from m1jax.sharding.rules import check, rules_of, shardings, shards
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import data, saving
 from m1jax.train.interruption import Interruption
+from m1jax.train.loss import Balance
 from m1jax.train.report import Report
 from m1jax.train.settings import Settings
 from m1jax.train.step import (
@@ -318,7 +319,7 @@ class Supervised:
             "data.rows": d.rows,
             "data.accumulate": d.accumulate,
         }
-        balance = settings.optimizer.balance if settings.optimizer.balance >= 0 else parts.config.router_aux_loss_coef
+        balance = Balance.of(settings.optimizer, parts.config)
         loss = cross_entropy(settings.model.dtype, settings.model.remat, balance, settings.model.capacity or None)
         self._step, self._measure = make_step(loss, parts.optimizer, settings.guard), measuring(loss)
         self._rate = schedule(settings.optimizer, settings.steps)

@@ -1,14 +1,17 @@
 """Cross-entropy without the logits of all tokens at once, and the balancing loss of the routers."""
 
 import functools
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from m1jax.config import M1Config
 from m1jax.model import M1, TOKENS
 from m1jax.sharding.region import greatest, on_mesh, start, total, ways, whole
 from m1jax.train.forward import Routing
+from m1jax.train.settings import OptimizerSettings
 
 CHUNK = 1 << 24  # logits that exist at a time
 
@@ -78,11 +81,36 @@ def head_weight(model: M1) -> jax.Array:
     return (model.embed if model.lm_head is None else model.lm_head)[...]
 
 
-def balancing_loss(routing: Routing) -> jax.Array:
-    """E · Σ_{j, e} f_je · p̄_e, f and p̄ means over all layers' valid tokens (official `load_balancing_loss_func`).
+def balancing_loss(routing: Routing, over: Literal["model", "layer"] = "model") -> jax.Array:
+    """E · Σ_e f_e · p̄_e: how often a token chooses expert e, times its mean probability.
 
     k where all experts are used alike; f counts and has no gradient. 0 of padding alone.
+
+    Args:
+      routing: of all layers.
+      over: f and p̄ are means over the valid tokens of all layers ("model", official `load_balancing_loss_func`), or of
+        each layer, whose losses are averaged ("layer", GShard, arXiv 2006.16668).
     """
-    E, total = routing.probability.shape[1], jnp.maximum(jnp.sum(routing.tokens), 1.0)
-    share = jnp.sum(routing.chosen, axis=(0, 1)) / total
-    return E * jnp.sum(share * jnp.sum(routing.probability, axis=0) / total)
+    E, chosen = routing.probability.shape[1], jnp.sum(routing.chosen, axis=1)
+    parts = chosen, routing.probability, routing.tokens[:, None]  # [L, E], [L, E], [L, 1]
+    if over == "model":
+        parts = tuple(jnp.sum(part, axis=0, keepdims=True) for part in parts)
+    chosen, probability, tokens = parts
+    total = jnp.maximum(tokens, 1.0)
+    return E * jnp.mean(jnp.sum(chosen / total * (probability / total), axis=-1))
+
+
+class Balance(NamedTuple):
+    """The balancing loss as it is trained with."""
+
+    weight: float
+    over: Literal["model", "layer"] = "model"
+
+    def __call__(self, routing: Routing) -> jax.Array:
+        """Not weighted."""
+        return balancing_loss(routing, self.over)
+
+    @classmethod
+    def of(cls, settings: OptimizerSettings, config: M1Config) -> "Balance":
+        """As the settings say, or the model's config."""
+        return cls(settings.balance if settings.balance >= 0 else config.router_aux_loss_coef, settings.balance_over)

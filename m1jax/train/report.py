@@ -215,10 +215,14 @@ def curves(metrics: Path, picture: Path) -> None:
     names = [name for name in dict.fromkeys(plotted) if name not in ("seconds", "good", "limit")]
     if not names:
         return
-    figure = Figure(figsize=(12, 2.6 * -(-len(names) // 3)), layout="constrained")
+    down = -(-len(names) // 3)
+    figure = Figure(figsize=(12, 2.6 * down))
     FigureCanvasAgg(figure)
+    # Margins in inches rather than a constrained layout, which draws everything several times.
+    height = 2.6 * down
+    figure.subplots_adjust(0.05, 0.5 / height, 0.985, 1 - 0.3 / height, wspace=0.18, hspace=0.45)
     for i, name in enumerate(names):
-        axes = figure.add_subplot(-(-len(names) // 3), 3, i + 1)
+        axes = figure.add_subplot(down, 3, i + 1)
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         axes.plot(*zip(*points, strict=True), linewidth=1)
         axes.set_title(name.replace("_", " "), fontsize=9)

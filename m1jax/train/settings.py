@@ -57,6 +57,9 @@ class OptimizerSettings:
     weight_decay: float = 0.1  # not of norms
     clip: float = 1.0  # global norm of the gradient; 0: no clipping
     balance: float = -1.0  # weight of the routers' balancing loss; negative: that of the model's config
+    # What it averages over. "model" is the official loss: layers in which few experts do all the work are balanced by
+    # others in which they do none. "layer" wants every layer balanced, as GShard does.
+    balance_over: Literal["model", "layer"] = "model"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """One step: gradients of several batches added up, clipped, AdamW on float32 weights, and a guard in front of it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from m1jax.errors import UserError
 from m1jax.model import M1, build
 from m1jax.params import ParamSpec, flatten
 from m1jax.train.forward import Remat, hidden_states
-from m1jax.train.loss import balancing_loss, head_weight, token_log_probs
+from m1jax.train.loss import Balance, head_weight, token_log_probs
 from m1jax.train.settings import GuardSettings, OptimizerSettings
 
 Batch = Mapping[str, jax.Array]
@@ -88,7 +89,7 @@ def computing(model: M1, dtype: str) -> M1:
     return build(model.config, leaf)
 
 
-def cross_entropy(dtype: str, remat: Remat, balance: float, capacity: float | None = None) -> Loss:
+def cross_entropy(dtype: str, remat: Remat, balance: Balance, capacity: float | None = None) -> Loss:
     """The loss of pretraining and SFT: mean over weighted tokens, and the balancing loss.
 
     A batch has int32 `tokens`, `targets`, `segments` and float32 `weights`, all `[B, T]`. Added up over batches that
@@ -102,7 +103,7 @@ def cross_entropy(dtype: str, remat: Remat, balance: float, capacity: float | No
         weights = batch["weights"]
         nll = -jnp.sum(log_p * weights) / total["weights"]
         share = jnp.sum(batch["segments"] > 0) / total["tokens"]
-        balancing = balancing_loss(routing) * share
+        balancing = balance(routing) * share
         choices = routing.chosen.shape[0] * routing.chosen.shape[1]  # of a token, in all layers
         metrics = {
             "cross_entropy": nll,
@@ -112,7 +113,7 @@ def cross_entropy(dtype: str, remat: Remat, balance: float, capacity: float | No
             "router_entropy": routing.entropy / total["tokens"],  # [L]
             "dropped": jnp.sum(routing.dropped) / (total["tokens"] * choices),
         }
-        return nll + balance * balancing, metrics
+        return nll + balance.weight * balancing, metrics
 
     return loss
 
@@ -171,12 +172,13 @@ def accumulated(loss: Loss, model: M1, batch: Batch) -> tuple[M1, Metrics]:
     """Gradient and metrics, `loss` among them, of batches `[A, B, T]` as of one."""
     total = totals(batch)
 
-    def one(some: Batch) -> tuple[M1, Metrics]:
+    @functools.partial(jax.jit, inline=True)  # traced once, though asked for its shapes first
+    def one(model: M1, total: Metrics, some: Batch) -> tuple[M1, Metrics]:
         (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(model, some, total)
         return gradient, {"loss": value, **metrics}
 
     first = jax.tree.map(lambda a: a[0], batch)
     if next(iter(batch.values())).shape[0] == 1:
-        return one(first)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, first))
-    return lax.scan(lambda sums, some: (jax.tree.map(jnp.add, sums, one(some)), None), zeros, batch)[0]
+        return one(model, total, first)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, model, total, first))
+    return lax.scan(lambda sums, some: (jax.tree.map(jnp.add, sums, one(model, total, some)), None), zeros, batch)[0]
