@@ -194,14 +194,18 @@ def test_a_process_that_waits_in_vain_says_so(address: str, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2"])
-def test_generates_the_same_text_as_one_process(address: str, mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generates_the_same_text_as_one_process(
+    address: str, mesh: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--model", DATA / "m1_hello", "--greedy", "--prompt", "Who are you?", "--max-tokens", "12"]
-    alone = run(address, 1, "m1jax.generate", [str(option) for option in options])
-    assert alone[0].code == 0, alone
+    with pytest.raises(SystemExit) as exit:
+        generate([str(option) for option in options])
+    assert exit.value.code == 0
+    alone = capsys.readouterr().out
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
     ended = several(address, 4, "generate", *options, "--mesh", mesh)
     assert [e.code for e in ended] == [0] * 4, ended
-    assert ended[0].out == alone[0].out and len(alone[0].out) > 10
+    assert ended[0].out == alone and len(alone) > 10
     assert [(e.out, e.err) for e in ended[1:]] == [("", "")] * 3
 
 

@@ -27,7 +27,7 @@ LENGTH = 512  # tokens of a row; the longest conversation of the shipped difficu
 FOUND = 4  # weight of a number found again: there are few among the tokens of replies
 RECALL = {"pretrain": 6, "sft": 2}  # rows of the stage's own for each list to recall, which takes longest to learn
 WINDOWS = (112, 136, 160)  # tokens of a reply, in stages of RL
-BALANCE = 0.01  # with M1's own 0.001 experts of so few die
+BALANCE = 0.01  # with M1's own 0.001 experts of so few die; each layer's own, or a layer comes to use two experts
 NEEDLE = 24  # tokens of a reply that retrieves
 # The tasks that are learnt last: twice as frequent in SFT.
 OPEN = ("subtraction", "multiplication", "sorting", "sequence", "retrieval")
@@ -37,8 +37,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "dtype": "float32",
         "rows": 8,
-        "steps": {"pretrain": 1200, "sft": 9800, "rl": 24},
-        "rate": {"pretrain": 3e-3, "sft": 1.5e-3, "rl": 2.5e-4},
+        "steps": {"pretrain": 1200, "sft": 8000, "rl": 24},
+        "rate": {"pretrain": 3e-3, "sft": 2e-3, "rl": 2.5e-4},
         "passes": 1,
         "rl": {"questions": 32, "replies": 8, "updates": 2, "attempts": 2},  # more updates of so few replies are noise
     },
@@ -142,7 +142,7 @@ def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]
         "guard": {"action": "skip"},
         "log": {"tensorboard": False},
     }
-    rate = {"learning_rate": plan["rate"][stage], "balance": BALANCE}
+    rate = {"learning_rate": plan["rate"][stage], "balance": BALANCE, "balance_over": "layer"}
     if stage == "rl":
         # Of what SFT solves hardly a group of replies is mixed, and groups that are not teach nothing. It leaves open
         # the needles in lists eight times as long as its own.

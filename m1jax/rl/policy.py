@@ -12,9 +12,10 @@ from m1jax.rl.losses import ratio, token_mean
 from m1jax.rl.settings import RLSettings
 from m1jax.train.forward import Remat, hidden_states
 from m1jax.train.loss import Balance, head_weight, token_log_probs
-from m1jax.train.step import Batch, Loss, Metrics, computing
+from m1jax.train.step import KEPT, Batch, Loss, Metrics, computing
 
 
+@KEPT
 def policy_gradient(settings: RLSettings, dtype: str, remat: Remat, balance: Balance) -> Loss:
     """The loss of a batch with the arrays of `m1jax.rl.experience.Experience`, averaged over the generated tokens."""
     policy_loss = settings.policy_loss

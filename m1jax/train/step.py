@@ -25,6 +25,7 @@ Loss = Callable[[M1, Batch, Metrics], tuple[jax.Array, Metrics]]
 
 CALM = 50  # steps before a spike is called one
 MEMORY = 0.98  # of the running mean and variance of the loss
+KEPT = functools.lru_cache(maxsize=8)  # runs of one process that are set alike share what is compiled
 
 
 @jax.tree_util.register_dataclass
@@ -67,6 +68,7 @@ def schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
     return lambda count: joined(count + 1)  # the first step counts, and the last one has arrived
 
 
+@KEPT
 def adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
     """Clipping, AdamW without decay of norms, schedule."""
     decayed = build(config, lambda _, spec: spec.init is not None)
@@ -89,6 +91,7 @@ def computing(model: M1, dtype: str) -> M1:
     return build(model.config, leaf)
 
 
+@KEPT
 def cross_entropy(dtype: str, remat: Remat, balance: Balance, capacity: float | None = None) -> Loss:
     """The loss of pretraining and SFT: mean over weighted tokens, and the balancing loss.
 
@@ -124,6 +127,7 @@ def totals(batch: Batch) -> Metrics:
     return {"weights": jnp.maximum(weights, 1e-9), "tokens": jnp.maximum(tokens, 1).astype(jnp.float32)}
 
 
+@KEPT
 def measuring(loss: Loss) -> Callable[[M1, Batch], Metrics]:
     """The compiled metrics of the first of the batches `[A, B, T]`, and what it weighs among others, no gradient."""
 
@@ -135,6 +139,7 @@ def measuring(loss: Loss) -> Callable[[M1, Batch], Metrics]:
     return jax.jit(measure)
 
 
+@KEPT
 def make_step(
     loss: Loss, optimizer: optax.GradientTransformation, guard: GuardSettings
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
