@@ -98,7 +98,8 @@ def test_updates_follow_the_advantages() -> None:
     replies = [reply(3, 5, 1.0, 1), reply(3, 5, -1.0, 11)]
     rl = RLSettings(updates=1, row_tokens=16, windows=(8,))
     optimizer = adamw(model.config, OptimizerSettings(learning_rate=3e-3, warmup=0, eps=1e-15, weight_decay=0.0), 9)
-    step = make_step(policy_gradient(rl, "float32", "none", Balance(0.0)), optimizer, GuardSettings())
+    loss = policy_gradient(rl.policy_loss, rl.temperature, "float32", "none", Balance(0.0))
+    step = make_step(loss, optimizer, GuardSettings())
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         state, metrics = step(state, jax.device_put(dict(batch)))

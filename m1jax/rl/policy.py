@@ -8,21 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from m1jax.model import M1
-from m1jax.rl.losses import ratio, token_mean
-from m1jax.rl.settings import RLSettings
+from m1jax.rl.losses import PolicyLoss, ratio, token_mean
 from m1jax.train.forward import Remat, hidden_states
 from m1jax.train.loss import Balance, head_weight, token_log_probs
 from m1jax.train.step import KEPT, Batch, Loss, Metrics, computing
 
 
 @KEPT
-def policy_gradient(settings: RLSettings, dtype: str, remat: Remat, balance: Balance) -> Loss:
+def policy_gradient(policy_loss: PolicyLoss, temperature: float, dtype: str, remat: Remat, balance: Balance) -> Loss:
     """The loss of a batch with the arrays of `m1jax.rl.experience.Experience`, averaged over the generated tokens."""
-    policy_loss = settings.policy_loss
 
     def loss(model: M1, batch: Batch, total: Metrics) -> tuple[jax.Array, Metrics]:
         hidden, routing = hidden_states(computing(model, dtype), batch["tokens"], batch["segments"], remat)
-        logp, entropy = token_log_probs(hidden, head_weight(model), batch["targets"], settings.temperature)
+        logp, entropy = token_log_probs(hidden, head_weight(model), batch["targets"], temperature)
         generated = batch["weights"] > 0
 
         def mean(values: jax.Array) -> jax.Array:

@@ -65,7 +65,7 @@ class Reinforced:
             **{f"rl.{name}": own[name] for name in own},
         }
         balance = Balance.of(settings.optimizer, parts.config)
-        loss = policy_gradient(rl, settings.model.dtype, settings.model.remat, balance)
+        loss = policy_gradient(rl.policy_loss, rl.temperature, settings.model.dtype, settings.model.remat, balance)
         self._step, self._measure = make_step(loss, parts.optimizer, settings.guard), measuring(loss)
         self._rate = schedule(settings.optimizer, settings.steps * rl.updates)
         self._guard = Guard(settings, loss)

@@ -59,18 +59,23 @@ def schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
             f"optimizer.warmup = {settings.warmup} and decay = {settings.decay} do not fit into {steps} steps"
         )
     peak, stay = settings.learning_rate, max(steps - settings.warmup - settings.decay, 0)
-    parts = [
-        optax.linear_schedule(0.0, peak, settings.warmup) if settings.warmup else optax.constant_schedule(peak),
-        optax.constant_schedule(peak),
-        optax.linear_schedule(peak, peak * settings.final, max(settings.decay, 1)),
-    ]
-    joined = optax.join_schedules(parts, [settings.warmup, settings.warmup + stay])
+    parts, ends = [optax.constant_schedule(peak)], []
+    if settings.warmup:
+        parts, ends = [optax.linear_schedule(0.0, peak, settings.warmup), *parts], [settings.warmup]
+    if settings.decay:
+        parts.append(optax.linear_schedule(peak, peak * settings.final, settings.decay))
+        ends.append(settings.warmup + stay)
+    joined = optax.join_schedules(parts, ends)
     return lambda count: joined(count + 1)  # the first step counts, and the last one has arrived
 
 
-@KEPT
 def adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
     """Clipping, AdamW without decay of norms, schedule."""
+    return _adamw(config, settings, steps if settings.decay else 0)  # without a way down their number is of no matter
+
+
+@KEPT
+def _adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
     decayed = build(config, lambda _, spec: spec.init is not None)
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
     return optax.chain(
