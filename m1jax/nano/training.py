@@ -27,7 +27,7 @@ LENGTH = 512  # tokens of a row; the longest conversation of the shipped difficu
 FOUND = 4  # weight of a number found again: there are few among the tokens of replies
 RECALL = {"pretrain": 6, "sft": 2}  # rows of the stage's own for each list to recall, which takes longest to learn
 WINDOWS = (112, 136, 160)  # tokens of a reply, in stages of RL
-BALANCE = 0.01  # with M1's own 0.001 experts of so few die; each layer's own, or a layer comes to use two experts
+BALANCE = 0.01  # with M1's own 0.001 experts of so few die; each layer's own, or layers come to use few of theirs
 NEEDLE = 24  # tokens of a reply that retrieves
 # The tasks that are learnt last: twice as frequent in SFT.
 OPEN = ("subtraction", "multiplication", "sorting", "sequence", "retrieval")

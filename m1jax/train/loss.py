@@ -1,7 +1,7 @@
 """Cross-entropy without the logits of all tokens at once, and the balancing loss of the routers."""
 
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from m1jax.config import M1Config
 from m1jax.model import M1, TOKENS
 from m1jax.sharding.region import greatest, on_mesh, start, total, ways, whole
 from m1jax.train.forward import Routing
-from m1jax.train.settings import OptimizerSettings
+from m1jax.train.settings import OptimizerSettings, Over
 
 CHUNK = 1 << 24  # logits that exist at a time
 
@@ -81,7 +81,7 @@ def head_weight(model: M1) -> jax.Array:
     return (model.embed if model.lm_head is None else model.lm_head)[...]
 
 
-def balancing_loss(routing: Routing, over: Literal["model", "layer"] = "model") -> jax.Array:
+def balancing_loss(routing: Routing, over: Over = "model") -> jax.Array:
     """E · Σ_e f_e · p̄_e: how often a token chooses expert e, times its mean probability.
 
     k where all experts are used alike; f counts and has no gradient. 0 of padding alone.
@@ -104,7 +104,7 @@ class Balance(NamedTuple):
     """The balancing loss as it is trained with."""
 
     weight: float
-    over: Literal["model", "layer"] = "model"
+    over: Over = "model"
 
     def __call__(self, routing: Routing) -> jax.Array:
         """Not weighted."""

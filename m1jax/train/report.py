@@ -216,10 +216,10 @@ def curves(metrics: Path, picture: Path) -> None:
     if not names:
         return
     down = -(-len(names) // 3)
-    figure = Figure(figsize=(12, 2.6 * down))
+    height = 2.6 * down
+    figure = Figure(figsize=(12, height))
     FigureCanvasAgg(figure)
     # Margins in inches rather than a constrained layout, which draws everything several times.
-    height = 2.6 * down
     figure.subplots_adjust(0.05, 0.5 / height, 0.985, 1 - 0.3 / height, wspace=0.18, hspace=0.45)
     for i, name in enumerate(names):
         axes = figure.add_subplot(down, 3, i + 1)

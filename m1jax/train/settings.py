@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from m1jax.errors import UserError
 
 T = TypeVar("T")
+Over = Literal["model", "layer"]
 MAX_SEED = 2**32 - 1  # that the shuffling of data takes
 
 
@@ -59,7 +60,7 @@ class OptimizerSettings:
     balance: float = -1.0  # weight of the routers' balancing loss; negative: that of the model's config
     # What it averages over. "model" is the official loss: layers in which few experts do all the work are balanced by
     # others in which they do none. "layer" wants every layer balanced, as GShard does.
-    balance_over: Literal["model", "layer"] = "model"
+    balance_over: Over = "model"
 
 
 @dataclasses.dataclass(frozen=True)
