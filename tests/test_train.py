@@ -320,6 +320,46 @@ def test_adamw_moves_at_the_gradients_of_rl() -> None:
     assert moved[1e-15] > 0.95 and moved[1e-8] < 1e-3
 
 
+def test_each_parameter_has_the_rate_asked_for() -> None:
+    """Steps by AdamW are in proportion to the rate; what has none stays, and counts not even in the norm."""
+
+    def loss(model: Any, batch: Any, total: Any) -> Any:
+        return sum(jnp.sum(a * a) for a in flatten(model).values()) / 2, {}
+
+    def stepped(rates: str) -> tuple[dict[str, np.ndarray], float]:
+        settings = OptimizerSettings(learning_rate=1e-3, warmup=0, rates=rates)
+        optimizer = adamw(CONFIG, settings, 10)
+        step, state = make_step(loss, optimizer, GuardSettings(), rates), init_state(random_model(CONFIG), optimizer)
+        some: Any = batch(0)
+        state, metrics = step(state, some)
+        moved = {name: np.asarray(a) - before[name] for name, a in flatten(state.model).items()}
+        return moved, float(metrics["gradient_norm"])
+
+    before = {name: np.array(a) for name, a in flatten(random_model(CONFIG)).items()}
+    plain, whole = stepped("")
+    moved, norm = stepped("*=0, softmax.*=4 ,softmax.v_proj=.5,norm=1")
+    for name in before:
+        factor = {"softmax.v_proj": 0.5, "norm": 1.0}.get(name, 4.0 if name.startswith("softmax.") else 0.0)
+        assert np.allclose(moved[name], factor * plain[name], rtol=1e-3, atol=1e-7), name
+        assert factor or not moved[name].any(), name
+    trained = [np.sum(a.astype(np.float64) ** 2) for name, a in before.items() if "softmax." in name or name == "norm"]
+    assert norm == pytest.approx(float(np.sqrt(sum(trained))), rel=1e-5) and norm < whole
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ("softmax.*", "optimizer.rates: 'softmax.*' must be NAME=FACTOR, a factor of 0 or more"),
+        ("norm=-1", "optimizer.rates: 'norm=-1' must be NAME=FACTOR"),
+        ("norm=nan", "optimizer.rates: 'norm=nan' must be NAME=FACTOR"),
+        ("norm=1,attention.*=2", "optimizer.rates: no parameter is named 'attention.*': there are embed, "),
+    ],
+)
+def test_bad_rates_are_named(rates: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        adamw(CONFIG, OptimizerSettings(rates=rates), 10)
+
+
 def test_the_schedule_warms_up_stays_and_decays() -> None:
     rate = schedule(OptimizerSettings(learning_rate=2.0, warmup=4, decay=5, final=0.1), 20)
     got = [float(np.asarray(rate(i))) for i in range(20)]

@@ -66,7 +66,8 @@ class Reinforced:
         }
         balance = Balance.of(settings.optimizer, parts.config)
         loss = policy_gradient(rl.policy_loss, rl.temperature, settings.model.dtype, settings.model.remat, balance)
-        self._step, self._measure = make_step(loss, parts.optimizer, settings.guard), measuring(loss)
+        self._step = make_step(loss, parts.optimizer, settings.guard, settings.optimizer.rates)
+        self._measure = measuring(loss)
         self._rate = schedule(settings.optimizer, settings.steps * rl.updates)
         self._guard = Guard(settings, loss)
         self._learner = Learner(

@@ -321,7 +321,8 @@ class Supervised:
         }
         balance = Balance.of(settings.optimizer, parts.config)
         loss = cross_entropy(settings.model.dtype, settings.model.remat, balance, settings.model.capacity or None)
-        self._step, self._measure = make_step(loss, parts.optimizer, settings.guard), measuring(loss)
+        self._step = make_step(loss, parts.optimizer, settings.guard, settings.optimizer.rates)
+        self._measure = measuring(loss)
         self._rate = schedule(settings.optimizer, settings.steps)
         self._guard = Guard(settings, loss)
 

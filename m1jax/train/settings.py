@@ -52,6 +52,9 @@ class OptimizerSettings:
     warmup: int = 500  # steps (rl: updates) from 0
     decay: int = 0  # steps (rl: updates) at the end, down to `final`
     final: float = 0.1  # of the learning rate
+    # Factors of the learning rate, such as "softmax.*=5,moe.router=0", by names of parameters as in
+    # `m1jax.params.param_table`; the last that fits counts, and 0 leaves a parameter as it is.
+    rates: str = ""
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 0.0  # 0: 1e-8, in stage rl the paper's 1e-15

@@ -1,7 +1,9 @@
 """One step: gradients of several batches added up, clipped, AdamW on float32 weights, and a guard in front of it."""
 
 import dataclasses
+import fnmatch
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +15,7 @@ from jax import lax
 from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.model import M1, build
-from m1jax.params import ParamSpec, flatten
+from m1jax.params import ParamSpec, flatten, param_table
 from m1jax.train.forward import Remat, hidden_states
 from m1jax.train.loss import Balance, head_weight, token_log_probs
 from m1jax.train.settings import GuardSettings, OptimizerSettings
@@ -69,8 +71,30 @@ def schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
     return lambda count: joined(count + 1)  # the first step counts, and the last one has arrived
 
 
+def rate_factors(config: M1Config, text: str) -> dict[str, float]:
+    """Factor of the learning rate by parameter, from a setting such as "softmax.*=5,moe.router=0".
+
+    Raises:
+      UserError: it is written otherwise, a factor is negative, or a pattern fits no parameter.
+    """
+    factors = dict.fromkeys(param_table(config), 1.0)
+    for part in filter(None, text.split(",")):
+        pattern, _, number = (word.strip() for word in part.partition("="))
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = math.nan
+        if not 0 <= factor < math.inf:
+            raise UserError(f"optimizer.rates: {part.strip()!r} must be NAME=FACTOR, a factor of 0 or more")
+        names = fnmatch.filter(factors, pattern)
+        if not names:
+            raise UserError(f"optimizer.rates: no parameter is named {pattern!r}: there are {', '.join(factors)}")
+        factors |= dict.fromkeys(names, factor)
+    return factors
+
+
 def adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
-    """Clipping, AdamW without decay of norms, schedule."""
+    """Clipping, AdamW without decay of norms, schedule, each parameter's own rate. Raises `UserError`."""
     return _adamw(config, settings, steps if settings.decay else 0)  # without a way down their number is of no matter
 
 
@@ -78,12 +102,17 @@ def adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.Gr
 def _adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
     decayed = build(config, lambda _, spec: spec.init is not None)
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
-    return optax.chain(
+    parts = [
         clip,
         optax.scale_by_adam(settings.b1, settings.b2, settings.eps or 1e-8),
         optax.add_decayed_weights(settings.weight_decay, decayed),
         optax.scale_by_learning_rate(schedule(settings, steps)),
-    )
+    ]
+    if settings.rates:
+        factor = rate_factors(config, settings.rates)
+        factors = build(config, lambda path, _: factor[path])
+        parts.append(optax.stateless(lambda update, _: jax.tree.map(jnp.multiply, update, factors)))
+    return optax.chain(*parts)
 
 
 def computing(model: M1, dtype: str) -> M1:
@@ -144,15 +173,27 @@ def measuring(loss: Loss) -> Callable[[M1, Batch], Metrics]:
     return jax.jit(measure)
 
 
+def _of_trained(loss: Loss, setting: str) -> Loss:
+    """The loss as a function of the parameters alone whose rate is not 0: others cost no gradient, nor are clipped."""
+
+    def of_trained(model: M1, batch: Batch, total: Metrics) -> tuple[jax.Array, Metrics]:
+        factor, arrays = rate_factors(model.config, setting), flatten(model)
+        held = build(model.config, lambda p, _: arrays[p] if factor[p] else lax.stop_gradient(arrays[p]))
+        return loss(held, batch, total)
+
+    return of_trained if setting else loss
+
+
 @KEPT
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, guard: GuardSettings
+    loss: Loss, optimizer: optax.GradientTransformation, guard: GuardSettings, rates: str = ""
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step; the old state's memory is given to the new one.
 
     It takes a batch with a leading axis of batches to accumulate, `[A, B, T]`. A step whose loss or gradient is not
-    finite, or whose loss is a spike, changes no weight: metric `good` is then false.
+    finite, or whose loss is a spike, changes no weight: metric `good` is then false. `rates` as in `OptimizerSettings`.
     """
+    loss = _of_trained(loss, rates)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         gradient, metrics = accumulated(loss, state.model, batch)
