@@ -118,6 +118,28 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
         assert tokens[:last].tolist() == line["tokens"] and weights[:last].tolist() == line["weights"]
         assert not weights[last:].any()
     assert all("text" in line for n, line in enumerate(documents, 1) if n % 7)
+    rows = [json.loads(line)["tokens"] for line in (tmp_path / "recall.jsonl").read_text().splitlines()]
+    texts = [tokenizer.decode(row, keep=None) for row in rows]
+    assert len(texts) == 1000
+    assert [n for n, text in enumerate(texts) if LISTS.fullmatch(text)] == [n for n in range(1000) if 3 <= n % 12 <= 10]
+    assert all(len(text.split(",")) > 3 and text.count(recipe.END) == 2 for text in texts[11::12])
+    assert all(len(text.split(",")) <= 3 for text in texts[::12])  # of addition and logic
+
+
+def test_long_lists_fill_a_row(tokenizer: Tokenizer) -> None:
+    rng = random.Random(0)
+    lengths = []
+    for row in itertools.islice(training.reminders(3, tokenizer, recipe.long_recall, 1), 100):
+        found = LISTS.fullmatch(tokenizer.decode(row["tokens"], keep=None))
+        assert found is not None and found["listed"].count("List") == 1
+        items, pairs = (re.findall(r"[a-z]\d", found[name]) for name in ("listed", "again"))
+        lengths.append(len(items))
+        assert len(row["tokens"]) <= training.LENGTH and sum(row["weights"]) == len(pairs) >= min(24, len(items))
+        assert all([i for i in items if i[0] == pair[0]] == [pair] for pair in pairs)
+    assert 20 <= min(lengths) and 130 < max(lengths) <= recipe.LONGEST
+    questions = [recipe.far(rng) for _ in range(100)]
+    assert 130 < max(len(p.question.split(",")) for p in questions) <= recipe.LONGEST + 1  # one phrasing has a comma
+    assert all(len(row["tokens"]) <= training.LENGTH for row in training.conversations(questions, tokenizer))
 
 
 def test_scattered_lists_are_retrievals_from_lists_no_longer_than_the_tasks() -> None:
@@ -141,7 +163,9 @@ def test_runs_made_otherwise_are_not_gone_on_with(tmp_path: Path) -> None:
 def test_settings_of_every_stage(machine: str) -> None:
     for stage in training.STAGES:
         found = training.settings(stage, Path("out"), training.PLANS[machine], ["all"])
-        assert found.stage == stage and found.steps == training.PLANS[machine]["steps"][stage]
+        assert found.stage == {"recall": "sft"}.get(stage, stage)
+        assert found.steps == training.PLANS[machine]["steps"][stage]
+        assert bool(found.optimizer.rates) == (stage == "recall")
         if stage == "rl":
             assert parse(RLSettings, found.rl, "rl.").loss == "cispo" and found.optimizer.eps == 1e-15
             assert found.rl["tasks"] == ["retrieval"]

@@ -24,6 +24,7 @@ TOKENIZER_CONFIG = Path(__file__).parent / "tokenizer_config.json"  # M1's own, 
 MARKS = ("<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>")
 VOCABULARY = 600  # what these texts fill; the model that ships has 704 tokens, from earlier texts
 END = "<end_of_sentence>"
+LONGEST = 150  # items of a list in training; with the letters asked for a row of 512 tokens holds no more
 
 # Letters inside quotes are tokens of their own, as digits are: a letter is only known apart from its neighbours.
 _QUOTED_LETTER = r'(?:(?<=")|(?!\A)\G)[a-z]'
@@ -99,9 +100,17 @@ def recall(rng: random.Random) -> list[str]:
     Half of the time one list, short ones as frequent as long ones: finding a letter again is learnt from few, then from
     more. Else several.
     """
-    lists, once = _lists(rng, _several(rng) if rng.random() < 0.5 else [round(16 ** rng.random())], 12)
-    shown = " ".join(f'List: "{items}".' for items in lists)
-    return [f"{shown} Again:\n", *(part for letter, number in once for part in (letter, number))]
+    return _again(*_lists(rng, _several(rng) if rng.random() < 0.5 else [round(16 ** rng.random())], 12))
+
+
+def long_recall(rng: random.Random) -> list[str]:
+    """A list of up to `LONGEST` numbered letters, then nearly all letters there are, as in `recall`."""
+    return _again(*_lists(rng, [rng.randint(20, LONGEST)], 25, 24))
+
+
+def far(rng: random.Random) -> Problem:
+    """Retrieval from a list of up to `LONGEST` items."""
+    return RETRIEVAL.problem(rng, rng.randint(4, LONGEST) - 1)
 
 
 def scattered(rng: random.Random) -> Problem:
@@ -116,14 +125,22 @@ def _several(rng: random.Random) -> list[int]:
     return [rng.randint(8, RETRIEVAL.difficulty + 1) for _ in range(rng.randint(2, 8))]
 
 
-def _lists(rng: random.Random, lengths: list[int], most: int) -> tuple[list[str], list[tuple[str, str]]]:
-    """Lists of numbered letters, and at most so many letters that occur once in all of them, with their numbers."""
-    count = rng.randint(1, min(most, sum(lengths)))
+def _again(lists: list[str], once: list[tuple[str, str]]) -> list[str]:
+    shown = " ".join(f'List: "{items}".' for items in lists)
+    return [f"{shown} Again:\n", *(part for letter, number in once for part in (letter, number))]
+
+
+def _lists(
+    rng: random.Random, lengths: list[int], most: int, least: int = 1
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Lists of numbered letters, and so many letters that occur once in all of them, with their numbers."""
+    items = sum(lengths)
+    count = rng.randint(min(least, items), min(most, items))
     alphabet = rng.sample(string.ascii_lowercase, 26)
-    letters = alphabet[:count] + rng.choices(alphabet[count:], k=sum(lengths) - count)
+    letters = alphabet[:count] + rng.choices(alphabet[count:], k=items - count)
     rng.shuffle(letters)
-    items = [(letter, str(rng.randrange(10))) for letter in letters]
-    numbers, rest = dict(items), iter(map("".join, items))
+    numbered = [(letter, str(rng.randrange(10))) for letter in letters]
+    numbers, rest = dict(numbered), iter(map("".join, numbered))
     lists = [",".join(islice(rest, length)) for length in lengths]
     return lists, [(letter, numbers[letter]) for letter in rng.sample(alphabet[:count], count)]
 

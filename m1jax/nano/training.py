@@ -3,7 +3,7 @@
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +15,13 @@ from m1jax.errors import UserError
 from m1jax.loading import load
 from m1jax.nano import FOLDER, recipe
 from m1jax.params import flatten, param_table
-from m1jax.tasks import Problem, find, mixture
+from m1jax.tasks import Problem, Task, find, mixture
 from m1jax.tokenizer import Tokenizer
 from m1jax.train.settings import Settings, parse
 from m1jax.weights import expected
 
-Stage = Literal["pretrain", "sft", "rl"]
-STAGES: tuple[Stage, ...] = ("pretrain", "sft", "rl")
+Stage = Literal["pretrain", "sft", "recall", "rl"]
+STAGES: tuple[Stage, ...] = ("pretrain", "sft", "recall", "rl")
 
 LENGTH = 512  # tokens of a row; the longest conversation of the shipped difficulties and lists to recall fit
 FOUND = 4  # weight of a number found again: there are few among the tokens of replies
@@ -37,16 +37,16 @@ PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "dtype": "float32",
         "rows": 8,
-        "steps": {"pretrain": 1200, "sft": 8000, "rl": 24},
-        "rate": {"pretrain": 3e-3, "sft": 2e-3, "rl": 2.5e-4},
+        "steps": {"pretrain": 1200, "sft": 8000, "recall": 3200, "rl": 24},
+        "rate": {"pretrain": 3e-3, "sft": 2e-3, "recall": 1e-2, "rl": 2.5e-4},
         "passes": 1,
         "rl": {"questions": 32, "replies": 8, "updates": 2, "attempts": 2},  # more updates of so few replies are noise
     },
     "gpu": {
         "dtype": "float32",
         "rows": 64,
-        "steps": {"pretrain": 400, "sft": 3000, "rl": 100},
-        "rate": {"pretrain": 4e-3, "sft": 4e-3, "rl": 5e-5},
+        "steps": {"pretrain": 400, "sft": 3000, "recall": 400, "rl": 100},
+        "rate": {"pretrain": 4e-3, "sft": 4e-3, "recall": 1e-2, "rl": 5e-5},
         "passes": 2,
         "rl": {"questions": 256, "replies": 16, "updates": 16},
     },
@@ -79,7 +79,7 @@ def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
         recipe.train_tokenizer(out / "tokenizer")
         (out / "config.json").write_text(json.dumps(recipe.config().to_official(), indent=1) + "\n", encoding="utf-8")
     chosen = find(tasks)
-    # About 40 tokens a document, 80 a conversation.
+    # About 40 tokens a document, 80 a conversation, 250 a row of recall.
     count = {name: steps * plan["rows"] * LENGTH // plan["passes"] for name, steps in plan["steps"].items()}
     texts = itertools.islice(recipe.documents(1, chosen), max(1000, count["pretrain"] // 40))
     tokenizer = Tokenizer.load(out / "tokenizer")
@@ -92,6 +92,7 @@ def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
     afar = conversations((recipe.scattered(rng) for _ in itertools.count()), tokenizer)
     others = (row for pair in zip(reminders(2, tokenizer), afar, strict=False) for row in pair)
     _write(out / "sft.jsonl", _among(conversations(problems, tokenizer), others, RECALL["sft"]))
+    _write(out / "recall.jsonl", itertools.islice(_recall(often, tokenizer), max(1000, count["recall"] // 250)))
 
 
 def conversations(problems: Iterable[Problem], tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
@@ -104,13 +105,28 @@ def conversations(problems: Iterable[Problem], tokenizer: Tokenizer) -> Iterator
         yield {"tokens": prompt + reply, "weights": [0] * len(prompt) + [1] * len(reply)}
 
 
-def reminders(seed: int, tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
+def reminders(
+    seed: int,
+    tokenizer: Tokenizer,
+    recall: Callable[[random.Random], list[str]] = recipe.recall,
+    weight: int = FOUND,
+) -> Iterator[dict[str, list[int]]]:
     """Lists to recall without end, as tokens and weights: of use are the numbers found again."""
     rng = random.Random(f"reminders {seed}")
     while True:
-        parts = [tokenizer.encode(part) for part in recipe.recall(rng)]
-        found = [len(part) * [FOUND * (n > 0 and n % 2 == 0)] for n, part in enumerate(parts)]
+        parts = [tokenizer.encode(part) for part in recall(rng)]
+        found = [len(part) * [weight * (n > 0 and n % 2 == 0)] for n, part in enumerate(parts)]
         yield {"tokens": [t for part in parts for t in part], "weights": [w for part in found for w in part]}
+
+
+def _recall(tasks: Sequence[Task], tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
+    """Of twelve rows eight long lists and a question about one; the rest keeps what SFT has taught."""
+    rng = random.Random("recall")
+    lists = reminders(3, tokenizer, recipe.long_recall, 1)
+    asked = conversations((recipe.far(rng) for _ in itertools.count()), tokenizer)
+    taught = conversations(mixture(tasks, seed=3), tokenizer)
+    while True:
+        yield from (*itertools.islice(taught, 3), *itertools.islice(lists, 8), next(asked))
 
 
 def _among(rows: Iterable[Any], others: Iterator[Any], count: int) -> Iterator[Any]:
@@ -132,10 +148,10 @@ def _write(file: Path, values: Iterable[Any]) -> None:
 def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> Settings:
     """The settings of a stage, as a TOML file would give them. Raises `UserError`."""
     steps = plan["steps"][stage]
-    before = {"sft": "pretrain", "rl": "sft"}.get(stage)
+    before = STAGES[STAGES.index(stage) - 1] if stage != STAGES[0] else None
     start = {"path": str(out / before / "model")} if before else {"config": str(out / "config.json")}
     common: dict[str, Any] = {
-        "stage": stage,
+        "stage": "sft" if stage == "recall" else stage,
         "out": str(out / stage),
         "steps": steps,
         "model": {"dtype": plan["dtype"], "remat": "none", "tokenizer": str(out / "tokenizer")} | start,
@@ -152,6 +168,10 @@ def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]
         optimizer = rate | {"warmup": 0, "eps": 1e-15, "weight_decay": 0.0}
         return parse(Settings, common | {"optimizer": optimizer, "checkpoint": {"every": 10}, "rl": rl})
     optimizer = rate | {"warmup": min(50, steps // 10), "decay": steps // 3, "final": 0.02, "weight_decay": 0.01}
+    if stage == "recall":
+        # What the layers before have learnt suffices to find a letter, but softmax attention hardly looks for it where
+        # all learn alike: with them held fixed, a high rate and little else to learn it comes to.
+        optimizer |= {"rates": "*=0,softmax.*=1", "decay": steps // 2}
     data = {"length": LENGTH, "rows": plan["rows"], "files": [str(out / f"{stage}.jsonl")]}
     every = {"every": max(1, min(250, steps // 4))}
     return parse(Settings, common | {"optimizer": optimizer, "checkpoint": every, "data": data})
