@@ -1,9 +1,10 @@
 """python scripts/train_nano.py --machine cpu|gpu [--out runs/nano] [--until sft] [--scale 1.0] [--task all] [--install]
 
 Makes M1-nano from nothing but this repository: tokenizer, synthesized data, pretraining, SFT with chain of thought,
-CISPO. Killed at any moment, the same command goes on. After each stage it is evaluated on held-out problems, and
-OUT/results.json and OUT/results.md say what came out, how long it took and on what. `--install` puts the model, in
-bfloat16 and the official layout, where the package ships it from. `--scale` shortens every stage, to try things out.
+recall and review (SFT with long lists, first for softmax attention alone, then for all layers), CISPO. Killed at any
+moment, the same command goes on. After each stage it is evaluated on held-out problems, and OUT/results.json and
+OUT/results.md say what came out, how long it took and on what. `--install` puts the model, in bfloat16 and the official
+layout, where the package ships it from. `--scale` shortens every stage, to try things out.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import jax
 
 from m1jax.errors import main_guard
 from m1jax.evaluate import open_local, score
+from m1jax.nano.recipe import LONGEST
 from m1jax.nano.training import PLANS, STAGES, WINDOWS, claim, install, prepare, scaled, settings
 from m1jax.rl import stage as rl_stage
 from m1jax.runtime import use_compilation_cache
@@ -29,8 +31,9 @@ def results(stage: str, out: Path, tasks: Sequence[str], problems: int) -> dict[
     rows = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     local = open_local(out / stage / "model", "float32", WINDOWS[-1], 128)
     levels = [(task, task.difficulty) for task in find(tasks)]
-    # Needles in lists eight times as long as any that was trained on.
-    levels += [(task, 8 * (task.difficulty + 1) - 1) for task, _ in levels if task.name == "retrieval"]
+    # Needles in longer lists: in part as long as any that was trained on, then eight times as long.
+    needles = [task for task, _ in levels if task.name == "retrieval"]
+    levels += [(task, items - 1) for task in needles for items in (128, 512, 8 * LONGEST)]
     scores = {
         task.name if level == task.difficulty else f"{task.name}, {level + 1} items": score(
             task, task.problems(problems, 0, level), level, local

@@ -118,12 +118,16 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
         assert tokens[:last].tolist() == line["tokens"] and weights[:last].tolist() == line["weights"]
         assert not weights[last:].any()
     assert all("text" in line for n, line in enumerate(documents, 1) if n % 7)
-    rows = [json.loads(line)["tokens"] for line in (tmp_path / "recall.jsonl").read_text().splitlines()]
-    texts = [tokenizer.decode(row, keep=None) for row in rows]
-    assert len(texts) == 1000
-    assert [n for n, text in enumerate(texts) if LISTS.fullmatch(text)] == [n for n in range(1000) if 3 <= n % 12 <= 10]
-    assert all(len(text.split(",")) > 3 and text.count(recipe.END) == 2 for text in texts[11::12])
-    assert all(len(text.split(",")) <= 3 for text in texts[::12])  # of addition and logic
+    mixed: list[tuple[training.Stage, int, int]] = [("recall", 3, 12), ("review", 40, 45)]
+    for stage, taught, every in mixed:
+        rows = [json.loads(line)["tokens"] for line in (tmp_path / f"{stage}.jsonl").read_text().splitlines()]
+        texts = [tokenizer.decode(row, keep=None) for row in rows]
+        assert len(texts) == 1000
+        lists = [n for n, text in enumerate(texts) if LISTS.fullmatch(text)]
+        assert lists == [n for n in range(1000) if taught <= n % every < every - 1]
+        asked = texts[every - 1 :: every]
+        assert all(len(text.split(",")) > 3 and text.count(recipe.END) == 2 for text in asked)
+        assert all(len(text.split(",")) <= 3 for text in texts[::every])  # of addition and logic
 
 
 def test_long_lists_fill_a_row(tokenizer: Tokenizer) -> None:
@@ -136,7 +140,7 @@ def test_long_lists_fill_a_row(tokenizer: Tokenizer) -> None:
         lengths.append(len(items))
         assert len(row["tokens"]) <= training.LENGTH and sum(row["weights"]) == len(pairs) >= min(24, len(items))
         assert all([i for i in items if i[0] == pair[0]] == [pair] for pair in pairs)
-    assert 20 <= min(lengths) and 130 < max(lengths) <= recipe.LONGEST
+    assert min(lengths) >= 20 and 130 < max(lengths) <= recipe.LONGEST
     questions = [recipe.far(rng) for _ in range(100)]
     assert 130 < max(len(p.question.split(",")) for p in questions) <= recipe.LONGEST + 1  # one phrasing has a comma
     assert all(len(row["tokens"]) <= training.LENGTH for row in training.conversations(questions, tokenizer))
@@ -163,7 +167,7 @@ def test_runs_made_otherwise_are_not_gone_on_with(tmp_path: Path) -> None:
 def test_settings_of_every_stage(machine: str) -> None:
     for stage in training.STAGES:
         found = training.settings(stage, Path("out"), training.PLANS[machine], ["all"])
-        assert found.stage == {"recall": "sft"}.get(stage, stage)
+        assert found.stage == {"recall": "sft", "review": "sft"}.get(stage, stage)
         assert found.steps == training.PLANS[machine]["steps"][stage]
         assert bool(found.optimizer.rates) == (stage == "recall")
         if stage == "rl":

@@ -20,8 +20,8 @@ from m1jax.tokenizer import Tokenizer
 from m1jax.train.settings import Settings, parse
 from m1jax.weights import expected
 
-Stage = Literal["pretrain", "sft", "recall", "rl"]
-STAGES: tuple[Stage, ...] = ("pretrain", "sft", "recall", "rl")
+Stage = Literal["pretrain", "sft", "recall", "review", "rl"]
+STAGES: tuple[Stage, ...] = ("pretrain", "sft", "recall", "review", "rl")
 
 LENGTH = 512  # tokens of a row; the longest conversation of the shipped difficulties and lists to recall fit
 FOUND = 4  # weight of a number found again: there are few among the tokens of replies
@@ -37,16 +37,16 @@ PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "dtype": "float32",
         "rows": 8,
-        "steps": {"pretrain": 1200, "sft": 8000, "recall": 3200, "rl": 24},
-        "rate": {"pretrain": 3e-3, "sft": 2e-3, "recall": 1e-2, "rl": 2.5e-4},
+        "steps": {"pretrain": 1200, "sft": 8000, "recall": 3200, "review": 1500, "rl": 24},
+        "rate": {"pretrain": 3e-3, "sft": 2e-3, "recall": 1e-2, "review": 2e-3, "rl": 2.5e-4},
         "passes": 1,
         "rl": {"questions": 32, "replies": 8, "updates": 2, "attempts": 2},  # more updates of so few replies are noise
     },
     "gpu": {
         "dtype": "float32",
         "rows": 64,
-        "steps": {"pretrain": 400, "sft": 3000, "recall": 400, "rl": 100},
-        "rate": {"pretrain": 4e-3, "sft": 4e-3, "recall": 1e-2, "rl": 5e-5},
+        "steps": {"pretrain": 400, "sft": 3000, "recall": 400, "review": 300, "rl": 100},
+        "rate": {"pretrain": 4e-3, "sft": 4e-3, "recall": 1e-2, "review": 2e-3, "rl": 5e-5},
         "passes": 2,
         "rl": {"questions": 256, "replies": 16, "updates": 16},
     },
@@ -79,7 +79,7 @@ def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
         recipe.train_tokenizer(out / "tokenizer")
         (out / "config.json").write_text(json.dumps(recipe.config().to_official(), indent=1) + "\n", encoding="utf-8")
     chosen = find(tasks)
-    # About 40 tokens a document, 80 a conversation, 250 a row of recall.
+    # About 40 tokens a document, 80 a conversation.
     count = {name: steps * plan["rows"] * LENGTH // plan["passes"] for name, steps in plan["steps"].items()}
     texts = itertools.islice(recipe.documents(1, chosen), max(1000, count["pretrain"] // 40))
     tokenizer = Tokenizer.load(out / "tokenizer")
@@ -92,7 +92,10 @@ def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
     afar = conversations((recipe.scattered(rng) for _ in itertools.count()), tokenizer)
     others = (row for pair in zip(reminders(2, tokenizer), afar, strict=False) for row in pair)
     _write(out / "sft.jsonl", _among(conversations(problems, tokenizer), others, RECALL["sft"]))
-    _write(out / "recall.jsonl", itertools.islice(_recall(often, tokenizer), max(1000, count["recall"] // 250)))
+    sizes: dict[Stage, int] = {"recall": 250, "review": 100}  # tokens of a row
+    for stage, tokens in sizes.items():
+        rows = itertools.islice(long_lists(stage, often, tokenizer), max(1000, count[stage] // tokens))
+        _write(out / f"{stage}.jsonl", rows)
 
 
 def conversations(problems: Iterable[Problem], tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
@@ -119,14 +122,15 @@ def reminders(
         yield {"tokens": [t for part in parts for t in part], "weights": [w for part in found for w in part]}
 
 
-def _recall(tasks: Sequence[Task], tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
-    """Of twelve rows eight long lists and a question about one; the rest keeps what SFT has taught."""
-    rng = random.Random("recall")
-    lists = reminders(3, tokenizer, recipe.long_recall, 1)
+def long_lists(stage: Stage, tasks: Sequence[Task], tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
+    """Conversations and long lists without end: for "recall" mostly lists, for "review" mostly conversations."""
+    taught, listed = {"recall": (3, 8), "review": (40, 4)}[stage]
+    rng, seed = random.Random(stage), STAGES.index(stage)
+    lists = reminders(seed, tokenizer, recipe.long_recall, 1)
     asked = conversations((recipe.far(rng) for _ in itertools.count()), tokenizer)
-    taught = conversations(mixture(tasks, seed=3), tokenizer)
+    others = conversations(mixture(tasks, seed), tokenizer)
     while True:
-        yield from (*itertools.islice(taught, 3), *itertools.islice(lists, 8), next(asked))
+        yield from (*itertools.islice(others, taught), *itertools.islice(lists, listed), next(asked))
 
 
 def _among(rows: Iterable[Any], others: Iterator[Any], count: int) -> Iterator[Any]:
@@ -151,7 +155,7 @@ def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]
     before = STAGES[STAGES.index(stage) - 1] if stage != STAGES[0] else None
     start = {"path": str(out / before / "model")} if before else {"config": str(out / "config.json")}
     common: dict[str, Any] = {
-        "stage": "sft" if stage == "recall" else stage,
+        "stage": "sft" if stage in ("recall", "review") else stage,
         "out": str(out / stage),
         "steps": steps,
         "model": {"dtype": plan["dtype"], "remat": "none", "tokenizer": str(out / "tokenizer")} | start,
