@@ -172,8 +172,8 @@ def test_settings_of_every_stage(machine: str) -> None:
         assert bool(found.optimizer.rates) == (stage == "recall")
         if stage == "rl":
             assert parse(RLSettings, found.rl, "rl.").loss == "cispo" and found.optimizer.eps == 1e-15
-            assert found.rl["tasks"] == ["retrieval"]
-    for tasks, own in ((["all", "addition"], ["retrieval"]), (["addition"], ["addition"])):
+            assert found.rl["tasks"] == ["subtraction", "multiplication", "sorting", "sequence"]
+    for tasks, own in ((["sorting", "addition"], ["sorting"]), (["addition"], ["addition"])):
         assert training.settings("rl", Path("out"), training.PLANS[machine], tasks).rl["tasks"] == own
 
 

@@ -28,7 +28,6 @@ FOUND = 4  # weight of a number found again: there are few among the tokens of r
 RECALL = {"pretrain": 6, "sft": 2}  # rows of the stage's own for each list to recall, which takes longest to learn
 WINDOWS = (112, 136, 160)  # tokens of a reply, in stages of RL
 BALANCE = 0.01  # with M1's own 0.001 experts of so few die; each layer's own, or layers come to use few of theirs
-NEEDLE = 24  # tokens of a reply that retrieves
 # The tasks that are learnt last: twice as frequent in SFT.
 OPEN = ("subtraction", "multiplication", "sorting", "sequence", "retrieval")
 
@@ -40,7 +39,7 @@ PLANS: dict[str, dict[str, Any]] = {
         "steps": {"pretrain": 1200, "sft": 8000, "recall": 3200, "review": 1500, "rl": 24},
         "rate": {"pretrain": 3e-3, "sft": 2e-3, "recall": 1e-2, "review": 2e-3, "rl": 2.5e-4},
         "passes": 1,
-        "rl": {"questions": 32, "replies": 8, "updates": 2, "attempts": 2},  # more updates of so few replies are noise
+        "rl": {"questions": 32, "replies": 8, "updates": 2, "attempts": 4},  # more updates of so few replies are noise
     },
     "gpu": {
         "dtype": "float32",
@@ -164,11 +163,10 @@ def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]
     }
     rate = {"learning_rate": plan["rate"][stage], "balance": BALANCE, "balance_over": "layer"}
     if stage == "rl":
-        # Of what SFT solves hardly a group of replies is mixed, and groups that are not teach nothing. It leaves open
-        # the needles in lists eight times as long as its own.
-        far = "retrieval" in (task.name for task in find(tasks))
-        own = {"tasks": ["retrieval"], "difficulty": 8.0} if far else {"tasks": list(tasks)}
-        rl = plan["rl"] | own | {"windows": [NEEDLE] if far else list(WINDOWS), "row_tokens": LENGTH}
+        # Of what is solved hardly a group of replies is mixed, and groups that are not teach nothing: left are the tasks
+        # that are learnt last, without the needles, which review has all found.
+        last = [task.name for task in find(tasks) if task.name in OPEN and task.name != "retrieval"]
+        rl = plan["rl"] | {"tasks": last or list(tasks), "windows": list(WINDOWS), "row_tokens": LENGTH}
         optimizer = rate | {"warmup": 0, "eps": 1e-15, "weight_decay": 0.0}
         return parse(Settings, common | {"optimizer": optimizer, "checkpoint": {"every": 10}, "rl": rl})
     optimizer = rate | {"warmup": min(50, steps // 10), "decay": steps // 3, "final": 0.02, "weight_decay": 0.01}
