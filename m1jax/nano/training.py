@@ -163,8 +163,8 @@ def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]
     }
     rate = {"learning_rate": plan["rate"][stage], "balance": BALANCE, "balance_over": "layer"}
     if stage == "rl":
-        # Of what is solved hardly a group of replies is mixed, and groups that are not teach nothing: left are the tasks
-        # that are learnt last, without the needles, which review has all found.
+        # Of what is solved hardly a group of replies is mixed, and groups that are not teach nothing. Left are the
+        # tasks that are learnt last, without the needles, which review has all found.
         last = [task.name for task in find(tasks) if task.name in OPEN and task.name != "retrieval"]
         rl = plan["rl"] | {"tasks": last or list(tasks), "windows": list(WINDOWS), "row_tokens": LENGTH}
         optimizer = rate | {"warmup": 0, "eps": 1e-15, "weight_decay": 0.0}
