@@ -31,7 +31,7 @@ def results(stage: str, out: Path, tasks: Sequence[str], problems: int) -> dict[
     rows = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     local = open_local(out / stage / "model", "float32", WINDOWS[-1], 128)
     levels = [(task, task.difficulty) for task in find(tasks)]
-    # Needles in longer lists: in part as long as any that was trained on, then eight times as long.
+    # Needles in longer lists, up to eight times as long as any that was trained on.
     needles = [task for task, _ in levels if task.name == "retrieval"]
     levels += [(task, items - 1) for task in needles for items in (128, 512, 8 * LONGEST)]
     scores = {

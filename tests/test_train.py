@@ -346,6 +346,12 @@ def test_each_parameter_has_the_rate_asked_for() -> None:
     assert norm == pytest.approx(float(np.sqrt(sum(trained))), rel=1e-5) and norm < whole
 
 
+def test_a_checkpoint_fits_whatever_the_rates() -> None:
+    plain, rated = (adamw(CONFIG, OptimizerSettings(rates=rates), 10) for rates in ("", "norm=0"))
+    one, other = (jax.tree.structure(init_state(random_model(CONFIG), o)) for o in (plain, rated))
+    assert one == other
+
+
 @pytest.mark.parametrize(
     ("rates", "message"),
     [

@@ -133,7 +133,7 @@ def _again(lists: list[str], once: list[tuple[str, str]]) -> list[str]:
 def _lists(
     rng: random.Random, lengths: list[int], most: int, least: int = 1
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """Lists of numbered letters, and so many letters that occur once in all of them, with their numbers."""
+    """Lists of numbered letters, and from `least` to `most` that occur once in all of them, with their numbers."""
     items = sum(lengths)
     count = rng.randint(min(least, items), min(most, items))
     alphabet = rng.sample(string.ascii_lowercase, 26)

@@ -102,17 +102,19 @@ def adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.Gr
 def _adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
     decayed = build(config, lambda _, spec: spec.init is not None)
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
-    parts = [
+    rate, factor = optax.scale_by_learning_rate(schedule(settings, steps)), rate_factors(config, settings.rates)
+    factors = build(config, lambda path, _: factor[path])
+
+    def scaled(update: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        update, state = rate.update(update, state, params)
+        return jax.tree.map(jnp.multiply, update, factors), state
+
+    return optax.chain(
         clip,
         optax.scale_by_adam(settings.b1, settings.b2, settings.eps or 1e-8),
         optax.add_decayed_weights(settings.weight_decay, decayed),
-        optax.scale_by_learning_rate(schedule(settings, steps)),
-    ]
-    if settings.rates:
-        factor = rate_factors(config, settings.rates)
-        factors = build(config, lambda path, _: factor[path])
-        parts.append(optax.stateless(lambda update, _: jax.tree.map(jnp.multiply, update, factors)))
-    return optax.chain(*parts)
+        optax.GradientTransformation(rate.init, scaled),  # no state of its own: a run goes on with other rates
+    )
 
 
 def computing(model: M1, dtype: str) -> M1:
