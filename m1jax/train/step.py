@@ -105,9 +105,9 @@ def _adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.G
     rate, factor = optax.scale_by_learning_rate(schedule(settings, steps)), rate_factors(config, settings.rates)
     factors = build(config, lambda path, _: factor[path])
 
-    def scaled(update: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        update, state = rate.update(update, state, params)
-        return jax.tree.map(jnp.multiply, update, factors), state
+    def scaled(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = rate.update(updates, state, params)
+        return jax.tree.map(jnp.multiply, updates, factors), state
 
     return optax.chain(
         clip,
