@@ -1,10 +1,10 @@
 """python scripts/bench_gpu.py [--only STAGE ...] [--dry-run] [--out FILE.json] [--minutes M]
 
 Checks and times everything on one GPU: the kernels against the reference, lightning attention forward, backward and
-decode beside plain XLA and fla's kernels, the experts' grouped products and their decode in bfloat16, int8 and int4,
-softmax attention, other tile sizes, and eight layers of M1 at full width. Shapes are those of `cases.py` of each op.
-Beside each time stand its floor (bytes over 4.3 TB/s, 3.0 on an H100, or FLOP over 989 TFLOP/s) and, on an H200, what
-it must reach.
+decode beside plain XLA and fla's kernels, a decode step's projections, the experts' grouped products and their decode
+in bfloat16, int8 and int4, softmax attention, other tile sizes, and eight layers of M1 at full width. Shapes are those
+of `cases.py` of each op. Beside each time stand its floor (bytes over 4.3 TB/s, 3.0 on an H100, or FLOP over 989
+TFLOP/s) and, on an H200, what it must reach.
 
 Each stage runs in processes of its own, which compile beside each other and measure one after the other. FILE.json and
 the table FILE.md are written when a stage ends; stages run before, into the same file, are kept. fla's rows need torch

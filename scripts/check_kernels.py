@@ -28,7 +28,7 @@ from m1jax.model import abstract, period
 from m1jax.presets import find_config
 from m1jax.sharding.mesh import MeshShape, make_mesh
 
-OPS = {"lightning_attention": "lightning", "experts": "experts"}
+OPS = {"lightning_attention": "lightning", "experts": "experts", "linear": "linear"}
 
 
 def cases(word: str) -> Iterator[tuple[str, Case]]:

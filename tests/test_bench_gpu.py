@@ -12,6 +12,7 @@ import pytest
 
 from m1jax.kernels.experts import api as experts
 from m1jax.kernels.lightning_attention import api as lightning
+from m1jax.kernels.linear import api as linear
 from m1jax.kernels.softmax_attention import api as softmax
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_gpu.py"
@@ -23,7 +24,12 @@ def bench(*args: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "stages",
-    [("check", "fla"), ("forward", "backward", "decode", "softmax"), ("experts", "experts-decode"), ("sweep", "model")],
+    [
+        ("check", "fla"),
+        ("forward", "backward", "decode", "linear", "softmax"),
+        ("experts", "experts-decode"),
+        ("sweep", "model"),
+    ],
 )
 def test_dry_run(tmp_path: Path, stages: tuple[str, ...]) -> None:
     file = tmp_path / "out.json"
@@ -107,7 +113,7 @@ def test_every_comparison_can_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(softmax.gpu, "capability", lambda: 90)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for module in (softmax.gpu, lightning, experts):
+    for module in (softmax.gpu, lightning, experts, linear):
         monkeypatch.setattr(module, "refusal", lambda: None)
     asked = set()
     for op, name, case in correctness.comparisons(Report(tmp_path / "out.json", False, "NVIDIA H200")):
@@ -116,8 +122,10 @@ def test_every_comparison_can_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.M
             assert softmax._choose(name, a["q"], a["k"], a.get("offset"), a.get("segments")) == name
         elif op == "experts":
             assert experts._choose(name, a["gate_up"], a["down"]) == name
+        elif op == "linear":
+            assert linear._choose(name, a["x"], a["stack"]) == name
         else:
-            assert lightning._choose(name, a["qkv"], "segments" in a, jnp.asarray([-0.5])) == name
+            assert lightning._choose(name, a["qkv"], "segments" in a, jnp.asarray([-0.5]), "lengths" in a) == name
         asked.add((name, case.dtype, case.whole))
     assert {(name, whole) for name, _, whole in asked} >= {("triton", True), ("cudnn", True), ("pallas", False)}
     assert ("triton", "float32", False) in asked and ("cudnn", "bfloat16", False) in asked

@@ -10,12 +10,14 @@ import pytest
 
 from m1jax.kernels import lightning_attention as lightning_package
 from m1jax.kernels.experts import experts
+from m1jax.kernels.gpu.case import reduced
 from m1jax.kernels.lightning_attention import lightning_attention, log_decay
 from m1jax.kernels.lightning_attention.api import slopes
-from m1jax.kernels.linear import linear
+from m1jax.kernels.linear import cases as linear_cases
+from m1jax.kernels.linear import linear, xla
 from m1jax.kernels.softmax_attention import softmax_attention
 from m1jax.kernels.softmax_attention import xla as softmax_xla
-from tests.tools import TOLERANCE, normal, rms_error
+from tests.tools import TOLERANCE, compare_case, normal, rms_error
 
 DTYPES = list(TOLERANCE)
 
@@ -173,6 +175,23 @@ def test_linear(N: int, width: int, O: int, dtypes: tuple[str, str]) -> None:
     assert rms_error(jax.jit(loop)(x, stack), want) < TOLERANCE["float32"]
     alone = jax.jit(lambda x, stack: linear(x, stack, 2, implementation="xla"))
     assert rms_error(alone(x, stack), want) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("case", reduced(linear_cases.CASES), ids=lambda case: case.name)
+def test_linear_cases(case: linear_cases.LinearCase) -> None:
+    """The shapes that are timed, fewer rows and channels of them."""
+    compare_case(case, ("xla", "triton_interpreted"), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("rows", [3, 9])
+def test_exact_float32_by_bfloat16_without_a_float32_matrix(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What devices other than CPUs do for the LM head, for few rows and for many."""
+    monkeypatch.setattr(xla, "MANY_ROWS", 8)
+    x, stack = normal(0, rows, 256), normal(1, 2, 20, 256, dtype="bfloat16")
+    want = linear(x, stack, 1, implementation="reference")
+    run = jax.jit(lambda x, stack: xla.elsewhere(x, stack, (1,)))
+    assert rms_error(run(x, stack), want) < TOLERANCE["float32"]
+    assert "f32[20,256]" not in str(jax.make_jaxpr(run)(x, stack))
 
 
 def test_linear_gradients() -> None:

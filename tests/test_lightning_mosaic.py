@@ -28,7 +28,6 @@ def races() -> bool:
 @needs_jax_011
 @pytest.mark.parametrize("case", MOSAIC, ids=lambda case: case.name)
 def test_cases(case: LightningCase) -> None:
-    assert "mosaic" in case.forms
     compare_case(case, ("mosaic_interpreted",), TOLERANCE["bfloat16"])
     assert not races()
 
@@ -88,12 +87,14 @@ def test_what_it_does_not_do_is_refused_and_left_to_triton(monkeypatch: pytest.M
     monkeypatch.setattr(api, "refusal", lambda: None)
     decay = jnp.asarray([-0.5])
 
-    def of(T: int = 64, D: int = 64, dtype: str = "bfloat16") -> Any:
+    def of(T: int = 4096, D: int = 64, dtype: str = "bfloat16") -> Any:
         return jax.ShapeDtypeStruct((1, T, 1, 3, D), jnp.dtype(dtype))
 
     assert api._choose(None, of(), False, decay) == "mosaic"
     for qkv, packed, d, why in [
-        (of(T=60), False, decay, "multiple of 8"),
+        (of(T=4092), False, decay, "multiple of 8"),
+        (of(T=4104), False, decay, "a multiple of 64, got 4104 tokens; with one of 72 it ended in an illegal"),
+        (of(T=4032), False, decay, "4096 tokens or more"),
         (of(D=32), False, decay, "head_dim"),
         (of(), True, decay, "without segments"),
         (of(), False, jnp.asarray([-1.5]), "log_decay"),
@@ -101,7 +102,9 @@ def test_what_it_does_not_do_is_refused_and_left_to_triton(monkeypatch: pytest.M
         assert api._choose(None, qkv, packed, d) == "triton"
         with pytest.raises(ValueError, match=f"implementation: 'mosaic' cannot run: .*{why}"):
             api._choose("mosaic", qkv, packed, d)
-    assert api._choose(None, of(T=1), False, decay) == "triton"
+    assert api._choose(None, of(), False, decay, ragged=True) == api._choose(None, of(T=1), False, decay) == "triton"
+    with pytest.raises(ValueError, match="got 4096 tokens and lengths"):
+        api._choose("mosaic", of(), False, decay, ragged=True)
     assert api._choose(None, of(dtype="float32"), False, decay) == "xla"
     monkeypatch.setattr(gpu.jax, "__version_info__", (0, 10, 2))
     assert api._choose(None, of(), False, decay) == "triton"
@@ -123,7 +126,7 @@ def test_parts_fill_the_device() -> None:
 
 def test_the_choice_on_a_gpu_by_the_version_of_jax() -> None:
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    qkv = jax.ShapeDtypeStruct((1, 64, 1, 3, 64), jnp.bfloat16)
+    qkv = jax.ShapeDtypeStruct((1, 4096, 1, 3, 64), jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)):
         found = api._choose(None, qkv, False, jnp.asarray([-0.5]))  # pyright: ignore[reportArgumentType]
     assert found == ("triton" if jax.__version_info__ < (0, 11) else "mosaic")

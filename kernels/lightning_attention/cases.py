@@ -41,7 +41,7 @@ class LightningCase(Case):
         """Mosaic's sweeps where they do it."""
         qkv = jax.ShapeDtypeStruct((self.B, self.T, self.H, 3, self.D), self.dtype)
         why_not = gpu.refusal_of_mosaic(qkv, self.packed, log_decay(self.H, 35, 80))
-        return ("triton",) if why_not else ("mosaic", "triton")
+        return ("triton",) if why_not or gpu.unproven_in_mosaic(self.T, self.ragged) else ("mosaic", "triton")
 
     def arguments(self, normal: Normal) -> dict[str, Any]:
         """Those of `lightning_attention`, and `d_out`, zero where o is undefined."""
@@ -95,11 +95,13 @@ UNEVEN = 4136  # tokens: 8 heads of two rows are cut into four parts
 
 CASES = (
     *(LightningCase(name=f"forward {T}", T=T, must=must) for T, must in FORWARD.items()),
+    LightningCase(name="forward 4096", T=4096, layers=1, whole=True),
     LightningCase(name="forward packed", T=8192, packed=True),
     LightningCase(name="forward 8 heads, in parts", T=131072, H=8),
     LightningCase(name="forward uneven parts", T=UNEVEN, B=2, H=8, layers=3, ragged=True, whole=True),
     LightningCase(name="forward packed, uneven parts", T=UNEVEN, B=3, H=4, packed=True, whole=True),
     *(LightningCase(name=f"backward {T}", T=T, layers=1, grad=True, must=must) for T, must in BACKWARD.items()),
+    LightningCase(name="backward 8 heads of 4096", T=4096, H=8, layers=1, grad=True, whole=True),
     LightningCase(name="backward without a state", T=8192, grad=True),
     LightningCase(name="backward packed", T=8192, layers=1, packed=True, grad=True),
     LightningCase(name="backward packed without a state", T=8192, packed=True, grad=True),

@@ -33,6 +33,7 @@ HEAD_DIMS = (32, 64, 128)
 MULTIPROCESSORS = 132  # of an H100 or H200; two programs in Triton run on each, or one of Mosaic's
 MOSAIC_HEAD_DIMS = (64, 128)
 MOSAIC_TOKENS = 8  # rows of a tile in shared memory, which it does not cut
+MOSAIC_PROVEN = 4096, 64  # tokens: on a GPU its sweeps were right for rows from so long on, multiples of the other
 WIDTH = 64  # channels of a program of Mosaic's
 FASTEST = -1.25  # log λ below which the powers of λ over a chunk that Mosaic's sweeps divide by are no numbers
 LEAST_PART = 1024  # tokens
@@ -94,6 +95,17 @@ def refusal_of_mosaic(qkv: Any, packed: bool, log_decay: Any) -> str | None:
     if not isinstance(log_decay, Tracer) and np.any(np.asarray(log_decay) < FASTEST):
         return f"it takes a log_decay from {FASTEST} on, got {np.min(np.asarray(log_decay)):.3g}"
     return None
+
+
+def unproven_in_mosaic(T: int, ragged: bool) -> str | None:
+    """Why Mosaic's sweeps are not trusted with such rows on a GPU, which the interpreter does; None if they are."""
+    least, step = MOSAIC_PROVEN
+    if least <= T and T % step == 0 and not ragged:
+        return None
+    return (
+        f"on a GPU it takes whole rows of {least} tokens or more, a multiple of {step}, got {T} tokens"
+        f"{' and lengths' * ragged}; with one of 72 it ended in an illegal instruction, of unknown cause"
+    )
 
 
 def refusal(D: int, dtype: Any) -> str | None:

@@ -1,14 +1,15 @@
 """`linear`: the one function to call, on any device."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from m1jax.kernels.checks import check_layer
-from m1jax.kernels.linear import gradient, reference
+from m1jax.kernels.gpu import refusal
+from m1jax.kernels.linear import gpu, gradient, reference
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "triton", "triton_interpreted"]
 
 
 def linear(
@@ -20,13 +21,15 @@ def linear(
       x: `[N, I]`, float32 or bfloat16.
       stack: `[L, O, I]` in the dtype of `x`; bfloat16 is up-cast to a float32 `x`.
       layer: which W.
-      implementation: "reference" or "xla"; None chooses.
+      implementation: "reference", "xla", "triton" (Hopper GPUs, up to 256 rows of bfloat16), or "triton_interpreted"
+        (its kernel on the CPU, for tests); None chooses by the device and the shapes.
 
     Returns:
       float32 `[N, O]`.
 
     Raises:
-      ValueError: a shape, a dtype or (where its value is known) the layer does not fit; named.
+      ValueError: a shape, a dtype or (where its value is known) the layer does not fit, or a named implementation
+        cannot run; says which and why.
     """
     if x.ndim != 2:
         raise ValueError(f"x: expected [N, I], got {x.shape}")
@@ -35,8 +38,20 @@ def linear(
     check_layer(layer, stack.shape[0])
     if x.dtype != stack.dtype and (x.dtype, stack.dtype) != (jnp.float32, jnp.bfloat16):
         raise ValueError(f"stack: dtype {stack.dtype} differs from that of x, {x.dtype}")
-    if implementation == "reference":
+    form = _choose(implementation, x, stack)
+    if form == "reference":
         return reference.linear(x, stack, layer)
-    if implementation in (None, "xla"):
-        return gradient.product(x, stack, layer)
-    raise ValueError(f"implementation: unknown {implementation!r}: expected None, 'reference' or 'xla'")
+    return gradient.product(x, stack, layer, form)
+
+
+def _choose(implementation: str | None, x: jax.Array, stack: jax.Array) -> str:
+    if implementation is None:
+        return "xla" if gpu.refusal(x, stack) or refusal() else "triton"
+    known = get_args(Implementation)
+    if implementation not in known:
+        raise ValueError(f"implementation: unknown {implementation!r}: expected None or one of {known}")
+    if implementation in ("triton", "triton_interpreted"):
+        reason = gpu.refusal(x, stack) or (refusal() if implementation == "triton" else None)
+        if reason:
+            raise ValueError(f"implementation: {implementation!r} cannot run: {reason}")
+    return implementation

@@ -1,4 +1,4 @@
-"""Products with one matrix of a stack, in the forms that XLA:CPU runs well; elsewhere a plain dot.
+"""Products with one matrix of a stack, in the forms that XLA:CPU runs well; elsewhere plain dots.
 
 Two habits of XLA:CPU shape this file. A dot wants its matrix in a buffer of its own, so that a matrix picked from a
 stack is first copied, which costs more than the product itself while the rows are few. And it converts bfloat16
@@ -21,7 +21,19 @@ TILE = 1 << 19  # elements of a matrix picked and multiplied at a time: the copy
 
 def product(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
     """x `[N, I]` times the transpose of `stack[index]`, `[O, I]`: float32 `[N, O]`."""
-    return lax.platform_dependent(x, stack, index, cpu=_on_cpu, default=_copied)
+    return lax.platform_dependent(x, stack, index, cpu=_on_cpu, default=elsewhere)
+
+
+def elsewhere(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
+    """`product` where it is not for a CPU."""
+    if x.dtype == stack.dtype:
+        return dot(x, pick(stack, index))
+    # The LM head: converted, the matrix would be written and read as float32, and multiplied without tensor cores.
+    if x.shape[0] <= MANY_ROWS:
+        return _in_parts(x, stack, index)
+    w = pick(stack, index)
+    high, middle, low = (dot(part.astype(jnp.bfloat16), w) for part in _parts(x))
+    return high + (middle + low)
 
 
 def _on_cpu(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
@@ -41,14 +53,19 @@ def _on_cpu(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
 
 
 def _in_parts(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
-    """Exact float32 x by bfloat16: the 24 bits of x are three bfloat16 of 8 bits, whose products float32 holds."""
+    """Exact float32 x by bfloat16, the matrix read once."""
+    out = dot(jnp.concatenate(_parts(x)).astype(jnp.bfloat16), pick(stack, index))
+    high, middle, low = jnp.split(out, 3)
+    return high + (middle + low)
+
+
+def _parts(x: jax.Array) -> list[jax.Array]:
+    """The 24 bits of float32 numbers as three bfloat16 of 8 bits, whose products with bfloat16 float32 holds."""
     parts = []
     for _ in range(3):
         parts.append(lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))  # a cast would be optimised away
         x = x - parts[-1]
-    out = dot(jnp.concatenate(parts).astype(jnp.bfloat16), pick(stack, index))
-    high, middle, low = jnp.split(out, 3)
-    return high + (middle + low)
+    return parts
 
 
 def _copied(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:

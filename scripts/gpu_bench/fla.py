@@ -1,8 +1,12 @@
 """Stage `fla`: flash-linear-attention's kernels through PyTorch, on the same mathematics.
 
-`chunk_lightning_attn` has a decay of its own. Their tuner compiles dozens of variants, one after the other.
+`chunk_lightning_attn` has a decay of its own. Their tuner compiles some 200 variants one after the other, so processes
+of this module (`python -m gpu_bench.fla NUMBER`) compile them beside each other first, into Triton's cache.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +17,34 @@ from m1jax.kernels.lightning_attention.cases import CASES, LightningCase
 
 KERNELS = ("chunk_simple_gla", "chunk_lightning_attn")
 LAYER, LAYERS = 35, 80  # whose decay is used
+COMPILERS = 8  # processes
+
+
+def compile_variants() -> None:
+    """Fills Triton's cache; what fails here fails again, and is told, where it is measured."""
+    _torch()
+    command = [sys.executable, "-m", "gpu_bench.fla"]
+    env, null = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, subprocess.DEVNULL
+    for process in [
+        subprocess.Popen([*command, str(i)], env=env, stdin=null, stdout=null, stderr=null) for i in range(COMPILERS)
+    ]:
+        process.wait()
+
+
+def _compile_some(number: int) -> None:
+    """Runs every so manyth variant once, in the order of the tuner's lists."""
+    from triton.runtime.autotuner import Autotuner
+
+    _torch()
+    make = Autotuner.__init__
+
+    def some(self: Any, fn: Any, arg_names: Any, configs: Any, *args: Any, **kwargs: Any) -> None:
+        mine = configs[number::COMPILERS] or configs[:1]
+        make(self, fn, arg_names, mine, *args, **kwargs | {"do_bench": lambda run, quantiles: (run(), [0.0] * 3)[1]})
+
+    Autotuner.__init__ = some
+    case = LightningCase(name="", T=8192, grad=True)
+    _call(KERNELS[0], case)()
 
 
 def run(report: Report) -> None:
@@ -94,3 +126,7 @@ def _median(fn: Callable[[], Any], rounds: int = 15) -> float:
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) * 1e-3)
     return float(np.median(times))
+
+
+if __name__ == "__main__":
+    _compile_some(int(sys.argv[1]))

@@ -2,25 +2,27 @@
 
 from typing import Any
 
-from gpu_bench import attention, correctness, fla, mixture, slice, timing
+from gpu_bench import attention, correctness, fla, mixture, projections, slice, timing
 from gpu_bench.report import WHOLE_STAGE, Report
 from gpu_bench.timing import Measurement
 from gpu_bench.turns import wait
 
-# Into how many parts a stage is cut, in the order of turns: first what tells most, last what compiles longest.
+# Into how many parts a stage is cut, in the order of turns: first what tells most, last what compiles longest, but for
+# those of long rows, which come at the end.
 PARTS = {
     "forward": 1,
     "backward": 1,
     "decode": 1,
+    "linear": 1,
     "model": 2,
-    "forward-long": 1,
-    "backward-long": 1,
     "softmax": 1,
     "experts": 1,
     "experts-decode": 1,
     "check": 5,
     "sweep": 4,
     "fla": 1,
+    "forward-long": 1,
+    "backward-long": 1,
 }
 
 
@@ -36,10 +38,12 @@ def work(part: str, report: Report) -> None:
         elif stage == "model":
             _model(report, int(number))
         elif stage == "fla":
+            with report.attempt("fla compiled"):
+                fla.compile_variants()
             wait()
+            fla.run(report)
             with report.attempt("fla against the reference"):
                 correctness.check_fla(report)
-            fla.run(report)
         else:
             _measure(report, stage, mine)
     report.write()
@@ -55,6 +59,7 @@ def _measure(report: Report, stage: str, mine: Any) -> None:
         {
             "experts": lambda: mixture.prefill(report),
             "experts-decode": lambda: mixture.decode(report),
+            "linear": lambda: projections.decode(report),
             "softmax": lambda: attention.softmax(report),
             "sweep": lambda: attention.sweep(report) + mixture.sweep(report),
         }.get(stage, lambda: attention.lightning(report))()

@@ -16,6 +16,7 @@ from gpu_bench.stages import PARTS
 from gpu_bench.turns import READY
 
 OURS = "triton", "mosaic"  # as the names of forms begin
+LONG = "forward-long", "backward-long"
 SCRIPT = Path(__file__).parents[1] / "bench_gpu.py"
 # XLA would try hundreds of Triton kernels for each product of its own, which takes minutes: cuBLAS it is.
 FLAGS = "--xla_gpu_enable_triton_gemm=false"
@@ -53,10 +54,18 @@ class Worker:
 
 
 def run(report: Report, chosen: list[str], minutes: float) -> None:
-    """Fills the report with the rows of the chosen stages, in the order of `PARTS`."""
+    """Fills the report with the rows of the chosen stages, in the order of `PARTS`, at the end those of long rows.
+
+    Those have the device's memory to themselves, of which every process that waits for its turn holds some.
+    """
     end = time.monotonic() + 60 * minutes
+    for stages in ([s for s in chosen if s not in LONG], *([s] for s in LONG if s in chosen)):
+        _run(report, stages, end)
+
+
+def _run(report: Report, stages: list[str], end: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        found = _start(report, chosen, Path(folder))
+        found = _start(report, stages, Path(folder))
         try:
             for worker in found:
                 worker.ready.wait(max(0.0, end - time.monotonic()))

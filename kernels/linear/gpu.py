@@ -1,0 +1,63 @@
+"""Few rows times one matrix of a stack on Hopper, by Triton: while decoding, all the time goes into reading the matrix.
+
+XLA would first copy the matrix out of the stack, or several matrices that are multiplied by the same rows side by side,
+which triples what is read and written.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from m1jax.kernels.gpu import launch
+
+MOST_ROWS = 256  # beyond, the copy is small beside the product
+PROGRAMS = 2 * 132  # at least so many where there are too few blocks of channels: two for each multiprocessor
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Rows of x, out and in channels of a tile, warps, pipeline stages, and in how many parts the sum is cut."""
+
+    rows: int
+    out: int
+    inner: int
+    warps: int
+    stages: int
+    split: int
+
+
+def default_tiles(N: int, O: int, I: int) -> Tiles:
+    """For N rows, O channels out and I in."""
+    rows = min(max(16, 1 << (N - 1).bit_length()), 128)
+    out, inner = 64, 128
+    programs, split = -(-O // out) * -(-N // rows), 1
+    while programs * split < PROGRAMS and I % (2 * split * inner) == 0:
+        split *= 2
+    return Tiles(rows, out, inner, 4, 4 if rows <= 64 else 3, split)
+
+
+def refusal(x: jax.Array, stack: jax.Array) -> str | None:
+    """Why this kernel does not take such arrays; None if it does."""
+    if x.dtype != jnp.bfloat16 or stack.dtype != jnp.bfloat16:
+        return f"takes bfloat16, got x of {x.dtype} and stack of {stack.dtype}"
+    if x.shape[0] > MOST_ROWS:
+        return f"takes up to {MOST_ROWS} rows, got {x.shape[0]}"
+    return None
+
+
+def product(
+    x: jax.Array, stack: jax.Array, layer: jax.Array | int, tiles: Tiles | None = None, interpreted: bool = False
+) -> jax.Array:
+    """Arguments and result as of `reference.linear`; `tiles` None chooses by shape."""
+    from m1jax.kernels.linear import kernels
+
+    (N, I), (L, O, _) = x.shape, stack.shape
+    tiles = tiles or default_tiles(N, O, I)
+    (out,) = launch(
+        kernels.forward, x, stack, jnp.asarray(layer, jnp.int32).reshape(1),
+        out=[jax.ShapeDtypeStruct((tiles.split, N, O), jnp.float32)],
+        grid=(-(-N // tiles.rows), -(-O // tiles.out), tiles.split), warps=tiles.warps, stages=tiles.stages,
+        interpreted=interpreted, N=N, O=O, I=I, L=L, R=tiles.rows, BO=tiles.out, BI=tiles.inner, SPLIT=tiles.split,
+    )  # fmt: skip
+    return jnp.sum(out, axis=0)

@@ -1,0 +1,34 @@
+"""Stage `linear`: the projections of a decode step, each of a stack of layers' matrices."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gpu_bench.report import Report
+from gpu_bench.timing import Measurement, normal
+from m1jax.kernels.linear import linear
+from m1jax.kernels.linear.cases import CASES, LinearCase
+
+
+def decode(report: Report) -> list[Measurement]:
+    """Each layer's matrix in turn, beside plain XLA; the floor reads it once."""
+    forms = report.implementation("triton"), "xla"
+    return [_decode(report, case, how) for case in report.sized(CASES) for how in forms]
+
+
+def _decode(report: Report, case: LinearCase, how: Any) -> Measurement:
+    what = f"{how} {case.name}"
+
+    def step(total: jax.Array, a: dict[str, Any]) -> jax.Array:
+        for layer in range(case.L):
+            total = total + linear(a["x"], a["stack"], a["layer"] - layer, implementation=how)
+        return total
+
+    def make() -> tuple[Any, ...]:
+        return jnp.zeros((case.N, case.O), jnp.float32), case.arguments(normal)
+
+    def add(time: float) -> None:
+        report.timed(what, time / case.L, 2 * case.O * case.I / report.bandwidth)
+
+    return Measurement(what, step, make, add, steps=8)
