@@ -59,10 +59,10 @@ def lightning_attention(
         padding. The state is zero again where a segment starts; a row's first token goes on with `state`.
       layer: int32, which of the states to go on with and to replace; on a GPU in place, if the argument is donated.
       implementation: "reference"; "xla"; "triton", on Hopper GPUs, head_dim 32, 64 or 128; "mosaic", with faster
-        sweeps: bfloat16, head_dim 64 or 128, whole rows of 4,096 tokens or more, a multiple of 64, no segments, log λ
-        ≥ -1.25 (below, where it is not known before, NaN), jax ≥ 0.11; "triton_interpreted", "mosaic_interpreted",
-        these on the CPU, for tests, the latter for any multiple of 8 tokens. None is the first of "mosaic", "triton"
-        that can run, except for more than one token in float32, else "xla".
+        sweeps: bfloat16, head_dim 64 or 128, a multiple of 8 tokens, no segments, log λ ≥ -1.25 (below, where it is not
+        known before, NaN), jax ≥ 0.11; "triton_interpreted", "mosaic_interpreted", these on the CPU, for tests. None is
+        the first of "mosaic", "triton" that can run, except for more than one token in float32, else "xla"; rows with
+        lengths, of fewer than 4,096 tokens or no multiple of 64 it does not give to "mosaic".
 
     Returns:
       o `[B, T, H, D]` in the dtype of `qkv` (undefined, but finite, at padded tokens), and the float32 state
@@ -102,8 +102,8 @@ def _choose(implementation: str | None, qkv: Any, packed: bool, log_decay: Any, 
         slow = T > 1 and dtype == jnp.float32  # exact float32 products, which XLA's libraries do better
         if slow or gpu.refusal(D, dtype) or refusal():
             return "xla"
-        unfit = gpu.refusal_of_mosaic(qkv, packed, log_decay) or gpu.unproven_in_mosaic(T, ragged)
-        return "triton" if unfit else "mosaic"
+        fits = gpu.proven_in_mosaic(T, ragged) and not gpu.refusal_of_mosaic(qkv, packed, log_decay)
+        return "mosaic" if fits else "triton"
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation: unknown {implementation!r}: expected None or one of {get_args(Implementation)}"
@@ -114,8 +114,6 @@ def _choose(implementation: str | None, qkv: Any, packed: bool, log_decay: Any, 
             reason = reason or refusal()
         if implementation.startswith("mosaic"):
             reason = reason or gpu.refusal_of_mosaic(qkv, packed, log_decay)
-        if implementation == "mosaic":
-            reason = reason or gpu.unproven_in_mosaic(T, ragged)
         if reason:
             raise ValueError(f"implementation: {implementation!r} cannot run: {reason}")
     return implementation

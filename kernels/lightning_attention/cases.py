@@ -41,7 +41,7 @@ class LightningCase(Case):
         """Mosaic's sweeps where they do it."""
         qkv = jax.ShapeDtypeStruct((self.B, self.T, self.H, 3, self.D), self.dtype)
         why_not = gpu.refusal_of_mosaic(qkv, self.packed, log_decay(self.H, 35, 80))
-        return ("triton",) if why_not or gpu.unproven_in_mosaic(self.T, self.ragged) else ("mosaic", "triton")
+        return ("triton",) if why_not else ("mosaic", "triton")
 
     def arguments(self, normal: Normal) -> dict[str, Any]:
         """Those of `lightning_attention`, and `d_out`, zero where o is undefined."""

@@ -46,7 +46,7 @@ class Plan:
     """
 
     slots: int = 4
-    registers: tuple[int, int, int] = (128, 64, 160)
+    registers: tuple[int, int, int] = (120, 72, 160)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,6 +296,8 @@ class _Program:
         def _(step: jax.Array) -> None:
             plgpu.barrier_wait(self.shared["read"].at[lax.rem(step, OUTPUTS)])
 
+        self.clear_rest()
+
     def advance(self, step: jax.Array, s: jax.Array) -> jax.Array:
         """One chunk: leaves the state before it to the output group, returns that after it."""
         shared, slot, buffer = self.shared, self.slot(step), lax.rem(step, OUTPUTS)
@@ -343,11 +345,15 @@ class _Program:
         @pl.loop(0, self.chunks)
         def _(step: jax.Array) -> None:
             slot, (_, count) = self.slot(step), self.chunk(step)
-            b = self.shared["b"].at[slot]
             plgpu.barrier_wait(self.shared["loaded"].at[slot])
-            _clear(b, count)
-            if self.role.b != _GRADIENT:
-                b[...] = _silu(_read(b)).astype(jnp.bfloat16)
+
+            @pl.loop(0, self.D // WIDTH)  # half at a time, for the few registers that the group keeps
+            def _(half: jax.Array) -> None:
+                b = self.shared["b"].at[slot, :, pl.ds(half * WIDTH, WIDTH)]
+                _clear(b, count)
+                if self.role.b != _GRADIENT:
+                    b[...] = _silu(_read(b)).astype(jnp.bfloat16)
+
             plgpu.commit_smem()
             plgpu.barrier_arrive(self.shared["activated"].at[slot])
 
@@ -405,8 +411,6 @@ class _Program:
             plgpu.copy_smem_to_gmem(out_tile, self.out_tile(first))
 
         plgpu.wait_smem_to_gmem(0)
-        if w == 0:
-            self.clear_rest()
 
     def scores(self, a: Any, slot: jax.Array) -> jax.Array:
         """a bᵀ, zero where b does not come before a."""
@@ -421,8 +425,8 @@ class _Program:
         return jnp.where(seen, scores, 0.0).astype(jnp.bfloat16)
 
     def clear_rest(self) -> None:
-        """Zeros to the chunks without a valid token."""
-        place = self.shared["out"].at[0]
+        """Zeros to the chunks without a valid token, when all else has been read."""
+        place = self.shared["c"].at[0]
         place[...] = plgpu.layout_cast(jnp.zeros((CHUNK, WIDTH), jnp.bfloat16), plgpu.Layout.WGMMA)
         plgpu.commit_smem()
 
