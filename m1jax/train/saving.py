@@ -64,11 +64,12 @@ class Checkpoints:
         self._step, self._problem = step, None
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         note = {"identity": self._identity, "position": position}
-        with _quiet():
+        with _quiet() as quiet:
             try:
                 check_space(self._folder, size)
                 self._pending = self._checkpointer.save_async(step, _filled(state), custom_metadata=note)
             except Exception as error:
+                quiet.failed = True
                 problem = self._failed(error)
         return problem
 
@@ -77,10 +78,11 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         if pending is None:
             return None
-        with _quiet():
+        with _quiet() as quiet:
             try:
                 pending.result()
             except Exception as error:
+                quiet.failed = True
                 return self._failed(error)
         return None
 
@@ -94,7 +96,8 @@ class Checkpoints:
                 f"the checkpoint of step {self._step} was not written ({checkpoint.short(error)}): make room, then run "
                 "again: it goes on from the last good one"
             ) from error
-        with _quiet():
+        with _quiet() as quiet:
+            quiet.failed = True
             try:
                 self._checkpointer.close()
             except Exception:
@@ -161,15 +164,23 @@ def identity(config: M1Config, figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _quiet:
-    """Keeps Orbax from logging a traceback from each of its threads before it raises, and from tasks that it forgot."""
+    """Keeps Orbax from logging a traceback from each of its threads before it raises, and from tasks that it forgot.
 
-    def __enter__(self) -> None:
+    Attributes:
+      failed: whether something raised inside, which also counts when it was caught.
+    """
+
+    failed = False
+
+    def __enter__(self) -> "_quiet":
         self._loggers = {name: logging.getLogger(name) for name in ("absl", "asyncio")}
         self._levels = {name: logger.level for name, logger in self._loggers.items()}
         for logger in self._loggers.values():
             logger.setLevel(logging.CRITICAL + 1)
+        return self
 
-    def __exit__(self, *_: object) -> None:
-        gc.collect()  # a forgotten task speaks when it is collected
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.failed or kind is not None:
+            gc.collect()  # a forgotten task speaks when it is collected
         for name, logger in self._loggers.items():
             logger.setLevel(self._levels[name])
