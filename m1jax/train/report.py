@@ -224,6 +224,7 @@ def curves(metrics: Path, picture: Path) -> None:
     for i, name in enumerate(names):
         axes = figure.add_subplot(down, 3, i + 1)
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        axes.locator_params(nbins=4)  # most of the time goes into ticks
         axes.plot(*zip(*points, strict=True), linewidth=1)
         axes.set_title(name.replace("_", " "), fontsize=9)
         axes.set_xlabel("step", fontsize=8)
