@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import os
 import sys
 import time
@@ -39,10 +40,13 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, NoReturn]:
     """Wraps a command's `main`: `UserError` becomes ``error: …`` on stderr and exit code 2, Ctrl-C exit code 130.
 
     What the file system refuses is bad input too. A reader of stdout that went away ends the command without a word.
+    Garbage is looked for less often than Python would: jax makes a great many small objects while it traces, and all of
+    them stay.
     """
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> NoReturn:
+        gc.set_threshold(20_000, 20, 20)
         try:
             _end(main(*args, **kwargs) or 0)
         except UserError as error:
