@@ -11,6 +11,7 @@ os.environ["NNX_GRAPH_MODE"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the interpreter's products are small: further threads only wait
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # of each operation's origin, which the compiler carries along
 # Most of the time goes into compiling programs that run once: what makes them faster costs more than it saves.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
