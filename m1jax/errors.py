@@ -13,7 +13,7 @@ from typing import NoReturn, ParamSpec
 P = ParamSpec("P")
 
 BROKEN_PIPE = 141  # as the shell reports a program that SIGPIPE ended
-VERDICT = 15  # seconds that jax may take to name the process whose loss made another one's exchange fail
+VERDICT = 30  # seconds that jax may take to name the process whose loss made another one's exchange fail: 3 heartbeats
 
 _process: int | None = None  # which of several this is
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -23,6 +25,8 @@ from m1jax.errors import UserError
 from m1jax.generate import main as generate
 from m1jax.params import flatten
 from m1jax.rendezvous import meet
+from m1jax.sharding.mesh import MeshShape, make_mesh
+from m1jax.train import loop
 from m1jax.train.__main__ import main as train
 from tests import test_train_run
 from tests.checkpoints import random_tensors, write_checkpoint
@@ -35,12 +39,11 @@ LIMIT = 400  # seconds
 
 
 class Ended(NamedTuple):
-    """How a process ended, and the seconds since the start."""
+    """How a process ended."""
 
     code: int
     out: str
     err: str
-    seconds: float
 
 
 @pytest.fixture
@@ -66,18 +69,14 @@ def run(address: str, count: int, module: str, args: Sequence[str]) -> list[Ende
         )
         for i in range(count)
     ]
-    ended: dict[int, float] = {}
     try:
-        while len(ended) < count and time.monotonic() - start < LIMIT:
-            ended |= {i: time.monotonic() for i, p in enumerate(processes) if i not in ended and p.poll() is not None}
+        while any(process.poll() is None for process in processes) and time.monotonic() - start < LIMIT:
             time.sleep(0.05)
     finally:
         for process in processes:
             process.kill()
     texts = [process.communicate() for process in processes]
-    return [
-        Ended(process.returncode, *texts[i], ended.get(i, float("inf")) - start) for i, process in enumerate(processes)
-    ]
+    return [Ended(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
 
 
 def work(address: str, count: int, devices: int, task: str, *args: object) -> list[Ended]:
@@ -108,16 +107,14 @@ def test_saved_by_four_processes_loaded_by_two_and_by_one(folder: Path, tmp_path
 
 @pytest.mark.parametrize("victim", [2, 0])
 def test_a_killed_process_ends_the_others_and_is_named(address: str, victim: int) -> None:
+    """By jax's coordination service, and before each would give up by itself, `errors.VERDICT` after the exchange."""
     ended = work(address, 4, 2, "die", victim)
-    killed = ended[victim]
-    assert killed.code == -9
+    assert ended[victim].code == -signal.SIGKILL
+    # The coordinator reports whose heartbeats are missing; without one, the connection to it is lost.
+    named = f"unhealthy (stopped sending heartbeats):\n{victim}\n" if victim else "the leader task was preempted/died"
     for i, other in enumerate(ended):
         if i != victim:
-            assert other.code != 0 and other.seconds - killed.seconds < 15, other
-    if victim:  # whose loss the coordinator reports; without one, the connection to it is lost
-        assert f"unhealthy (stopped sending heartbeats):\n{victim}\n" in ended[0].err
-    else:
-        assert "coordination service" in ended[1].err
+            assert other.code == -signal.SIGABRT and named in other.err, other
 
 
 def several(address: str, count: int, command: str, *args: object) -> list[Ended]:
@@ -139,7 +136,7 @@ def test_one_process_converts_and_plans(folder: Path, tmp_path: Path, address: s
 def test_an_error_of_one_process_ends_the_others(address: str) -> None:
     ended = work(address, 2, 1, "bad", "")
     assert ended[1].code == 2 and ended[1].err == "error: process 1: this machine lacks the file\n"
-    assert ended[0].code != 0 and ended[0].seconds - ended[1].seconds < 15
+    assert ended[0].code == -signal.SIGABRT and "unhealthy (stopped sending heartbeats):\n1\n" in ended[0].err, ended
 
 
 @pytest.mark.parametrize(
@@ -242,31 +239,28 @@ def test_a_file_of_lines_is_continued(tmp_path: Path, address: str) -> None:
     assert ended[0].code == 2 and "first in layer 1 (softmax): its weights are damaged" in ended[0].err, ended
 
 
-@pytest.mark.parametrize(("mesh", "dtype", "times"), [("fsdp=2", "bfloat16", 2), ("tensor=2", "float32", 1)])
-def test_trains_as_one_process(
-    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, mesh: str, dtype: str, times: int
-) -> None:
-    """The losses of one process with two devices, the second time after a kill; one process writes, any loads."""
+def test_trains_as_one_process(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses of one process with two devices, also gone on from after a kill; one process writes, any loads.
+
+    The run is split by rows and computes in bfloat16, then goes on from step 2 split by heads, in float32.
+    """
     path = tmp_path / "data"
     path.mkdir()
     (path / "config.json").write_text(json.dumps(test_train_run.CONFIG.to_official()))
     lines = [json.dumps({"text": f"{i} + {i} = {2 * i}. " * (1 + i % 2)}) for i in range(64)]
     (path / "corpus.jsonl").write_text("\n".join(lines))
-
-    def settings(out: Path) -> Path:
-        data = {"validation": [str(path / "corpus.jsonl")], "validate_every": 2}
-        table = test_train_run.toml(path, out, steps=4, mesh=mesh, model={"dtype": dtype}, data=data)
-        return test_train_run.write_toml(table, out.with_suffix(".toml"))
-
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
-    ended = run(address, 1, "m1jax.train", ["--config", str(settings(alone))])
-    assert ended[0].code == 0, ended
+    data = {"validation": [str(path / "corpus.jsonl")], "validate_every": 2}
+    monkeypatch.setattr(loop, "mesh_of", lambda text, _: make_mesh(MeshShape.parse(text), "train", jax.devices()[:2]))
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
-    for _ in range(times):
-        ended = several(address, 2, "train", "--config", settings(shared))
+    for mesh, dtype, first in (("fsdp=2", "bfloat16", 0), ("tensor=2", "float32", 2)):
+        changes: dict[str, Any] = {"steps": 4, "mesh": mesh, "model": {"dtype": dtype}, "data": data}
+        loop.run(test_train_run.settings(path, alone, **changes))
+        file = test_train_run.write_toml(test_train_run.toml(path, shared, **changes), tmp_path / "shared.toml")
+        ended = several(address, 2, "train", "--config", file)
         assert [e.code for e in ended] == [0, 0], ended
         assert "complete" in ended[0].out and ended[1].out == ""
+        assert ("going on from step 2 of 4" in ended[0].err) == bool(first)
         found = [test_train_run.losses(out) for out in (shared, alone)]
         assert [row[0] for row in found[0]] == [1, 2, 3, 4]
         assert rms_error(*([row[1:] for row in rows] for rows in found)) < 1e-5
@@ -276,9 +270,10 @@ def test_trains_as_one_process(
         validated = [[row.get("validation_loss") for row in test_train_run.rows(out)] for out in (shared, alone)]
         assert [value is None for value in validated[0]] == [True, False] * 2
         assert rms_error(*(row[1::2] for row in validated)) < 1e-5
-        shutil.rmtree(shared / "model")
-        shutil.rmtree(shared / "checkpoints" / "4")
-    assert ("going on from step 2 of 4" in ended[0].err) == (times == 2)
+        for out in (alone, shared):
+            shutil.rmtree(out / "model")
+            shutil.rmtree(out / "checkpoints" / "4")
+        (shared / "curves.png").unlink()
 
 
 def test_what_several_processes_cannot_train(tmp_path: Path, address: str) -> None:
