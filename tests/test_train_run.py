@@ -26,6 +26,7 @@ from m1jax.model import build
 from m1jax.params import count, flatten
 from m1jax.saving import save
 from m1jax.sharding import sizes
+from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import __main__ as command
 from m1jax.train import loop, saving
@@ -152,16 +153,15 @@ def test_killed_at_any_moment_it_goes_on_bit_by_bit(folder: Path, whole: Path) -
     assert all(np.array_equal(ours[path], theirs[path]) for path in ours)
 
 
-def test_other_devices_give_the_same_losses_up_to_rounding(folder: Path, whole: Path) -> None:
+def test_other_devices_give_the_same_losses_up_to_rounding(
+    folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run's checkpoint of step 6, gone on from on two devices."""
     out = folder / "two"
     (out / "checkpoints").mkdir(parents=True)
     subprocess.run(["cp", "-r", str(whole / "checkpoints" / "6"), str(out / "checkpoints")], check=True)
-    file = write_toml(toml(folder, out, mesh="data=2"), folder / "two.toml")
-    env = ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "2"}
-    arguments = [sys.executable, "-m", "m1jax.train", "--config", str(file)]
-    done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(loop, "mesh_of", lambda text, _: make_mesh(MeshShape.parse(text), "train", jax.devices()[:2]))
+    loop.run(settings(folder, out, mesh="data=2"))
     assert [row[0] for row in losses(out)] == [7, 8]
     assert rms_error([row[1:] for row in losses(out)], [row[1:] for row in losses(whole)[6:]]) < 1e-5
 
