@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_bench.report import WHOLE_STAGE, Report
-from gpu_bench.stages import PARTS
+from gpu_bench.stages import PARTS, parts_of
 from gpu_bench.turns import READY
 
 OURS = "triton", "mosaic"  # as the names of forms begin
@@ -84,7 +84,7 @@ def _run(report: Report, stages: list[str], end: float) -> None:
 def _start(report: Report, chosen: list[str], folder: Path) -> list[Worker]:
     found = []
     for stage in (name for name in PARTS if name in chosen):
-        for number in range(PARTS[stage]):
+        for number in range(parts_of(stage, report.dry)):
             file = folder / f"{stage}-{number}.json"
             command = [sys.executable, str(SCRIPT), "--worker", f"{stage}:{number}", "--out", str(file)]
             found.append(_worker(stage, command + ["--dry-run"] * report.dry, file))
