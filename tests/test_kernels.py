@@ -186,7 +186,7 @@ def test_linear_cases(case: linear_cases.LinearCase) -> None:
 @pytest.mark.parametrize("rows", [3, 9])
 def test_exact_float32_by_bfloat16_without_a_float32_matrix(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What devices other than CPUs do for the LM head, for few rows and for many."""
-    monkeypatch.setattr(xla, "MANY_ROWS", 8)
+    monkeypatch.setattr(xla, "AT_ONCE", 8)
     x, stack = normal(0, rows, 256), normal(1, 2, 20, 256, dtype="bfloat16")
     want = linear(x, stack, 1, implementation="reference")
     run = jax.jit(lambda x, stack: xla.elsewhere(x, stack, (1,)))

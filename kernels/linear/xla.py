@@ -16,6 +16,7 @@ Index = tuple[jax.Array | int, ...]
 LANE = 16  # floats of the widest vector register
 FEW_ROWS = 16  # of x: up to here the matrix is the left operand of a dot, which then is not repacked
 MANY_ROWS = 1024  # of x: from here on copying a matrix costs nothing beside the product
+AT_ONCE = 128  # of x: up to here its three parts are one product, whose output has three times the rows
 TILE = 1 << 19  # elements of a matrix picked and multiplied at a time: the copy stays in a core's cache
 
 
@@ -29,7 +30,7 @@ def elsewhere(x: jax.Array, stack: jax.Array, index: Index) -> jax.Array:
     if x.dtype == stack.dtype:
         return dot(x, pick(stack, index))
     # The LM head: converted, the matrix would be written and read as float32, and multiplied without tensor cores.
-    if x.shape[0] <= MANY_ROWS:
+    if x.shape[0] <= AT_ONCE:
         return _in_parts(x, stack, index)
     w = pick(stack, index)
     high, middle, low = (dot(part.astype(jnp.bfloat16), w) for part in _parts(x))
