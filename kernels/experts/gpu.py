@@ -16,24 +16,12 @@ from jax import lax
 from m1jax.kernels.experts.order import by_bucket
 from m1jax.kernels.experts.quantized import Quantized, Weights
 from m1jax.kernels.gpu import launch
+from m1jax.kernels.gpu.tiles import Tiles
 
 FEW = 256  # assignments, up to which each program finds its rows on its own
 CHUNK = 32_768  # tokens computed at once: h of more would fill the memory
 SPAN = 4  # tiles of one expert that share a block of weights through the cache
-MULTIPROCESSORS = 132  # of an H100 or H200
 INT4_GROUPS = (32, 64, 128)  # in-channels, of which a step multiplies one group
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """What a product is tuned by: rows, out and in channels of a tile, warps, pipeline stages, split of the sum."""
-
-    rows: int
-    out: int
-    inner: int
-    warps: int
-    stages: int
-    split: int = 1
 
 
 class Routing(NamedTuple):

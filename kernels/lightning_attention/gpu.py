@@ -27,10 +27,10 @@ from jax import lax
 from jax.core import Tracer
 
 from m1jax.kernels.gpu import launch
+from m1jax.kernels.gpu.tiles import MULTIPROCESSORS
 from m1jax.kernels.lightning_attention.reference import starts
 
 HEAD_DIMS = (32, 64, 128)
-MULTIPROCESSORS = 132  # of an H100 or H200; two programs in Triton run on each, or one of Mosaic's
 MOSAIC_HEAD_DIMS = (64, 128)
 MOSAIC_TOKENS = 8  # rows of a tile in shared memory, which it does not cut
 MOSAIC_PROVEN = 4096, 64  # tokens: on a GPU its sweeps were right for rows from so long on, multiples of the other

@@ -4,27 +4,16 @@ XLA would first copy the matrix out of the stack, or several matrices that are m
 which triples what is read and written.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from m1jax.kernels.gpu import launch
+from m1jax.kernels.gpu.tiles import MULTIPROCESSORS, Tiles
 
 MOST_ROWS = 256  # beyond, the copy is small beside the product
-PROGRAMS = 2 * 132  # at least so many where there are too few blocks of channels: two for each multiprocessor
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Rows of x, out and in channels of a tile, warps, pipeline stages, and in how many parts the sum is cut."""
-
-    rows: int
-    out: int
-    inner: int
-    warps: int
-    stages: int
-    split: int
+PROGRAMS = (
+    2 * MULTIPROCESSORS
+)  # at least so many where there are too few blocks of channels: two for each multiprocessor
 
 
 def default_tiles(N: int, O: int, I: int) -> Tiles:
