@@ -20,3 +20,12 @@ def check_layer(layer: Any, layers: int) -> None:
         raise ValueError(f"layer: expected one integer, got {layer}")
     if not isinstance(layer, Tracer) and not 0 <= int(layer) < layers:
         raise ValueError(f"layer: expected 0 to {layers - 1}, got {int(layer)}")
+
+
+def check_implementation(name: str, known: tuple[str, ...], reason: str | None) -> str:
+    """The name; raises `ValueError` if it is not a known one, or cannot run for a reason."""
+    if name not in known:
+        raise ValueError(f"implementation: unknown {name!r}: expected None or one of {known}")
+    if reason:
+        raise ValueError(f"implementation: {name!r} cannot run: {reason}")
+    return name

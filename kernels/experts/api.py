@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from m1jax.kernels.checks import check_integers, check_layer
+from m1jax.kernels.checks import check_implementation, check_integers, check_layer
 from m1jax.kernels.experts import gpu, gradient, reference, xla
 from m1jax.kernels.experts.quantized import Quantized, Weights
 from m1jax.kernels.gpu import refusal
@@ -74,16 +74,13 @@ def experts(
 
 
 def _choose(implementation: str | None, gate_up: Weights, down: Weights) -> str:
+    unfit = gpu.refusal(gate_up, down)
     if implementation is None:
-        return "xla" if gpu.refusal(gate_up, down) or refusal() else "triton"
-    known = get_args(Implementation)
-    if implementation not in known:
-        raise ValueError(f"implementation: unknown {implementation!r}: expected None or one of {known}")
+        return "xla" if unfit or refusal() else "triton"
+    reason = None
     if implementation in ("triton", "triton_interpreted"):
-        reason = gpu.refusal(gate_up, down) or (refusal() if implementation == "triton" else None)
-        if reason:
-            raise ValueError(f"implementation: {implementation!r} cannot run: {reason}")
-    return implementation
+        reason = unfit or (refusal() if implementation == "triton" else None)
+    return check_implementation(implementation, get_args(Implementation), reason)
 
 
 def _checked(name: str, weights: Weights, dtype: jnp.dtype) -> Weights:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from m1jax.kernels.checks import check_integers, check_layer
+from m1jax.kernels.checks import check_implementation, check_integers, check_layer
 from m1jax.kernels.gpu import refusal
 from m1jax.kernels.lightning_attention import gpu, gradient, reference, xla
 
@@ -104,19 +104,14 @@ def _choose(implementation: str | None, qkv: Any, packed: bool, log_decay: Any, 
             return "xla"
         fits = gpu.proven_in_mosaic(T, ragged) and not gpu.refusal_of_mosaic(qkv, packed, log_decay)
         return "mosaic" if fits else "triton"
-    if implementation not in get_args(Implementation):
-        raise ValueError(
-            f"implementation: unknown {implementation!r}: expected None or one of {get_args(Implementation)}"
-        )
+    reason = None
     if implementation in GPU:
         reason = gpu.refusal(D, dtype)
         if not implementation.endswith("_interpreted"):
             reason = reason or refusal()
         if implementation.startswith("mosaic"):
             reason = reason or gpu.refusal_of_mosaic(qkv, packed, log_decay)
-        if reason:
-            raise ValueError(f"implementation: {implementation!r} cannot run: {reason}")
-    return implementation
+    return check_implementation(implementation, get_args(Implementation), reason)
 
 
 def _check(

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from m1jax.kernels.checks import check_layer
+from m1jax.kernels.checks import check_implementation, check_layer
 from m1jax.kernels.gpu import refusal
 from m1jax.kernels.linear import gpu, gradient, reference
 
@@ -45,13 +45,10 @@ def linear(
 
 
 def _choose(implementation: str | None, x: jax.Array, stack: jax.Array) -> str:
+    unfit = gpu.refusal(x, stack)
     if implementation is None:
-        return "xla" if gpu.refusal(x, stack) or refusal() else "triton"
-    known = get_args(Implementation)
-    if implementation not in known:
-        raise ValueError(f"implementation: unknown {implementation!r}: expected None or one of {known}")
+        return "xla" if unfit or refusal() else "triton"
+    reason = None
     if implementation in ("triton", "triton_interpreted"):
-        reason = gpu.refusal(x, stack) or (refusal() if implementation == "triton" else None)
-        if reason:
-            raise ValueError(f"implementation: {implementation!r} cannot run: {reason}")
-    return implementation
+        reason = unfit or (refusal() if implementation == "triton" else None)
+    return check_implementation(implementation, get_args(Implementation), reason)

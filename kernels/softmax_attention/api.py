@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from m1jax.kernels.checks import check_integers
+from m1jax.kernels.checks import check_implementation, check_integers
 from m1jax.kernels.gpu import capability
 from m1jax.kernels.softmax_attention import gpu, reference, xla
 
@@ -70,17 +70,12 @@ def _choose(
         if gpu.refusal_of_pallas(q, k, segments) is None:
             return "pallas"
         return "xla" if gpu.refusal_of_cudnn(q, k, offset, segments) else "cudnn"
-    known = get_args(Implementation)
-    if implementation not in known:
-        raise ValueError(f"implementation: unknown {implementation!r}: expected None or one of {known}")
     reason = None
     if implementation == "cudnn":
         reason = gpu.refusal_of_cudnn(q, k, offset, segments)
     elif implementation.startswith("pallas"):
         reason = gpu.refusal_of_pallas(q, k, segments, implementation == "pallas_interpreted")
-    if reason:
-        raise ValueError(f"implementation: {implementation!r} cannot run: {reason}")
-    return implementation
+    return check_implementation(implementation, get_args(Implementation), reason)
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array | None, segments: jax.Array | None) -> None:
