@@ -43,7 +43,6 @@ class Report:
     hgmma: int  # warp-group matrix instructions in the code
     sass: str
     warnings: str = ""  # of the assembler, on speed
-    crowded: str = ""  # warp groups whose code uses more registers than they keep: an illegal instruction
 
     def faults(self, matmul: bool) -> list[str]:
         """Why this kernel must not be used."""
@@ -56,8 +55,22 @@ class Report:
             found.append("no HGMMA")
         if self.warnings:
             found.append(self.warnings)
-        if self.crowded:
-            found.append(self.crowded)
+        return found + self.crowded
+
+    @property
+    def crowded(self) -> list[str]:
+        """Warp groups whose code, in the order of the text, uses more registers than they keep: an illegal instruction.
+
+        Code is that from each change of a group's registers to the next.
+        """
+        found = []
+        for group in re.split(r"(?=USETMAXREG)", self.sass)[1:]:
+            kept = re.match(r"USETMAXREG\S+ (?:UP\d+, )?0x([0-9a-f]+)", group)
+            if kept is None:
+                raise RuntimeError(f"cannot read {group[:60]}")
+            used = 1 + max(map(int, re.findall(r"\bR(\d+)\b", group)), default=0)
+            if used > int(kept[1], 16):
+                found.append(f"a warp group uses {used} registers of the {int(kept[1], 16)} that it keeps")
         return found
 
 
@@ -149,18 +162,7 @@ def _report(name: str, cubin: bytes, shared: int) -> Report:
 
 def _counted(name: str, registers: int, shared: int, sass: str, warnings: str = "") -> Report:
     spills, hgmma = (len(re.findall(rf"\b(?:{word})\b", sass)) for word in ("LDL|STL", "HGMMA"))
-    return Report(name, registers, spills, shared, hgmma, sass, warnings, "; ".join(_crowded(sass)))
-
-
-def _crowded(sass: str) -> Iterator[str]:
-    """Of the code from each change of a warp group's registers to the next, in the order of the text."""
-    for group in re.split(r"(?=USETMAXREG)", sass)[1:]:
-        kept = re.match(r"USETMAXREG\S+ (?:UP\d+, )?0x([0-9a-f]+)", group)
-        if kept is None:
-            raise RuntimeError(f"cannot read {group[:60]}")
-        used = 1 + max(map(int, re.findall(r"\bR(\d+)\b", group)), default=0)
-        if used > int(kept[1], 16):
-            yield f"a warp group uses {used} registers of the {int(kept[1], 16)} that it keeps"
+    return Report(name, registers, spills, shared, hgmma, sass, warnings)
 
 
 def _output(*command: str) -> str:
