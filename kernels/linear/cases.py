@@ -23,6 +23,11 @@ class LinearCase(Case):
         """Channels that no tile divides."""
         return dataclasses.replace(self, N=min(self.N, 40), O=self.O // 64 - 8, I=200 if self.I == 6144 else 256, L=3)
 
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """None for float32."""
+        return ("triton",) if self.dtype == "bfloat16" else ()
+
     def arguments(self, normal: Normal) -> dict[str, Any]:
         """Those of `linear`."""
         return {

@@ -4,7 +4,6 @@
 of this module (`python -m gpu_bench.fla NUMBER`) compile them beside each other first, into Triton's cache.
 """
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,9 +23,9 @@ def compile_variants() -> None:
     """Fills Triton's cache; what fails here fails again, and is told, where it is measured."""
     _torch()
     command = [sys.executable, "-m", "gpu_bench.fla"]
-    env, null = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, subprocess.DEVNULL
+    null = subprocess.DEVNULL
     for process in [
-        subprocess.Popen([*command, str(i)], env=env, stdin=null, stdout=null, stderr=null) for i in range(COMPILERS)
+        subprocess.Popen([*command, str(i)], stdin=null, stdout=null, stderr=null) for i in range(COMPILERS)
     ]:
         process.wait()
 
