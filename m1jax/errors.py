@@ -12,6 +12,7 @@ from typing import NoReturn, ParamSpec
 
 P = ParamSpec("P")
 
+GARBAGE = 20_000, 20, 20  # how much of it there may be before it is looked for
 BROKEN_PIPE = 141  # as the shell reports a program that SIGPIPE ended
 VERDICT = 30  # seconds that jax may take to name the process whose loss made another one's exchange fail: 3 heartbeats
 
@@ -46,7 +47,7 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, NoReturn]:
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> NoReturn:
-        gc.set_threshold(20_000, 20, 20)
+        gc.set_threshold(*GARBAGE)
         try:
             _end(main(*args, **kwargs) or 0)
         except UserError as error:

@@ -24,6 +24,8 @@ import jax
 import pytest
 from hypothesis import settings
 
+from m1jax.errors import GARBAGE
+
 jax.config.update("jax_num_cpu_devices", 8)  # meshes
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
@@ -31,7 +33,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 settings.register_profile("m1jax", deadline=None, max_examples=15, derandomize=True)
 settings.load_profile("m1jax")
 
-gc.set_threshold(20_000, 20, 20)  # tracing makes many small objects
+gc.set_threshold(*GARBAGE)
 
 
 @pytest.fixture(autouse=True)

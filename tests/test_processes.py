@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -25,7 +24,6 @@ from m1jax.errors import UserError
 from m1jax.generate import main as generate
 from m1jax.params import flatten
 from m1jax.rendezvous import meet
-from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.train import loop
 from m1jax.train.__main__ import main as train
 from tests import test_train_run
@@ -251,7 +249,7 @@ def test_trains_as_one_process(tmp_path: Path, address: str, monkeypatch: pytest
     (path / "corpus.jsonl").write_text("\n".join(lines))
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     data = {"validation": [str(path / "corpus.jsonl")], "validate_every": 2}
-    monkeypatch.setattr(loop, "mesh_of", lambda text, _: make_mesh(MeshShape.parse(text), "train", jax.devices()[:2]))
+    test_train_run.on_two_devices(monkeypatch)
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     for mesh, dtype, first in (("fsdp=2", "bfloat16", 0), ("tensor=2", "float32", 2)):
         changes: dict[str, Any] = {"steps": 4, "mesh": mesh, "model": {"dtype": dtype}, "data": data}

@@ -153,6 +153,11 @@ def test_killed_at_any_moment_it_goes_on_bit_by_bit(folder: Path, whole: Path) -
     assert all(np.array_equal(ours[path], theirs[path]) for path in ours)
 
 
+def on_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes runs of this process take its first two devices for all there are."""
+    monkeypatch.setattr(loop, "mesh_of", lambda text, _: make_mesh(MeshShape.parse(text), "train", jax.devices()[:2]))
+
+
 def test_other_devices_give_the_same_losses_up_to_rounding(
     folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +165,7 @@ def test_other_devices_give_the_same_losses_up_to_rounding(
     out = folder / "two"
     (out / "checkpoints").mkdir(parents=True)
     subprocess.run(["cp", "-r", str(whole / "checkpoints" / "6"), str(out / "checkpoints")], check=True)
-    monkeypatch.setattr(loop, "mesh_of", lambda text, _: make_mesh(MeshShape.parse(text), "train", jax.devices()[:2]))
+    on_two_devices(monkeypatch)
     loop.run(settings(folder, out, mesh="data=2"))
     assert [row[0] for row in losses(out)] == [7, 8]
     assert rms_error([row[1:] for row in losses(out)], [row[1:] for row in losses(whole)[6:]]) < 1e-5
