@@ -37,6 +37,11 @@ class ExpertsCase(Case):
         return dataclasses.replace(self, N=N, E=4, F=96, M=256, layers=2, padding=N > 2)
 
     @property
+    def matmul(self) -> bool:
+        """A few rows are multiplied on the ordinary cores, as is float32."""
+        return self.dtype == "bfloat16" and (self.grad or self.N * self.k > self.E // 2)
+
+    @property
     def flop(self) -> int:
         """Of the forward products."""
         return 6 * self.N * self.k * self.F * self.M

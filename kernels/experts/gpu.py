@@ -54,7 +54,10 @@ def default_form(assignments: int, E: int, dtype: Any, bits: int, interpreted: b
     if dtype == jnp.float32:
         exact = Tiles(16, 64, 32, 4, 1)
         return Form(exact, exact, exact, exact, interpreted)
-    if assignments <= FEW or each <= 12:
+    if assignments <= E // 2:  # a warp reads 512 bytes of a row at once
+        row = Tiles(1, 16, 512 * 8 // (bits or 16), 4, 1)
+        gate_up = down = row
+    elif assignments <= FEW or each <= 12:
         gate_up = Tiles(16, 64, 128, 4, 3 if bits else 4)
         if assignments > E // 2:
             down = Tiles(16, 128, 128, 4, 3)
@@ -159,10 +162,12 @@ def product(
 def _product_forward(
     form: Form, gated: bool, k: int, x: jax.Array, weights: Weights, layer: jax.Array, chosen: jax.Array
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    if isinstance(weights, Quantized):  # registers for what is written besides
-        form = dataclasses.replace(
-            form, gate_up=dataclasses.replace(form.gate_up, rows=max(form.gate_up.rows // 2, 16))
-        )
+    tiles = form.gate_up
+    if tiles.rows == 1:  # a form that writes nothing besides
+        tiles = Tiles(16, 64, 128, 4, 3)
+    elif isinstance(weights, Quantized):  # registers for what is written besides
+        tiles = dataclasses.replace(tiles, rows=max(tiles.rows // 2, 16))
+    form = dataclasses.replace(form, gate_up=tiles)
     out = _forward(form, gated, k, x, weights, layer, chosen, raw=gated)
     return out[0], (x, weights, layer, chosen, *out[1:])
 
@@ -221,6 +226,15 @@ def _forward(
     stored, values, scales = _stored(weights, layer)
     split = 1 if gated else tiles.split
     out = [jax.ShapeDtypeStruct((n, O) if gated else (split, n, O), x.dtype if gated else jnp.float32)]
+    ptx = not form.interpreted and x.dtype == jnp.bfloat16
+    if tiles.rows == 1:
+        read = 16 // values.dtype.itemsize  # what a thread reads at once
+        return launch(
+            kernels.forward_of_rows, x, values, scales, layer, chosen.reshape(-1), out=out,
+            grid=(n * -(-O // tiles.out), split), warps=tiles.warps, stages=tiles.stages, interpreted=form.interpreted,
+            **stored, O=O, I=I, L=L, E=E, k=k, N=n, GATED=gated, BY_TOKEN=gated, SPLIT=split, BO=tiles.out,
+            BI=tiles.inner, RUN=read, PTX=ptx,
+        )  # fmt: skip
     constants: dict[str, Any] = {} if raw else {"raw": None}
     if raw:
         out.append(jax.ShapeDtypeStruct((n, 2, O), x.dtype))
@@ -229,7 +243,7 @@ def _forward(
         warps=tiles.warps, stages=tiles.stages, interpreted=form.interpreted, **constants, **stored,
         O=O, I=I, L=L, E=E, k=k, N=n, POWER=1 << (n - 1).bit_length() if few else 1, GATED=gated, BY_TOKEN=gated,
         FEW=few, RAW=raw, SPLIT=split, R=tiles.rows, BO=tiles.out, BI=tiles.inner, PRECISION=_precision(x.dtype),
-        PTX=not form.interpreted and x.dtype == jnp.bfloat16,
+        PTX=ptx,
     )  # fmt: skip
 
 

@@ -34,6 +34,50 @@ sub.rn.bf16x2 $1, b, m;
 }""")
 
 
+# Four bytes to float32, for products on the ordinary cores: a byte is the lowest of a number from 2^23 on, from which
+# that is subtracted; or a nibble is the highest of the mantissa of a number from 1 to 2, which is left to the caller.
+_INT8_FLOAT = tl.constexpr("""{
+.reg .b32 u, b<4>;
+.reg .f32 f<4>;
+xor.b32 u, $4, 0x80808080;
+prmt.b32 b0, u, 0x4B000000, 0x7440;
+prmt.b32 b1, u, 0x4B000000, 0x7441;
+prmt.b32 b2, u, 0x4B000000, 0x7442;
+prmt.b32 b3, u, 0x4B000000, 0x7443;
+mov.b32 f0, b0;
+mov.b32 f1, b1;
+mov.b32 f2, b2;
+mov.b32 f3, b3;
+sub.rn.f32 $0, f0, 0f4B000080;
+sub.rn.f32 $1, f1, 0f4B000080;
+sub.rn.f32 $2, f2, 0f4B000080;
+sub.rn.f32 $3, f3, 0f4B000080;
+}""")
+_INT4_FLOAT = tl.constexpr("""{
+.reg .b32 l, h, b<8>;
+shl.b32 l, $8, 3;
+shr.u32 h, $8, 1;
+lop3.b32 l, l, 0x78787878, 0x80808080, 0xEA;
+lop3.b32 h, h, 0x78787878, 0x80808080, 0xEA;
+prmt.b32 b0, l, 0x3F000000, 0x7044;
+prmt.b32 b1, l, 0x3F000000, 0x7144;
+prmt.b32 b2, l, 0x3F000000, 0x7244;
+prmt.b32 b3, l, 0x3F000000, 0x7344;
+prmt.b32 b4, h, 0x3F000000, 0x7044;
+prmt.b32 b5, h, 0x3F000000, 0x7144;
+prmt.b32 b6, h, 0x3F000000, 0x7244;
+prmt.b32 b7, h, 0x3F000000, 0x7344;
+mov.b32 $0, b0;
+mov.b32 $1, b1;
+mov.b32 $2, b2;
+mov.b32 $3, b3;
+mov.b32 $4, b4;
+mov.b32 $5, b5;
+mov.b32 $6, b6;
+mov.b32 $7, b7;
+}""")
+
+
 @triton.jit
 def from_int8(w, TYPE: tl.constexpr, PTX: tl.constexpr):
     """int8 in another type."""
@@ -48,6 +92,24 @@ def from_int4(w, TYPE: tl.constexpr, PTX: tl.constexpr):
     if PTX:
         return tl.inline_asm_elementwise(_INT4, "=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2)
     return ((w & 15).to(tl.int8) - 8).to(TYPE), ((w >> 4).to(tl.int8) - 8).to(TYPE)
+
+
+@triton.jit
+def float_of(w, BITS: tl.constexpr, PTX: tl.constexpr):
+    """int8 or float weights in float32."""
+    if BITS == 8 and PTX:
+        return tl.inline_asm_elementwise(_INT8_FLOAT, "=f,=f,=f,=f,r", [w], dtype=tl.float32, is_pure=True, pack=4)
+    return w.to(tl.float32)
+
+
+@triton.jit
+def floats_of_halves(w, PTX: tl.constexpr):
+    """1 + n/16 for the low and the high halves n of bytes."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            _INT4_FLOAT, "=f,=f,=f,=f,=f,=f,=f,=f,r", [w], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
+        )
+    return (w & 15).to(tl.float32) / 16 + 1, (w >> 4).to(tl.float32) / 16 + 1
 
 
 @triton.jit
@@ -276,6 +338,132 @@ def forward(
         x, values, scales, layer, out, raw, e, block, a, valid, O, I, L, E, k, N, GATED, BY_TOKEN, BITS, GROUP, RAW,
         SPLIT, R, BO, BI, PRECISION, PTX,
     )  # fmt: skip
+
+
+@triton.jit
+def row_product(
+    x,
+    values,
+    scales,
+    o,
+    at,
+    I: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+    RUN: tl.constexpr,
+    EVEN: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """W x over the in-channels from at·BI on, for each RUN of stored values that a thread reads at once."""
+    if BITS == 4:
+        sums = groups_product(x, values, scales, o, at, I, GROUP, BO, BI, RUN, PTX)
+    else:
+        i = at * BI + tl.arange(0, BI)
+        xs = tl.load(x + i, mask=i < I, other=0).to(tl.float32)
+        w = float_of(weights(values, o, i, I, EVEN), BITS, PTX)
+        sums = tl.sum(tl.reshape(w * xs[None, :], (BO, BI // RUN, RUN)), axis=2)
+    return sums
+
+
+@triton.jit
+def groups_product(
+    x,
+    values,
+    scales,
+    o,
+    at,
+    I: tl.constexpr,
+    GROUP: tl.constexpr,
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+    RUN: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """As `row_product`, of int4 weights; with numbers f = 1 + n/16 it is Σ x (n - 8) = 16 (Σ x f - 1.5 Σ x)."""
+    HALF: tl.constexpr = GROUP // 2
+    BYTES: tl.constexpr = BI // 2
+    LANES: tl.constexpr = BYTES // RUN
+    byte = at * BYTES + tl.arange(0, BYTES)
+    inside = byte < I // 2
+    place = x + byte // HALF * GROUP + byte % HALF
+    low_x = tl.load(place, mask=inside, other=0).to(tl.float32)
+    high_x = tl.load(place + HALF, mask=inside, other=0).to(tl.float32)
+    x_sums = tl.sum(tl.reshape(low_x + high_x, (LANES, RUN)), axis=1)
+    stored = tl.load(values + o[:, None] * (I // 2) + byte[None, :], mask=inside[None, :], other=0)
+    low, high = floats_of_halves(stored, PTX)
+    sums = tl.sum(tl.reshape(low * low_x[None, :], (BO, LANES, RUN)), axis=2)
+    sums += tl.sum(tl.reshape(high * high_x[None, :], (BO, LANES, RUN)), axis=2)
+    g = (at * LANES + tl.arange(0, LANES)) * RUN // HALF
+    scale = tl.load(scales + o[:, None] * (I // GROUP) + g[None, :], mask=(g < I // GROUP)[None, :], other=0)
+    return (sums - 1.5 * x_sums[None, :]) * (16 * scale)
+
+
+@triton.jit
+def forward_of_rows(
+    x,
+    values,
+    scales,
+    layer,
+    chosen,
+    out,
+    O: tl.constexpr,
+    I: tl.constexpr,
+    L: tl.constexpr,
+    E: tl.constexpr,
+    k: tl.constexpr,
+    N: tl.constexpr,
+    GATED: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+    RUN: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """As `forward`, an assignment by itself on the ordinary cores: for so few that hardly two share an expert.
+
+    Nothing goes through shared memory, and only what is needed is multiplied.
+    """
+    PARTS: tl.constexpr = 2 if GATED else 1
+    WIDTH: tl.constexpr = I // 2 if BITS == 4 else I
+    STEPS: tl.constexpr = (I + BI * SPLIT - 1) // (BI * SPLIT)
+    EVEN: tl.constexpr = I % (BI * SPLIT) == 0
+    a = tl.program_id(0) % N  # those that share an expert read its weights at the same time
+    split = tl.program_id(1)
+    e = tl.load(chosen + a)
+    if e >= E:
+        return
+    channel = (tl.program_id(0) // N) * BO + tl.arange(0, BO)
+    o = tl.minimum(channel, O - 1)
+    x += (a // k if BY_TOKEN else a).to(tl.int64) * I
+    matrix = (number_of(layer, L) * E + e) * (PARTS * O)
+    values += matrix * WIDTH
+    if BITS == 4:
+        scales += matrix * (I // GROUP)
+    elif BITS == 8:
+        scales += matrix
+    LANES: tl.constexpr = (BI // 2 if BITS == 4 else BI) // RUN
+    first = tl.zeros((BO, LANES), tl.float32)
+    second = tl.zeros((BO, LANES), tl.float32)
+    for step in range(0, STEPS):
+        at = split * STEPS + step
+        first += row_product(x, values, scales, o, at, I, BITS, GROUP, BO, BI, RUN, EVEN, PTX)
+        if GATED:
+            second += row_product(x, values, scales, o + O, at, I, BITS, GROUP, BO, BI, RUN, EVEN, PTX)
+    gate = tl.sum(first, axis=1)
+    up = tl.sum(second, axis=1)
+    if BITS == 8:
+        gate *= tl.load(scales + o)
+        if GATED:
+            up *= tl.load(scales + o + O)
+    if GATED:
+        gate = gate * tl.sigmoid(gate) * up
+    there = out + (split.to(tl.int64) * N + a) * O + channel
+    tl.store(there, gate.to(out.dtype.element_ty), mask=channel < O)
 
 
 @triton.jit

@@ -24,6 +24,11 @@ class LinearCase(Case):
         return dataclasses.replace(self, N=min(self.N, 40), O=self.O // 64 - 8, I=200 if self.I == 6144 else 256, L=3)
 
     @property
+    def matmul(self) -> bool:
+        """A single row is multiplied on the ordinary cores."""
+        return self.N > 1
+
+    @property
     def forms(self) -> tuple[str, ...]:
         """None for float32."""
         return ("triton",) if self.dtype == "bfloat16" else ()

@@ -18,8 +18,10 @@ PROGRAMS = (
 
 def default_tiles(N: int, O: int, I: int) -> Tiles:
     """For N rows, O channels out and I in."""
-    rows = min(max(16, 1 << (N - 1).bit_length()), 128)
-    out, inner = 64, 128
+    if N == 1:  # on the ordinary cores; a warp reads 512 bytes of a row of the matrix at once
+        rows, out, inner = 1, 16, 256
+    else:
+        rows, out, inner = min(max(16, 1 << (N - 1).bit_length()), 128), 64, 128
     programs, split = -(-O // out) * -(-N // rows), 1
     while programs * split < PROGRAMS and I % (2 * split * inner) == 0:
         split *= 2
@@ -43,10 +45,11 @@ def product(
 
     (N, I), (L, O, _) = x.shape, stack.shape
     tiles = tiles or default_tiles(N, O, I)
+    rows = {"N": N, "R": tiles.rows} if tiles.rows > 1 else {}
     (out,) = launch(
-        kernels.forward, x, stack, jnp.asarray(layer, jnp.int32).reshape(1),
+        kernels.forward if rows else kernels.forward_of_row, x, stack, jnp.asarray(layer, jnp.int32).reshape(1),
         out=[jax.ShapeDtypeStruct((tiles.split, N, O), jnp.float32)],
         grid=(-(-N // tiles.rows), -(-O // tiles.out), tiles.split), warps=tiles.warps, stages=tiles.stages,
-        interpreted=interpreted, N=N, O=O, I=I, L=L, R=tiles.rows, BO=tiles.out, BI=tiles.inner, SPLIT=tiles.split,
+        interpreted=interpreted, O=O, I=I, L=L, **rows, BO=tiles.out, BI=tiles.inner, SPLIT=tiles.split,
     )  # fmt: skip
     return jnp.sum(out, axis=0)

@@ -44,3 +44,35 @@ def forward(
         acc = tl.dot(w, xt, acc)
     there = out + (split * N + n[None, :]) * O + o[:, None]
     tl.store(there, acc, mask=(n < N)[None, :] & (o < O)[:, None])
+
+
+@triton.jit
+def forward_of_row(
+    x,
+    stack,
+    layer,
+    out,
+    O: tl.constexpr,
+    I: tl.constexpr,
+    L: tl.constexpr,
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """As `forward`, for a single row: on the ordinary cores, with nothing in shared memory but x."""
+    RUN: tl.constexpr = 8  # weights that a thread reads at once
+    EVEN: tl.constexpr = I % (BI * SPLIT) == 0
+    STEPS: tl.constexpr = (I + BI * SPLIT - 1) // (BI * SPLIT)
+    o = tl.program_id(1) * BO + tl.arange(0, BO)
+    split = tl.program_id(2)
+    matrix = stack + number_of(layer, L) * (O * I) + tl.minimum(o, O - 1)[:, None] * I
+    sums = tl.zeros((BO, BI // RUN), tl.float32)
+    for step in range(0, STEPS):
+        i = (split * STEPS + step) * BI + tl.arange(0, BI)
+        xs = tl.load(x + i, mask=i < I, other=0).to(tl.float32)
+        if EVEN:
+            w = tl.load(matrix + i[None, :])
+        else:
+            w = tl.load(matrix + i[None, :], mask=(i < I)[None, :], other=0)
+        sums += tl.sum(tl.reshape(w.to(tl.float32) * xs[None, :], (BO, BI // RUN, RUN)), axis=2)
+    tl.store(out + split * O + o, tl.sum(sums, axis=1), mask=o < O)

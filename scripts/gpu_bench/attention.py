@@ -17,6 +17,7 @@ from m1jax.kernels.softmax_attention.cases import SoftmaxCase
 Arguments = dict[str, Any]
 
 LONG = 131_072  # tokens; longer rows have the device to themselves
+PLAIN_FLOP = 2e13  # softmax attention of more takes plain XLA seconds
 
 
 def stage_of(case: LightningCase) -> str:
@@ -39,8 +40,13 @@ def _lightning(report: Report, case: LightningCase) -> list[Measurement]:
 
     def measurement(name: Any) -> Measurement:
         what, must = f"{name} {case.name}", case.must if name == ours else None
+        floor = _bytes(case) / report.bandwidth
         return _measurement(
-            case, name, lambda time: report.timed(what, time, _bytes(case) / report.bandwidth, must), must
+            case,
+            name,
+            lambda time: report.timed(what, time, floor, must),
+            must,
+            (lambda time: report.timed(f"{what}, on the device", time, floor)) if case.T == 1 else None,
         )
 
     return [measurement(name) for name in (ours, "xla")[: 2 if case.T <= LONG else 1]]
@@ -54,7 +60,9 @@ def _bytes(case: LightningCase) -> float:
     return arrays * case.B * case.T * case.H * case.D * jnp.dtype(case.dtype).itemsize
 
 
-def _measurement(case: LightningCase, name: Any, add: Any, must: float | None = None) -> Measurement:
+def _measurement(
+    case: LightningCase, name: Any, add: Any, must: float | None = None, add_busy: Any = None
+) -> Measurement:
     def whole(a: Arguments) -> Any:
         # A layer needs o alone: the compiler leaves out the rest, as it does the forward pass of a gradient.
         return case.call(name, a) if case.grad else case.call(name, a)[0]
@@ -74,7 +82,10 @@ def _measurement(case: LightningCase, name: Any, add: Any, must: float | None = 
     what = f"{name} {case.name}"
     if case.T > 1:
         return Measurement(what, whole, lambda: (case.arguments(normal),), add, must)
-    return Measurement(what, step, to_step, lambda time: add(time / case.layers), must, steps=8)
+    found = Measurement(what, step, to_step, lambda time: add(time / case.layers), must, steps=8)
+    if add_busy:
+        found.add_busy = lambda time: add_busy(time / case.layers)
+    return found
 
 
 def softmax(report: Report) -> list[Measurement]:
@@ -82,7 +93,8 @@ def softmax(report: Report) -> list[Measurement]:
     found = []
     for case in report.sized(softmax_cases.CASES):
         names = [*case.forms, "cudnn"] if case.T == 1 else case.forms
-        found += [_softmax(report, case, name) for name in dict.fromkeys([*map(report.implementation, names), "xla"])]
+        plain = ["xla"] if case.flop < PLAIN_FLOP else []
+        found += [_softmax(report, case, name) for name in dict.fromkeys([*map(report.implementation, names), *plain])]
     return found
 
 

@@ -7,20 +7,20 @@ from gpu_bench.report import WHOLE_STAGE, Report
 from gpu_bench.timing import Measurement
 from gpu_bench.turns import wait
 
-# Into how many parts a stage is cut, in the order of turns: first what tells most, last what compiles longest, but for
-# those of long rows, which come at the end.
+# Into how many parts a stage is cut, in the order of turns: first what tells most, last what compiles longest or needs
+# most of the device's memory, of which every process that waits for its turn holds some.
 PARTS = {
     "forward": 1,
     "backward": 1,
     "decode": 1,
     "linear": 1,
-    "model": 2,
     "softmax": 1,
     "experts": 1,
     "experts-decode": 1,
     "check": 5,
     "sweep": 4,
     "fla": 1,
+    "model": 2,
     "forward-long": 1,
     "backward-long": 1,
 }

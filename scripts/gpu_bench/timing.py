@@ -31,6 +31,7 @@ class Measurement:
       add: writes its rows, given seconds of a call.
       must: seconds it must not exceed.
       steps: how many calls follow each other in one program, so that launching them from Python does not count.
+      add_busy: writes a row of the seconds of a call in which the device computes, without those between kernels.
     """
 
     what: str
@@ -39,6 +40,7 @@ class Measurement:
     add: Callable[[float], None]
     must: float | None = None
     steps: int = 0
+    add_busy: Callable[[float], None] | None = None
     made: Any = None
     run: Any = None
 
@@ -74,6 +76,11 @@ class Measurement:
 
         return statistics.median(_clocked(several) / calls for _ in range(ROUNDS))
 
+    def busy(self) -> float:
+        """Seconds of a call that the device's operations take together."""
+        args = jax.block_until_ready(self.made())
+        return sum(seconds for _, seconds in operations(lambda: self.run(*args))) / self._steps()
+
     def _chained(self, carry: Any, *args: Any) -> float:
         times = []
         for _ in range(ROUNDS + 1):  # the first does not count
@@ -104,6 +111,8 @@ def time_all(report: Report, measurements: list[Measurement]) -> None:
         if m.run is not None:
             with report.attempt(m.what, m.must):
                 m.add(m.seconds())
+                if m.add_busy:
+                    m.add_busy(m.busy())
             m.run = m.made = None
             report.write()
 
