@@ -6,9 +6,10 @@ in bfloat16, int8 and int4, softmax attention, other tile sizes, and eight layer
 of `cases.py` of each op. Beside each time stand its floor (bytes over 4.3 TB/s, 3.0 on an H100, or FLOP over 989
 TFLOP/s) and, on an H200, what it must reach.
 
-Each stage runs in processes of its own, which compile beside each other and measure one after the other. FILE.json and
-the table FILE.md are written when a stage ends; stages run before, into the same file, are kept. fla's rows need torch
-and flash-linear-attention; where these are not, a row says so. --dry-run runs all of it at small shapes on the CPU.
+Each stage runs in processes of its own, which compile beside each other and then measure one after the other.
+FILE.json and the table FILE.md are written when a stage ends; stages run before, into the same file, are kept. fla's
+rows need torch and flash-linear-attention; where these are not, a row says so. --dry-run runs all of it at small shapes
+on the CPU.
 """
 
 import argparse

@@ -38,8 +38,9 @@ class ExpertsCase(Case):
 
     @property
     def matmul(self) -> bool:
-        """A few rows are multiplied on the ordinary cores, as is float32."""
-        return self.dtype == "bfloat16" and (self.grad or self.N * self.k > self.E // 2)
+        """A few rows are multiplied by narrow weights on the ordinary cores, as is float32."""
+        single = self.kind and not self.grad and self.N * self.k <= self.E // 2
+        return self.dtype == "bfloat16" and not single
 
     @property
     def flop(self) -> int:

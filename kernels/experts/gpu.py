@@ -54,9 +54,8 @@ def default_form(assignments: int, E: int, dtype: Any, bits: int, interpreted: b
     if dtype == jnp.float32:
         exact = Tiles(16, 64, 32, 4, 1)
         return Form(exact, exact, exact, exact, interpreted)
-    if assignments <= E // 2:  # a warp reads 512 bytes of a row at once
-        row = Tiles(1, 16, 512 * 8 // (bits or 16), 4, 1)
-        gate_up = down = row
+    if bits and assignments <= E // 2:  # a warp reads 512 bytes of a row at once
+        gate_up, down = (Tiles(1, 16, 512 * 8 // bits, warps, 1) for warps in (4, 2))
     elif assignments <= FEW or each <= 12:
         gate_up = Tiles(16, 64, 128, 4, 3 if bits else 4)
         if assignments > E // 2:

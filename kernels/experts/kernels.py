@@ -341,61 +341,35 @@ def forward(
 
 
 @triton.jit
-def row_product(
-    x,
-    values,
-    scales,
-    o,
-    at,
-    I: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BO: tl.constexpr,
-    BI: tl.constexpr,
-    RUN: tl.constexpr,
-    EVEN: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """W x over the in-channels from at·BI on, for each RUN of stored values that a thread reads at once."""
-    if BITS == 4:
-        sums = groups_product(x, values, scales, o, at, I, GROUP, BO, BI, RUN, PTX)
-    else:
-        i = at * BI + tl.arange(0, BI)
-        xs = tl.load(x + i, mask=i < I, other=0).to(tl.float32)
-        w = float_of(weights(values, o, i, I, EVEN), BITS, PTX)
-        sums = tl.sum(tl.reshape(w * xs[None, :], (BO, BI // RUN, RUN)), axis=2)
-    return sums
+def row_product(w, x, BITS: tl.constexpr, RUN: tl.constexpr, PTX: tl.constexpr):
+    """Stored values times x, summed over each RUN that a thread reads at once."""
+    BO: tl.constexpr = w.shape[0]
+    SPAN: tl.constexpr = w.shape[1]
+    return tl.sum(tl.reshape(float_of(w, BITS, PTX) * x[None, :], (BO, SPAN // RUN, RUN)), axis=2)
 
 
 @triton.jit
 def groups_product(
-    x,
-    values,
+    w,
+    low_x,
+    high_x,
     scales,
     o,
     at,
     I: tl.constexpr,
     GROUP: tl.constexpr,
-    BO: tl.constexpr,
-    BI: tl.constexpr,
     RUN: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """As `row_product`, of int4 weights; with numbers f = 1 + n/16 it is Σ x (n - 8) = 16 (Σ x f - 1.5 Σ x)."""
-    HALF: tl.constexpr = GROUP // 2
-    BYTES: tl.constexpr = BI // 2
-    LANES: tl.constexpr = BYTES // RUN
-    byte = at * BYTES + tl.arange(0, BYTES)
-    inside = byte < I // 2
-    place = x + byte // HALF * GROUP + byte % HALF
-    low_x = tl.load(place, mask=inside, other=0).to(tl.float32)
-    high_x = tl.load(place + HALF, mask=inside, other=0).to(tl.float32)
-    x_sums = tl.sum(tl.reshape(low_x + high_x, (LANES, RUN)), axis=1)
-    stored = tl.load(values + o[:, None] * (I // 2) + byte[None, :], mask=inside[None, :], other=0)
-    low, high = floats_of_halves(stored, PTX)
-    sums = tl.sum(tl.reshape(low * low_x[None, :], (BO, LANES, RUN)), axis=2)
-    sums += tl.sum(tl.reshape(high * high_x[None, :], (BO, LANES, RUN)), axis=2)
-    g = (at * LANES + tl.arange(0, LANES)) * RUN // HALF
+    BO: tl.constexpr = w.shape[0]
+    SPAN: tl.constexpr = w.shape[1]
+    RUNS: tl.constexpr = SPAN // RUN
+    low, high = floats_of_halves(w, PTX)
+    sums = tl.sum(tl.reshape(low * low_x[None, :], (BO, RUNS, RUN)), axis=2)
+    sums += tl.sum(tl.reshape(high * high_x[None, :], (BO, RUNS, RUN)), axis=2)
+    x_sums = tl.sum(tl.reshape(low_x + high_x, (RUNS, RUN)), axis=1)
+    g = (at * RUNS + tl.arange(0, RUNS)) * RUN // (GROUP // 2)
     scale = tl.load(scales + o[:, None] * (I // GROUP) + g[None, :], mask=(g < I // GROUP)[None, :], other=0)
     return (sums - 1.5 * x_sums[None, :]) * (16 * scale)
 
@@ -426,12 +400,13 @@ def forward_of_rows(
 ):
     """As `forward`, an assignment by itself on the ordinary cores: for so few that hardly two share an expert.
 
-    Nothing goes through shared memory, and only what is needed is multiplied.
+    Weights go from memory to registers, and only what is needed is multiplied.
     """
-    PARTS: tl.constexpr = 2 if GATED else 1
+    HALF: tl.constexpr = GROUP // 2
+    SPAN: tl.constexpr = BI // 2 if BITS == 4 else BI  # stored values of a step
     WIDTH: tl.constexpr = I // 2 if BITS == 4 else I
-    STEPS: tl.constexpr = (I + BI * SPLIT - 1) // (BI * SPLIT)
-    EVEN: tl.constexpr = I % (BI * SPLIT) == 0
+    STEPS: tl.constexpr = (WIDTH + SPAN * SPLIT - 1) // (SPAN * SPLIT)
+    EVEN: tl.constexpr = WIDTH % (SPAN * SPLIT) == 0
     a = tl.program_id(0) % N  # those that share an expert read its weights at the same time
     split = tl.program_id(1)
     e = tl.load(chosen + a)
@@ -440,30 +415,42 @@ def forward_of_rows(
     channel = (tl.program_id(0) // N) * BO + tl.arange(0, BO)
     o = tl.minimum(channel, O - 1)
     x += (a // k if BY_TOKEN else a).to(tl.int64) * I
-    matrix = (number_of(layer, L) * E + e) * (PARTS * O)
+    matrix = (number_of(layer, L) * E + e) * ((2 if GATED else 1) * O)
     values += matrix * WIDTH
     if BITS == 4:
         scales += matrix * (I // GROUP)
     elif BITS == 8:
         scales += matrix
-    LANES: tl.constexpr = (BI // 2 if BITS == 4 else BI) // RUN
-    first = tl.zeros((BO, LANES), tl.float32)
-    second = tl.zeros((BO, LANES), tl.float32)
-    for step in range(0, STEPS):
-        at = split * STEPS + step
-        first += row_product(x, values, scales, o, at, I, BITS, GROUP, BO, BI, RUN, EVEN, PTX)
+    first = tl.zeros((BO, SPAN // RUN), tl.float32)
+    second = tl.zeros((BO, SPAN // RUN), tl.float32)
+    for at in range(split * STEPS, (split + 1) * STEPS):
+        j = at * SPAN + tl.arange(0, SPAN)
+        # First what takes longest to come.
+        w = weights(values, o, j, WIDTH, EVEN)
         if GATED:
-            second += row_product(x, values, scales, o + O, at, I, BITS, GROUP, BO, BI, RUN, EVEN, PTX)
-    gate = tl.sum(first, axis=1)
-    up = tl.sum(second, axis=1)
+            up = weights(values, o + O, j, WIDTH, EVEN)
+        if BITS == 4:
+            place = x + j // HALF * GROUP + j % HALF
+            low = tl.load(place, mask=j < WIDTH, other=0).to(tl.float32)
+            high = tl.load(place + HALF, mask=j < WIDTH, other=0).to(tl.float32)
+            first += groups_product(w, low, high, scales, o, at, I, GROUP, RUN, PTX)
+            if GATED:
+                second += groups_product(up, low, high, scales, o + O, at, I, GROUP, RUN, PTX)
+        else:
+            xs = tl.load(x + j, mask=j < WIDTH, other=0).to(tl.float32)
+            first += row_product(w, xs, BITS, RUN, PTX)
+            if GATED:
+                second += row_product(up, xs, BITS, RUN, PTX)
+    y = tl.sum(first, axis=1)
     if BITS == 8:
-        gate *= tl.load(scales + o)
-        if GATED:
-            up *= tl.load(scales + o + O)
+        y *= tl.load(scales + o)
     if GATED:
-        gate = gate * tl.sigmoid(gate) * up
+        z = tl.sum(second, axis=1)
+        if BITS == 8:
+            z *= tl.load(scales + o + O)
+        y = y * tl.sigmoid(y) * z
     there = out + (split.to(tl.int64) * N + a) * O + channel
-    tl.store(there, gate.to(out.dtype.element_ty), mask=channel < O)
+    tl.store(there, y.to(out.dtype.element_ty), mask=channel < O)
 
 
 @triton.jit

@@ -74,7 +74,7 @@ def lightning_attention(
     """
     _check(qkv, log_decay, state, lengths, segments, layer)
     B, T, H, _, D = qkv.shape
-    chosen = _choose(implementation, qkv, segments is not None, log_decay, lengths is not None)
+    chosen = _choose(implementation, qkv, segments is not None, log_decay)
     log_decay = jax.lax.stop_gradient(log_decay)
     if lengths is None:
         lengths = jnp.full((B,), T, jnp.int32)
@@ -96,14 +96,13 @@ def lightning_attention(
     return out, after if layer is None else state.at[layer].set(after)
 
 
-def _choose(implementation: str | None, qkv: Any, packed: bool, log_decay: Any, ragged: bool = False) -> str:
+def _choose(implementation: str | None, qkv: Any, packed: bool, log_decay: Any) -> str:
     T, D, dtype = qkv.shape[1], qkv.shape[4], jnp.dtype(qkv.dtype)
     if implementation is None:
         slow = T > 1 and dtype == jnp.float32  # exact float32 products, which XLA's libraries do better
         if slow or gpu.refusal(D, dtype) or refusal():
             return "xla"
-        fits = gpu.proven_in_mosaic(T, ragged) and not gpu.refusal_of_mosaic(qkv, packed, log_decay)
-        return "mosaic" if fits else "triton"
+        return "triton" if gpu.refusal_of_mosaic(qkv, packed, log_decay) else "mosaic"
     reason = None
     if implementation in GPU:
         reason = gpu.refusal(D, dtype)

@@ -33,7 +33,6 @@ from m1jax.kernels.lightning_attention.reference import starts
 HEAD_DIMS = (32, 64, 128)
 MOSAIC_HEAD_DIMS = (64, 128)
 MOSAIC_TOKENS = 8  # rows of a tile in shared memory, which it does not cut
-MOSAIC_PROVEN = 4096, 64  # tokens: on a GPU its sweeps were right for rows from so long on, multiples of the other
 WIDTH = 64  # channels of a program of Mosaic's
 FASTEST = -1.25  # log λ below which the powers of λ over a chunk that Mosaic's sweeps divide by are no numbers
 LEAST_PART = 1024  # tokens
@@ -95,17 +94,6 @@ def refusal_of_mosaic(qkv: Any, packed: bool, log_decay: Any) -> str | None:
     if not isinstance(log_decay, Tracer) and np.any(np.asarray(log_decay) < FASTEST):
         return f"it takes a log_decay from {FASTEST} on, got {np.min(np.asarray(log_decay)):.3g}"
     return None
-
-
-def proven_in_mosaic(T: int, ragged: bool) -> bool:
-    """Whether rows like these came out right of Mosaic's sweeps on a GPU.
-
-    With a row of 72 tokens an H200 met an illegal instruction: the assembler had given a warp group more registers than
-    it keeps. `scripts/check_kernels.py` looks for that now, and none of today's kernels has it, but such rows have not
-    been tried again.
-    """
-    least, step = MOSAIC_PROVEN
-    return least <= T and T % step == 0 and not ragged
 
 
 def refusal(D: int, dtype: Any) -> str | None:

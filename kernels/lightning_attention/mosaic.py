@@ -46,7 +46,7 @@ class Plan:
     """
 
     slots: int = 4
-    registers: tuple[int, int, int] = (120, 72, 160)
+    registers: tuple[int, int, int] = (112, 80, 160)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,8 +347,7 @@ class _Program:
             slot, (_, count) = self.slot(step), self.chunk(step)
             plgpu.barrier_wait(self.shared["loaded"].at[slot])
 
-            @pl.loop(0, self.D // WIDTH)  # half at a time, for the few registers that the group keeps
-            def _(half: jax.Array) -> None:
+            for half in range(self.D // WIDTH):
                 b = self.shared["b"].at[slot, :, pl.ds(half * WIDTH, WIDTH)]
                 _clear(b, count)
                 if self.role.b != _GRADIENT:

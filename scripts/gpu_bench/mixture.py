@@ -63,9 +63,12 @@ def _decode(report: Report, case: ExpertsCase, how: Any) -> Measurement:
         a = case.arguments(normal)
         return a.pop("x"), a
 
-    return Measurement(
+    found = Measurement(
         what, step, make, lambda time: report.timed(what, time, floor, must), must, steps=4 if how == "xla" else 16
     )
+    if how != "xla":
+        found.add_busy = lambda time: report.timed(f"{what}, on the device", time, floor)
+    return found
 
 
 def sweep(report: Report) -> list[Measurement]:

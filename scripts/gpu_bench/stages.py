@@ -11,12 +11,12 @@ from gpu_bench.turns import wait
 # most of the device's memory, of which every process that waits for its turn holds some.
 PARTS = {
     "forward": 1,
-    "backward": 1,
+    "backward": 2,
     "decode": 1,
-    "linear": 1,
+    "linear": 2,
     "softmax": 1,
     "experts": 1,
-    "experts-decode": 1,
+    "experts-decode": 3,
     "check": 5,
     "sweep": 4,
     "fla": 1,

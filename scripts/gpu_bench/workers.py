@@ -1,4 +1,4 @@
-"""Runs the stages' parts as processes, which compile beside each other and measure one after the other."""
+"""Runs the stages' parts as processes, which compile beside each other and then measure one after the other."""
 
 import dataclasses
 import json
@@ -67,8 +67,10 @@ def _run(report: Report, stages: list[str], end: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = _start(report, stages, Path(folder))
         try:
+            # Nobody measures while another still compiles: XLA tries algorithms of its libraries on the device.
             for worker in found:
                 worker.ready.wait(max(0.0, end - time.monotonic()))
+            for worker in found:
                 print(f"{worker.stage}, {end - time.monotonic():.0f} s left", flush=True)
                 worker.go()
                 _wait(worker, end)
@@ -132,5 +134,5 @@ def _compare(report: Report) -> None:
     named = [(row, *row["what"].partition(" ")[::2]) for row in report.rows if "us" in row]
     ours = {case: row["us"] for row, form, case in named if form.startswith(OURS)}
     for row, form, case in named:
-        if case in ours and not form.startswith(OURS):
+        if ours.get(case) and not form.startswith(OURS):
             row["ours_is_faster"] = row["us"] / ours[case]
