@@ -7,9 +7,9 @@ of `cases.py` of each op. Beside each time stand its floor (bytes over 4.3 TB/s,
 TFLOP/s) and, on an H200, what it must reach.
 
 Each stage runs in processes of its own, which compile beside each other and then measure one after the other.
-FILE.json and the table FILE.md are written when a stage ends; stages run before, into the same file, are kept. fla's
-rows need torch and flash-linear-attention; where these are not, a row says so. --dry-run runs all of it at small shapes
-on the CPU.
+FILE.json and the table FILE.md are written when a stage ends. What is in the file already stays until it is measured
+again, marked as of an earlier run. fla's rows need torch and flash-linear-attention; where these are not, a row says
+so. --dry-run runs all of it at small shapes on the CPU.
 """
 
 import argparse
@@ -27,14 +27,14 @@ from m1jax.errors import UserError, main_guard
 RESULTS = Path(__file__).parent / "results"
 
 
-def earlier(path: Path, device: str, dry: bool, again: list[str]) -> list[dict]:
-    """Rows of other stages that the file holds already, if they are of this device."""
+def earlier(path: Path, device: str, dry: bool) -> list[dict]:
+    """Rows that the file holds already, if they are of this device."""
     if not path.exists():
         return []
     found = json.loads(path.read_text())
     if found["device"] != device or found["dry"] != dry:
         raise UserError(f"{path} holds results of {found['device']}: choose another file")
-    return [row for row in found["rows"] if row["stage"] not in again]
+    return [row | {"earlier": row.get("earlier", found["date"])} for row in found["rows"]]
 
 
 @main_guard
@@ -63,7 +63,7 @@ def main() -> int:
     chosen = args.only or list(stages.PARTS)
     if unknown := [name for name in chosen if name not in stages.PARTS]:
         raise UserError(f"no stage {', '.join(unknown)}: known are {', '.join(stages.PARTS)}")
-    report = Report(out, args.dry_run, device, earlier(out, device, args.dry_run, chosen))
+    report = Report(out, args.dry_run, device, earlier(out, device, args.dry_run))
     workers.run(report, chosen, args.minutes)
     if wrong := report.failures():
         print(f"failed: {', '.join(wrong)}", file=sys.stderr)

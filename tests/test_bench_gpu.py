@@ -89,15 +89,24 @@ def test_what_broke_off_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     file, report = tmp_path / "rows.json", Report(tmp_path / "out.json", False, "NVIDIA H200")
     file.write_text('{"rows": [{"stage": "decode", "what": "triton decode", "us": 2.0}]}')
+    earlier = {"stage": "decode", "us": 9.0, "earlier": "2026-01-01", "wrong": True}
     ends = "print('ready', flush=True); input(); raise SystemExit('no such layer')"
     for code, how in ((ends, "exit code 1: no such layer"), ("import time; time.sleep(60)", "out of time")):
-        report.rows.clear()
+        report.rows[:] = [earlier | {"what": what} for what in ("triton decode", "xla decode")]
         worker = workers._worker("decode", [sys.executable, "-c", code], file)
         assert worker.ready.wait(30 if "ready" in code else 1) == ("ready" in code)
         worker.go()
         workers._wait(worker, time.monotonic() + (30 if "ready" in code else 0))
         workers._collect(report, worker)
-        assert report.rows[0]["us"] == 2.0 and report.rows[1]["failed"].startswith(how) and report.failures()
+        found = {row["what"]: row for row in report.rows}
+        assert [row["us"] for row in report.rows[:2]] == [9.0, 2.0], "what was not measured anew is kept"
+        assert found["the whole stage"]["failed"].startswith(how) and report.failures() == ["decode: the whole stage"]
+        report.forget_earlier()
+        assert len(report.rows) == 3
+    report.rows[2] = earlier | {"stage": "model", "what": "prefill"}  # nothing broke off
+    report.forget_earlier()
+    assert [row["us"] for row in report.rows] == [2.0, 9.0], "of a stage that did not run, all is kept"
+    report.rows.pop()
     report.rows += [{"stage": "decode", "what": "triton forward", "skipped": "no memory"}]
     report.rows += [{"stage": "fla", "what": f"chunk_simple_gla {case}", "us": 6.0} for case in ("forward", "decode")]
     workers._compare(report)
@@ -125,7 +134,7 @@ def test_every_comparison_can_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.M
         elif op == "linear":
             assert linear._choose(name, a["x"], a["stack"]) == name
         else:
-            assert lightning._choose(name, a["qkv"], "segments" in a, jnp.asarray([-0.5]), "lengths" in a) == name
+            assert lightning._choose(name, a["qkv"], "segments" in a, jnp.asarray([-0.5])) == name
         asked.add((name, case.dtype, case.whole))
     assert {(name, whole) for name, _, whole in asked} >= {("triton", True), ("cudnn", True), ("pallas", False)}
     assert ("triton", "float32", False) in asked and ("cudnn", "bfloat16", False) in asked

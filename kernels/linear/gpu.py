@@ -4,6 +4,9 @@ XLA would first copy the matrix out of the stack, or several matrices that are m
 which triples what is read and written.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -11,21 +14,19 @@ from m1jax.kernels.gpu import launch
 from m1jax.kernels.gpu.tiles import MULTIPROCESSORS, Tiles
 
 MOST_ROWS = 256  # beyond, the copy is small beside the product
-PROGRAMS = (
-    2 * MULTIPROCESSORS
-)  # at least so many where there are too few blocks of channels: two for each multiprocessor
 
 
 def default_tiles(N: int, O: int, I: int) -> Tiles:
-    """For N rows, O channels out and I in."""
-    if N == 1:  # on the ordinary cores; a warp reads 512 bytes of a row of the matrix at once
-        rows, out, inner = 1, 16, 256
+    """For N rows, O channels out and I in; sums are shared where there are too few blocks of channels."""
+    if N == 1:  # on the ordinary cores, by programs of one warp that reads 512 bytes of a row of the matrix at once
+        tiles, enough = Tiles(1, 8, 256, 1, 1), 16 * MULTIPROCESSORS
     else:
-        rows, out, inner = min(max(16, 1 << (N - 1).bit_length()), 128), 64, 128
-    programs, split = -(-O // out) * -(-N // rows), 1
-    while programs * split < PROGRAMS and I % (2 * split * inner) == 0:
+        rows = min(max(16, 1 << (N - 1).bit_length()), 128)
+        tiles, enough = Tiles(rows, 64, 128, 4, 4 if rows <= 64 else 3), 2 * MULTIPROCESSORS
+    programs, split = -(-O // tiles.out) * -(-N // tiles.rows), 1
+    while programs * split < enough and I % (2 * split * tiles.inner) == 0:
         split *= 2
-    return Tiles(rows, out, inner, 4, 4 if rows <= 64 else 3, split)
+    return dataclasses.replace(tiles, split=split)
 
 
 def refusal(x: jax.Array, stack: jax.Array) -> str | None:
@@ -45,7 +46,7 @@ def product(
 
     (N, I), (L, O, _) = x.shape, stack.shape
     tiles = tiles or default_tiles(N, O, I)
-    rows = {"N": N, "R": tiles.rows} if tiles.rows > 1 else {}
+    rows: dict[str, Any] = {"N": N, "R": tiles.rows} if tiles.rows > 1 else {}
     (out,) = launch(
         kernels.forward if rows else kernels.forward_of_row, x, stack, jnp.asarray(layer, jnp.int32).reshape(1),
         out=[jax.ShapeDtypeStruct((tiles.split, N, O), jnp.float32)],

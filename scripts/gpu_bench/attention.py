@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpu_bench.report import Report
-from gpu_bench.timing import Measurement, normal
+from gpu_bench.report import BANDWIDTH, Report
+from gpu_bench.timing import Measurement, enough_steps, normal
 from m1jax.kernels.lightning_attention import cases, gpu, lightning_attention
 from m1jax.kernels.lightning_attention.cases import LightningCase
 from m1jax.kernels.softmax_attention import cases as softmax_cases
@@ -82,7 +82,8 @@ def _measurement(
     what = f"{name} {case.name}"
     if case.T > 1:
         return Measurement(what, whole, lambda: (case.arguments(normal),), add, must)
-    found = Measurement(what, step, to_step, lambda time: add(time / case.layers), must, steps=8)
+    steps = enough_steps(_bytes(case) * case.layers / BANDWIDTH["H200"])
+    found = Measurement(what, step, to_step, lambda time: add(time / case.layers), must, steps)
     if add_busy:
         found.add_busy = lambda time: add_busy(time / case.layers)
     return found
@@ -112,12 +113,11 @@ def _softmax(report: Report, case: SoftmaxCase, name: Any) -> Measurement:
         flop = case.flop * (3.5 if case.grad else 1)
         report.timed(what, time, TFLOPs=flop / time / 1e12)
 
-    def add_step(time: float) -> None:
-        report.timed(what, time, 4 * case.B * case.K * case.N * case.D / report.bandwidth)
+    floor = 4 * case.B * case.K * case.N * case.D / report.bandwidth  # of a step
 
     if case.T > 1:
         return Measurement(what, lambda a: case.call(name, a), lambda: (case.arguments(normal),), add)
-    return Measurement(what, step, to_step, add_step, steps=16)
+    return Measurement(what, step, to_step, lambda time: report.timed(what, time, floor), steps=enough_steps(floor))
 
 
 def sweep(report: Report) -> list[Measurement]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gpu_bench.report import PEAKS, Report
-from gpu_bench.timing import Measurement, normal
+from gpu_bench.timing import Measurement, enough_steps, normal
 from m1jax.kernels.experts import experts, gpu
 from m1jax.kernels.experts.cases import CASES, ExpertsCase
 
@@ -63,9 +63,7 @@ def _decode(report: Report, case: ExpertsCase, how: Any) -> Measurement:
         a = case.arguments(normal)
         return a.pop("x"), a
 
-    found = Measurement(
-        what, step, make, lambda time: report.timed(what, time, floor, must), must, steps=4 if how == "xla" else 16
-    )
+    found = Measurement(what, step, make, lambda time: report.timed(what, time, floor, must), must, enough_steps(floor))
     if how != "xla":
         found.add_busy = lambda time: report.timed(f"{what}, on the device", time, floor)
     return found

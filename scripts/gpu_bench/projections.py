@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gpu_bench.report import Report
-from gpu_bench.timing import Measurement, normal
+from gpu_bench.timing import Measurement, enough_steps, normal
 from m1jax.kernels.linear import linear
 from m1jax.kernels.linear.cases import CASES, LinearCase
 
@@ -29,7 +29,9 @@ def _decode(report: Report, case: LinearCase, how: Any) -> Measurement:
         a = case.arguments(normal)
         return a.pop("x"), a
 
-    def add(time: float) -> None:
-        report.timed(what, time / case.L, 2 * case.O * case.I / report.bandwidth)
+    floor = 2 * case.O * case.I / report.bandwidth  # of a product
 
-    return Measurement(what, step, make, add, steps=8)
+    def add(time: float) -> None:
+        report.timed(what, time / case.L, floor)
+
+    return Measurement(what, step, make, add, steps=enough_steps(floor * case.L))

@@ -20,7 +20,10 @@ PEAKS = {"measured": 790e12, "data sheet": PEAK}  # bfloat16 FLOP a second
 
 @dataclasses.dataclass
 class Report:
-    """Where results go. `rows` are dictionaries with stage, what, and figures; times are in microseconds."""
+    """Where results go. `rows` are dictionaries with stage, what, and figures; times are in microseconds.
+
+    Those of an earlier run have its date as `earlier`.
+    """
 
     path: Path
     dry: bool
@@ -87,7 +90,14 @@ class Report:
 
     def failures(self) -> list[str]:
         """What was wrong, and the stages of which nothing ran."""
-        return [f"{row['stage']}: {row['what']}" for row in self.rows if row.get("wrong") or row["what"] == WHOLE_STAGE]
+        now = [row for row in self.rows if "earlier" not in row]
+        return [f"{row['stage']}: {row['what']}" for row in now if row.get("wrong") or row["what"] == WHOLE_STAGE]
+
+    def forget_earlier(self) -> None:
+        """Drops what earlier runs found of stages that have now run to their end."""
+        now = [row for row in self.rows if "earlier" not in row]
+        ended = {row["stage"] for row in now} - {row["stage"] for row in now if row["what"] == WHOLE_STAGE}
+        self.rows = [row for row in self.rows if "earlier" not in row or row["stage"] not in ended]
 
     def write(self) -> None:
         """Writes the JSON file and, beside it, the table."""

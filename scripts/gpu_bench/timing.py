@@ -18,6 +18,8 @@ from jax import lax
 from gpu_bench.report import Report
 
 ROUNDS = 3  # of which the median counts; 1 in a dry run
+UNROLL = 8  # steps of a loop that one program's text has
+LONG = 0.04  # seconds that a loop should take: starting it and waiting for it take up to 0.0008
 
 
 @dataclasses.dataclass
@@ -30,7 +32,7 @@ class Measurement:
       make: the arguments, made on the device.
       add: writes its rows, given seconds of a call.
       must: seconds it must not exceed.
-      steps: how many calls follow each other in one program, so that launching them from Python does not count.
+      steps: how many calls follow each other in one program, so that launching it and waiting for it do not count.
       add_busy: writes a row of the seconds of a call in which the device computes, without those between kernels.
     """
 
@@ -52,7 +54,7 @@ class Measurement:
 
     def _loop(self, carry: Any, *args: Any) -> Any:
         steps = self._steps()
-        return lax.fori_loop(0, steps, lambda _, carry: self.fn(carry, *args), carry, unroll=min(8, steps))
+        return lax.fori_loop(0, steps, lambda _, carry: self.fn(carry, *args), carry, unroll=min(UNROLL, steps))
 
     def _steps(self) -> int:
         return min(self.steps, 2) if ROUNDS == 1 else self.steps
@@ -90,6 +92,11 @@ class Measurement:
         return statistics.median(times[1:])
 
 
+def enough_steps(floor: float) -> int:
+    """`steps` for calls of at least `floor` seconds."""
+    return UNROLL * min(32, max(1, round(LONG / (UNROLL * floor))))
+
+
 def _clocked(fn: Callable[[], Any]) -> float:
     start = time.perf_counter()
     out = jax.block_until_ready(fn())
@@ -111,8 +118,8 @@ def time_all(report: Report, measurements: list[Measurement]) -> None:
         if m.run is not None:
             with report.attempt(m.what, m.must):
                 m.add(m.seconds())
-                if m.add_busy:
-                    m.add_busy(m.busy())
+                if m.add_busy and (busy := m.busy()):
+                    m.add_busy(busy)
             m.run = m.made = None
             report.write()
 

@@ -61,6 +61,8 @@ def run(report: Report, chosen: list[str], minutes: float) -> None:
     end = time.monotonic() + 60 * minutes
     for stages in ([s for s in chosen if s not in LONG], *([s] for s in LONG if s in chosen)):
         _run(report, stages, end)
+    report.forget_earlier()
+    report.write()
 
 
 def _run(report: Report, stages: list[str], end: float) -> None:
@@ -70,6 +72,7 @@ def _run(report: Report, stages: list[str], end: float) -> None:
             # Nobody measures while another still compiles: XLA tries algorithms of its libraries on the device.
             for worker in found:
                 worker.ready.wait(max(0.0, end - time.monotonic()))
+                print(f"{worker.stage} compiled, {end - time.monotonic():.0f} s left", flush=True)
             for worker in found:
                 print(f"{worker.stage}, {end - time.monotonic():.0f} s left", flush=True)
                 worker.go()
@@ -120,7 +123,9 @@ def _wait(worker: Worker, end: float) -> None:
 
 def _collect(report: Report, worker: Worker) -> None:
     if worker.file.exists():
-        report.rows += json.loads(worker.file.read_text())["rows"]
+        fresh = json.loads(worker.file.read_text())["rows"]
+        again = {(row["stage"], row["what"]) for row in fresh}
+        report.rows = [r for r in report.rows if "earlier" not in r or (r["stage"], r["what"]) not in again] + fresh
     code = worker.process.returncode
     if code:
         log = worker.file.with_suffix(".log").read_text()
@@ -131,7 +136,8 @@ def _collect(report: Report, worker: Worker) -> None:
 
 def _compare(report: Report) -> None:
     """Sets beside each time of another form, the second word on of which names the case, how much faster ours is."""
-    named = [(row, *row["what"].partition(" ")[::2]) for row in report.rows if "us" in row]
+    now = [row for row in report.rows if "us" in row and "earlier" not in row]
+    named = [(row, *row["what"].partition(" ")[::2]) for row in now]
     ours = {case: row["us"] for row, form, case in named if form.startswith(OURS)}
     for row, form, case in named:
         if ours.get(case) and not form.startswith(OURS):
