@@ -103,18 +103,28 @@ def test_cases(case: ExpertsCase) -> None:
     compare_case(case, ("xla", "triton_interpreted"), 1e-5 if case.dtype == "float32" else 8e-3)
 
 
+def tiled(tiles: gpu.Tiles, stored: str, N: int) -> None:
+    """Experts of N tokens with one choice of tiles are right; only the second product's sum is split."""
+    weights, x = weights_of(stored), normal(0, N, M, dtype="bfloat16")
+    chosen, shares = routing(N, 2, False)
+    form = gpu.default_form(1, E, x.dtype, gpu.bits_of(weights[0]), True)
+    form = dataclasses.replace(form, gate_up=dataclasses.replace(tiles, split=1), down=tiles)
+    got = jax.jit(functools.partial(gpu.experts, form=form))(x, *weights, 1, chosen, shares)
+    assert rms_error(got, exact(x, weights, chosen, shares)) < TOLERANCE["bfloat16"]
+
+
 @pytest.mark.parametrize("stored", ["bfloat16", "int8", "int4"])
-def test_split_sums_and_many_rows(stored: str) -> None:
-    """The tiles of prefill and of decode agree, whichever finds the rows, and an uneven split of the sum."""
-    weights, x = weights_of(stored), normal(0, 140, M, dtype="bfloat16")
-    chosen, shares = routing(140, 2, False)
-    want = exact(x, weights, chosen, shares)
-    few = gpu.default_form(1, E, x.dtype, gpu.bits_of(weights[0]), True)
-    choices = few.down, gpu.Tiles(16, 64, 128, 4, 3), gpu.Tiles(128, 128, 64, 8, 1)
-    for tiles in (*choices, *(dataclasses.replace(tiles, split=3) for tiles in choices[:2])):
-        form = dataclasses.replace(few, gate_up=dataclasses.replace(tiles, split=1), down=tiles)
-        got = jax.jit(functools.partial(gpu.experts, form=form))(x, *weights, 1, chosen, shares)
-        assert rms_error(got, want) < TOLERANCE["bfloat16"], tiles
+@pytest.mark.parametrize("tiles", [(16, 64, 128, 4, 3), (16, 64, 128, 4, 3, 3), (128, 128, 64, 8, 1)])
+def test_tiles_of_many_rows(tiles: tuple[int, ...], stored: str) -> None:
+    """Those of prefill and of decode, whichever finds the rows, and an uneven split of the sum."""
+    tiled(gpu.Tiles(*tiles), stored, 140)
+
+
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+@pytest.mark.parametrize("tiles", [(1, 16, 512, 2, 1), (1, 16, 128, 2, 1, 3), (1, 64, 64, 4, 1)])
+def test_tiles_of_single_rows(tiles: tuple[int, ...], stored: str) -> None:
+    """More in-channels at once than there are, an uneven split, more out-channels than there are."""
+    tiled(gpu.Tiles(*tiles), stored, 3)
 
 
 def test_chunks_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,7 @@ def _product_forward(
     form: Form, gated: bool, k: int, x: jax.Array, weights: Weights, layer: jax.Array, chosen: jax.Array
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     tiles = form.gate_up
-    if tiles.rows == 1:  # a form that writes nothing besides
+    if tiles.rows == 1:  # of the form that writes nothing besides
         tiles = Tiles(16, 64, 128, 4, 3)
     elif isinstance(weights, Quantized):  # registers for what is written besides
         tiles = dataclasses.replace(tiles, rows=max(tiles.rows // 2, 16))
@@ -227,12 +227,11 @@ def _forward(
     out = [jax.ShapeDtypeStruct((n, O) if gated else (split, n, O), x.dtype if gated else jnp.float32)]
     ptx = not form.interpreted and x.dtype == jnp.bfloat16
     if tiles.rows == 1:
-        read = 16 // values.dtype.itemsize  # what a thread reads at once
         return launch(
             kernels.forward_of_rows, x, values, scales, layer, chosen.reshape(-1), out=out,
             grid=(n * -(-O // tiles.out), split), warps=tiles.warps, stages=tiles.stages, interpreted=form.interpreted,
             **stored, O=O, I=I, L=L, E=E, k=k, N=n, GATED=gated, BY_TOKEN=gated, SPLIT=split, BO=tiles.out,
-            BI=tiles.inner, RUN=read, PTX=ptx,
+            BI=tiles.inner, PTX=ptx,
         )  # fmt: skip
     constants: dict[str, Any] = {} if raw else {"raw": None}
     if raw:

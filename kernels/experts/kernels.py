@@ -95,9 +95,9 @@ def from_int4(w, TYPE: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def float_of(w, BITS: tl.constexpr, PTX: tl.constexpr):
-    """int8 or float weights in float32."""
-    if BITS == 8 and PTX:
+def floats_of_int8(w, PTX: tl.constexpr):
+    """int8 in float32."""
+    if PTX:
         return tl.inline_asm_elementwise(_INT8_FLOAT, "=f,=f,=f,=f,r", [w], dtype=tl.float32, is_pure=True, pack=4)
     return w.to(tl.float32)
 
@@ -341,11 +341,11 @@ def forward(
 
 
 @triton.jit
-def row_product(w, x, BITS: tl.constexpr, RUN: tl.constexpr, PTX: tl.constexpr):
-    """Stored values times x, summed over each RUN that a thread reads at once."""
+def row_product(w, x, RUN: tl.constexpr, PTX: tl.constexpr):
+    """int8 weights times x, summed over each RUN of stored values that a thread reads at once."""
     BO: tl.constexpr = w.shape[0]
     SPAN: tl.constexpr = w.shape[1]
-    return tl.sum(tl.reshape(float_of(w, BITS, PTX) * x[None, :], (BO, SPAN // RUN, RUN)), axis=2)
+    return tl.sum(tl.reshape(floats_of_int8(w, PTX) * x[None, :], (BO, SPAN // RUN, RUN)), axis=2)
 
 
 @triton.jit
@@ -395,13 +395,14 @@ def forward_of_rows(
     SPLIT: tl.constexpr,
     BO: tl.constexpr,
     BI: tl.constexpr,
-    RUN: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """As `forward`, an assignment by itself on the ordinary cores: for so few that hardly two share an expert.
+    """As `forward` with int8 or int4 weights, an assignment by itself on the ordinary cores.
 
-    Weights go from memory to registers, and only what is needed is multiplied.
+    For so few that hardly two share an expert: weights go from memory to registers, and only what is needed is
+    multiplied, where operands of tensor cores would go through shared memory and have 16 columns.
     """
+    RUN: tl.constexpr = 16
     HALF: tl.constexpr = GROUP // 2
     SPAN: tl.constexpr = BI // 2 if BITS == 4 else BI  # stored values of a step
     WIDTH: tl.constexpr = I // 2 if BITS == 4 else I
@@ -419,7 +420,7 @@ def forward_of_rows(
     values += matrix * WIDTH
     if BITS == 4:
         scales += matrix * (I // GROUP)
-    elif BITS == 8:
+    else:
         scales += matrix
     first = tl.zeros((BO, SPAN // RUN), tl.float32)
     second = tl.zeros((BO, SPAN // RUN), tl.float32)
@@ -438,9 +439,9 @@ def forward_of_rows(
                 second += groups_product(up, low, high, scales, o + O, at, I, GROUP, RUN, PTX)
         else:
             xs = tl.load(x + j, mask=j < WIDTH, other=0).to(tl.float32)
-            first += row_product(w, xs, BITS, RUN, PTX)
+            first += row_product(w, xs, RUN, PTX)
             if GATED:
-                second += row_product(up, xs, BITS, RUN, PTX)
+                second += row_product(up, xs, RUN, PTX)
     y = tl.sum(first, axis=1)
     if BITS == 8:
         y *= tl.load(scales + o)
