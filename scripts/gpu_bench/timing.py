@@ -118,8 +118,8 @@ def time_all(report: Report, measurements: list[Measurement]) -> None:
         if m.run is not None:
             with report.attempt(m.what, m.must):
                 m.add(m.seconds())
-                if m.add_busy and (busy := m.busy()):
-                    m.add_busy(busy)
+                if m.add_busy and not report.dry:  # a profile takes seconds, and stage `model` has one
+                    m.add_busy(m.busy())
             m.run = m.made = None
             report.write()
 
