@@ -122,3 +122,11 @@ def test_a_warp_group_that_uses_more_registers_than_it_keeps() -> None:
     assert report.faults(matmul=False) == ["a warp group uses 128 registers of the 62 that it keeps"]
     assert not aot._counted("k", 128, 0, (first + second).replace("R127", "R61")).faults(matmul=False)
     assert aot._counted("k", 128, 0, (first + second).replace("R127", "R62")).faults(matmul=False)
+    for text, last in {
+        "LDS.128 R56, [R80+0x10] ;": 59,
+        "IMAD.WIDE.U32 R2, R3, 0x4, R6 ;": 6,
+        "@P1 STG.E.64 desc[UR4][R90.64], R60 ;": 61,
+        "HGMMA.64x64x16.F32.BF16 R24, R88, gdesc[UR8], R24 ;": 119,
+        "EXIT ;": 0,
+    }.items():
+        assert aot._last_register(text) == last, text

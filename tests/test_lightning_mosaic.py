@@ -101,8 +101,8 @@ def test_what_it_does_not_do_is_refused_and_left_to_triton(monkeypatch: pytest.M
         assert api._choose(None, qkv, packed, d) == "triton"
         with pytest.raises(ValueError, match=f"implementation: 'mosaic' cannot run: .*{why}"):
             api._choose("mosaic", qkv, packed, d)
-    assert api._choose(None, of(T=1), False, decay) == "triton"
-    assert api._choose(None, of(T=72), False, decay) == "mosaic"
+    assert api._choose(None, of(T=1), False, decay) == api._choose(None, of(T=248), False, decay) == "triton"
+    assert api._choose(None, of(T=256), False, decay) == api._choose("mosaic", of(T=8), False, decay) == "mosaic"
     assert api._choose(None, of(dtype="float32"), False, decay) == "xla"
     monkeypatch.setattr(gpu.jax, "__version_info__", (0, 10, 2))
     assert api._choose(None, of(), False, decay) == "triton"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from m1jax.kernels.experts.api import experts
-from m1jax.kernels.experts.gpu import FEW
+from m1jax.kernels.experts.gpu import FEW, default_form
 from m1jax.kernels.experts.quantized import Quantization, Quantized, stored_shapes
 from m1jax.kernels.gpu.case import Case, Normal
 
@@ -34,13 +34,19 @@ class ExpertsCase(Case):
     def reduced(self) -> Self:
         """int4 groups of 32 and 128; rows found and tiles chosen as for the whole case, or nearly."""
         N = min(self.N, 8 if self.N * self.k <= FEW else 200)
-        return dataclasses.replace(self, N=N, E=4, F=96, M=256, layers=2, padding=N > 2)
+        E = 2 * N * self.k if self.single else 4
+        return dataclasses.replace(self, N=N, E=E, F=96, M=256, layers=2, padding=N > 2)
 
     @property
     def matmul(self) -> bool:
         """A few rows are multiplied by narrow weights on the ordinary cores, as is float32."""
-        single = self.kind and not self.grad and self.N * self.k <= self.E // 2
-        return self.dtype == "bfloat16" and not single
+        return self.dtype == "bfloat16" and not (self.single and not self.grad)
+
+    @property
+    def single(self) -> bool:
+        """Whether rows are multiplied one by one."""
+        bits = int(self.kind[3:]) if self.kind else 0
+        return default_form(self.N * self.k, self.E, jnp.dtype(self.dtype), bits).gate_up.rows == 1
 
     @property
     def flop(self) -> int:

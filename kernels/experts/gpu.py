@@ -98,7 +98,8 @@ def experts(
         return _in_chunks(x, gate_up, down, layer, chosen, weights, interpreted)
     E = gate_up.shape[1]
     if form is None:
-        form = default_form(N * k, E, x.dtype, bits_of(gate_up), interpreted)
+        bits = bits_of(gate_up) if bits_of(down) else 0  # single rows are multiplied by narrow weights alone
+        form = default_form(N * k, E, x.dtype, bits, interpreted)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     h: Any = product(form, True, k, x, gate_up, layer, chosen)
     y: Any = product(form, False, k, h, down, layer, chosen)  # [split, N·k, M]

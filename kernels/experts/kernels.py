@@ -5,7 +5,8 @@ in a table made from the sorted assignments or, for few rows, found by each prog
 launches nothing but its products. Weights are read where they lie, in the stack of all layers.
 
 Products with narrow weights: values are converted in registers, where the left operand of a matrix instruction may be,
-so the forward product is W xᵀ; int8 scales come after the sum, int4 scales after the sum over each group.
+so the forward product is W xᵀ; int8 scales come after the sum, int4 scales after the sum over each group. So few rows
+that hardly two have an expert in common are multiplied by them on the ordinary cores.
 """
 
 import triton
@@ -402,6 +403,7 @@ def forward_of_rows(
     For so few that hardly two share an expert: weights go from memory to registers, and only what is needed is
     multiplied, where operands of tensor cores would go through shared memory and have 16 columns.
     """
+    tl.static_assert(BITS == 4 or BITS == 8)
     RUN: tl.constexpr = 16
     HALF: tl.constexpr = GROUP // 2
     SPAN: tl.constexpr = BI // 2 if BITS == 4 else BI  # stored values of a step

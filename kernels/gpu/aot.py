@@ -63,17 +63,25 @@ class Report:
         """Warp groups whose code, in the order of the text, uses more registers than they keep: an illegal instruction.
 
         Code is that from each change of a group's registers to the next. Two registers of a thread hold its program
-        counter: of 72 kept, an H200 ran code that used 69 and met an illegal instruction at the 71st.
+        counter: of 72 kept, an H200 met an illegal instruction where code wrote the 71st, right after the 70th.
         """
         found = []
         for group in re.split(r"(?=USETMAXREG)", self.sass)[1:]:
             kept = re.match(r"USETMAXREG\S+ (?:UP\d+, )?0x([0-9a-f]+)", group)
             if kept is None:
                 raise RuntimeError(f"cannot read {group[:60]}")
-            used = 1 + max(map(int, re.findall(r"\bR(\d+)\b", group)), default=0)
+            used = 1 + max(map(_last_register, group.splitlines()))
             if used > (usable := int(kept[1], 16) - PROGRAM_COUNTER):
                 found.append(f"a warp group uses {used} registers of the {usable} that it keeps")
         return found
+
+
+def _last_register(instruction: str) -> int:
+    """The highest register of an instruction; of several in a row it names the first."""
+    code = re.sub(r"\[[^]]*\]", "", instruction)  # an address is one register or two, and computed by others
+    wide = re.search(r"HGMMA\.64x(\d+)x\d+\.F32|\.(64|128)\b", code)
+    more = 0 if wide is None else int(wide[1]) // 2 - 1 if wide[1] else int(wide[2]) // 32 - 1
+    return max((int(number) + more for number in re.findall(r"\bR(\d+)\b", code)), default=0)
 
 
 def launches(jaxpr: Any) -> Iterator[Launch]:

@@ -61,8 +61,8 @@ def lightning_attention(
       implementation: "reference"; "xla"; "triton", on Hopper GPUs, head_dim 32, 64 or 128; "mosaic", with faster
         sweeps: bfloat16, head_dim 64 or 128, a multiple of 8 tokens, no segments, log λ ≥ -1.25 (below, where it is not
         known before, NaN), jax ≥ 0.11; "triton_interpreted", "mosaic_interpreted", these on the CPU, for tests. None is
-        the first of "mosaic", "triton" that can run, except for more than one token in float32, else "xla"; rows with
-        lengths, of fewer than 4,096 tokens or no multiple of 64 it does not give to "mosaic".
+        the first of "mosaic", "triton" that can run, except for more than one token in float32, else "xla"; rows of
+        fewer than 256 tokens, less than the states that "triton" updates in place, it does not give to "mosaic".
 
     Returns:
       o `[B, T, H, D]` in the dtype of `qkv` (undefined, but finite, at padded tokens), and the float32 state
@@ -102,7 +102,8 @@ def _choose(implementation: str | None, qkv: Any, packed: bool, log_decay: Any) 
         slow = T > 1 and dtype == jnp.float32  # exact float32 products, which XLA's libraries do better
         if slow or gpu.refusal(D, dtype) or refusal():
             return "xla"
-        return "triton" if gpu.refusal_of_mosaic(qkv, packed, log_decay) else "mosaic"
+        fits = T >= gpu.MOSAIC_FROM and not gpu.refusal_of_mosaic(qkv, packed, log_decay)
+        return "mosaic" if fits else "triton"
     reason = None
     if implementation in GPU:
         reason = gpu.refusal(D, dtype)

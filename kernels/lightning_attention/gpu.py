@@ -33,6 +33,7 @@ from m1jax.kernels.lightning_attention.reference import starts
 HEAD_DIMS = (32, 64, 128)
 MOSAIC_HEAD_DIMS = (64, 128)
 MOSAIC_TOKENS = 8  # rows of a tile in shared memory, which it does not cut
+MOSAIC_FROM = 256  # tokens: shorter rows are less than the states, which Triton updates in place
 WIDTH = 64  # channels of a program of Mosaic's
 FASTEST = -1.25  # log λ below which the powers of λ over a chunk that Mosaic's sweeps divide by are no numbers
 LEAST_PART = 1024  # tokens

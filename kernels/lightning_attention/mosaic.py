@@ -42,7 +42,8 @@ _LOG2_E = 1.4426950408889634
 class Plan:
     """What the kernel is tuned by: chunks of b and c in their ring, and registers of a thread of each kind of group.
 
-    The chunks are a multiple of OUTPUTS: an output group waits for every turn of the places that are its own.
+    The chunks are a multiple of OUTPUTS: an output group waits for every turn of the places that are its own. Of the
+    registers the program counter has two, and `check_kernels.py` tells a group whose code uses more than the others.
     """
 
     slots: int = 4

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from m1jax.kernels.gpu.case import Case, Normal
 from m1jax.kernels.linear.api import linear
+from m1jax.kernels.linear.gpu import default_tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,12 +22,12 @@ class LinearCase(Case):
 
     def reduced(self) -> Self:
         """Channels that no tile divides."""
-        return dataclasses.replace(self, N=min(self.N, 40), O=self.O // 64 - 8, I=200 if self.I == 6144 else 256, L=3)
+        return dataclasses.replace(self, N=min(self.N, 40), O=self.O // 64 - 8, I=200 if self.I == 6144 else 512, L=3)
 
     @property
     def matmul(self) -> bool:
         """A single row is multiplied on the ordinary cores."""
-        return self.N > 1
+        return default_tiles(self.N, self.O, self.I).rows > 1
 
     @property
     def forms(self) -> tuple[str, ...]:

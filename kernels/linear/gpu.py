@@ -19,12 +19,12 @@ MOST_ROWS = 256  # beyond, the copy is small beside the product
 def default_tiles(N: int, O: int, I: int) -> Tiles:
     """For N rows, O channels out and I in; sums are shared where there are too few blocks of channels."""
     if N == 1:  # on the ordinary cores, by programs of one warp that reads 512 bytes of a row of the matrix at once
-        tiles, enough = Tiles(1, 8, 256, 1, 1), 16 * MULTIPROCESSORS
+        tiles, enough, most = Tiles(1, 8, 256, 1, 1), 8 * MULTIPROCESSORS, 4
     else:
         rows = min(max(16, 1 << (N - 1).bit_length()), 128)
-        tiles, enough = Tiles(rows, 64, 128, 4, 4 if rows <= 64 else 3), 2 * MULTIPROCESSORS
+        tiles, enough, most = Tiles(rows, 64, 128, 4, 4 if rows <= 64 else 3), 2 * MULTIPROCESSORS, 16
     programs, split = -(-O // tiles.out) * -(-N // tiles.rows), 1
-    while programs * split < enough and I % (2 * split * tiles.inner) == 0:
+    while programs * split < enough and I % (2 * split * tiles.inner) == 0 and split < most:
         split *= 2
     return dataclasses.replace(tiles, split=split)
 

@@ -1,4 +1,4 @@
-"""The Triton kernel of few rows times one matrix of a stack, which is read where it lies."""
+"""The Triton kernels of few rows, or a single one, times one matrix of a stack, which is read where it lies."""
 
 import triton
 import triton.language as tl

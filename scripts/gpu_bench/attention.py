@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpu_bench.report import BANDWIDTH, Report
+from gpu_bench.report import Report
 from gpu_bench.timing import Measurement, enough_steps, normal
 from m1jax.kernels.lightning_attention import cases, gpu, lightning_attention
 from m1jax.kernels.lightning_attention.cases import LightningCase
@@ -41,13 +41,7 @@ def _lightning(report: Report, case: LightningCase) -> list[Measurement]:
     def measurement(name: Any) -> Measurement:
         what, must = f"{name} {case.name}", case.must if name == ours else None
         floor = _bytes(case) / report.bandwidth
-        return _measurement(
-            case,
-            name,
-            lambda time: report.timed(what, time, floor, must),
-            must,
-            (lambda time: report.timed(f"{what}, on the device", time, floor)) if case.T == 1 else None,
-        )
+        return _measurement(report, case, name, lambda time: report.timed(what, time, floor, must), must)
 
     return [measurement(name) for name in (ours, "xla")[: 2 if case.T <= LONG else 1]]
 
@@ -60,9 +54,7 @@ def _bytes(case: LightningCase) -> float:
     return arrays * case.B * case.T * case.H * case.D * jnp.dtype(case.dtype).itemsize
 
 
-def _measurement(
-    case: LightningCase, name: Any, add: Any, must: float | None = None, add_busy: Any = None
-) -> Measurement:
+def _measurement(report: Report, case: LightningCase, name: Any, add: Any, must: float | None = None) -> Measurement:
     def whole(a: Arguments) -> Any:
         # A layer needs o alone: the compiler leaves out the rest, as it does the forward pass of a gradient.
         return case.call(name, a) if case.grad else case.call(name, a)[0]
@@ -82,11 +74,11 @@ def _measurement(
     what = f"{name} {case.name}"
     if case.T > 1:
         return Measurement(what, whole, lambda: (case.arguments(normal),), add, must)
-    steps = enough_steps(_bytes(case) * case.layers / BANDWIDTH["H200"])
-    found = Measurement(what, step, to_step, lambda time: add(time / case.layers), must, steps)
-    if add_busy:
-        found.add_busy = lambda time: add_busy(time / case.layers)
-    return found
+    floor = _bytes(case) / report.bandwidth
+    return Measurement(
+        what, step, to_step, lambda time: add(time / case.layers), must, enough_steps(floor * case.layers),
+        lambda time: report.timed(f"{what}, on the device", time / case.layers, floor),
+    )  # fmt: skip
 
 
 def softmax(report: Report) -> list[Measurement]:

@@ -93,11 +93,26 @@ class Report:
         now = [row for row in self.rows if "earlier" not in row]
         return [f"{row['stage']}: {row['what']}" for row in now if row.get("wrong") or row["what"] == WHOLE_STAGE]
 
+    def replace(self, fresh: list[dict[str, Any]]) -> None:
+        """Adds rows; those of earlier runs go of which they are a newer measurement."""
+
+        def key(row: dict[str, Any]) -> tuple[str, str, str | None]:
+            return row["stage"], row["what"], row.get("dtype")
+
+        again = {key(row) for row in fresh if _measured(row)}
+        self.rows = [row for row in self.rows if "earlier" not in row or key(row) not in again] + fresh
+
     def forget_earlier(self) -> None:
-        """Drops what earlier runs found of stages that have now run to their end."""
+        """Drops what earlier runs found of stages that have now been measured to their end, and how those broke off."""
         now = [row for row in self.rows if "earlier" not in row]
-        ended = {row["stage"] for row in now} - {row["stage"] for row in now if row["what"] == WHOLE_STAGE}
-        self.rows = [row for row in self.rows if "earlier" not in row or row["stage"] not in ended]
+        ended = {row["stage"] for row in now if _measured(row)}
+        ended -= {row["stage"] for row in now if row["what"] == WHOLE_STAGE}
+        began = {row["stage"] for row in now}
+
+        def stale(row: dict[str, Any]) -> bool:
+            return row["stage"] in ended or (row["what"] == WHOLE_STAGE and row["stage"] in began)
+
+        self.rows = [row for row in self.rows if "earlier" not in row or not stale(row)]
 
     def write(self) -> None:
         """Writes the JSON file and, beside it, the table."""
@@ -110,6 +125,10 @@ class Report:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps({**head, "rows": self.rows}, indent=1) + "\n")
         self.path.with_suffix(".md").write_text("\n".join(_table(head, self.rows)) + "\n")
+
+
+def _measured(row: dict[str, Any]) -> bool:
+    return "us" in row or "error" in row
 
 
 def versions() -> dict[str, str]:

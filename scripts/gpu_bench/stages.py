@@ -11,9 +11,9 @@ from gpu_bench.turns import wait
 # most of the device's memory, of which every process that waits for its turn holds some.
 PARTS = {
     "forward": 1,
-    "backward": 2,
+    "backward": 1,
     "decode": 1,
-    "linear": 2,
+    "linear": 1,
     "softmax": 1,
     "experts": 1,
     "experts-decode": 3,

@@ -7,7 +7,6 @@ import re
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -79,9 +78,16 @@ class Measurement:
         return statistics.median(_clocked(several) / calls for _ in range(ROUNDS))
 
     def busy(self) -> float:
-        """Seconds of a call that the device's operations take together."""
+        """Seconds of a call in which the device computes."""
         args = jax.block_until_ready(self.made())
-        return sum(seconds for _, seconds in operations(lambda: self.run(*args))) / self._steps()
+        spans = sorted((start, start + length) for _, start, length in _events(lambda: self.run(*args)))
+        total, end = 0.0, 0.0
+        for start, stop in spans:
+            total += max(0.0, stop - max(start, end))
+            end = max(end, stop)
+        if not total:
+            raise RuntimeError("the profile shows nothing of the device")
+        return total / self._steps()
 
     def _chained(self, carry: Any, *args: Any) -> float:
         times = []
@@ -147,17 +153,24 @@ def _normal(bits: jax.Array, shape: tuple[int, ...], dtype: Any, scale: float) -
 
 def operations(fn: Callable[[], Any]) -> list[tuple[str, float]]:
     """The operations that take the device's time in a call, those that take most first: names and seconds."""
+    total: dict[str, float] = {}
+    for name, _, seconds in _events(fn):
+        name = re.sub(r"[._]\d+$", "", name)
+        total[name] = total.get(name, 0.0) + seconds
+    return sorted(total.items(), key=lambda item: -item[1])
+
+
+def _events(fn: Callable[[], Any]) -> list[tuple[str, float, float]]:
+    """What the device does in a call: names, when it starts, seconds."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(fn())
         (file,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
         profile = jax.profiler.ProfileData.from_file(file)
-        total: Counter[str] = Counter()
+        found = []
         for plane in profile.planes:
             for line in plane.lines:
-                name = line.name or ""
                 # A GPU's streams; on CPUs, for dry runs, the threads that execute: before jax 0.12, and since.
-                if name.startswith(("Stream", "tf_XLAPjRtCpuClient", "tf_XLAExecute")):
-                    for event in line.events:
-                        total[re.sub(r"[._]\d+$", "", event.name)] += int(event.duration_ns)
-    return [(name, ns * 1e-9) for name, ns in total.most_common()]
+                if (line.name or "").startswith(("Stream", "tf_XLAPjRtCpuClient", "tf_XLAExecute")):
+                    found += [(e.name, e.start_ns * 1e-9, int(e.duration_ns) * 1e-9) for e in line.events]
+    return found

@@ -17,6 +17,7 @@ from gpu_bench.turns import READY
 
 OURS = "triton", "mosaic"  # as the names of forms begin
 LONG = "forward-long", "backward-long"
+COMPILING = 0.4  # of the time, at most, before the first measures
 SCRIPT = Path(__file__).parents[1] / "bench_gpu.py"
 # XLA would try hundreds of Triton kernels for each product of its own, which takes minutes: cuBLAS it is.
 FLAGS = "--xla_gpu_enable_triton_gemm=false"
@@ -69,11 +70,15 @@ def _run(report: Report, stages: list[str], end: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = _start(report, stages, Path(folder))
         try:
-            # Nobody measures while another still compiles: XLA tries algorithms of its libraries on the device.
+            # Nobody measures while another still compiles, if that does not take too long: XLA tries algorithms of its
+            # libraries on the device.
+            until = time.monotonic() + COMPILING * (end - time.monotonic())
+            for worker in found:
+                worker.ready.wait(max(0.0, until - time.monotonic()))
+                how = "compiled" if worker.ready.is_set() else "still compiles"
+                print(f"{worker.stage} {how}, {end - time.monotonic():.0f} s left", flush=True)
             for worker in found:
                 worker.ready.wait(max(0.0, end - time.monotonic()))
-                print(f"{worker.stage} compiled, {end - time.monotonic():.0f} s left", flush=True)
-            for worker in found:
                 print(f"{worker.stage}, {end - time.monotonic():.0f} s left", flush=True)
                 worker.go()
                 _wait(worker, end)
@@ -124,8 +129,7 @@ def _wait(worker: Worker, end: float) -> None:
 def _collect(report: Report, worker: Worker) -> None:
     if worker.file.exists():
         fresh = json.loads(worker.file.read_text())["rows"]
-        again = {(row["stage"], row["what"]) for row in fresh}
-        report.rows = [r for r in report.rows if "earlier" not in r or (r["stage"], r["what"]) not in again] + fresh
+        report.replace(fresh)
     code = worker.process.returncode
     if code:
         log = worker.file.with_suffix(".log").read_text()
