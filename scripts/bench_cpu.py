@@ -46,6 +46,7 @@ def make_weights(folder: Path) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 1e7},
     )  # fmt: skip
     transformers.MiniMaxForCausalLM(config).save_pretrained(folder)
+    os.sync()  # else it is written while the first row is measured
 
 
 class Ours:
