@@ -63,10 +63,13 @@ def _decode(report: Report, case: ExpertsCase, how: Any) -> Measurement:
         a = case.arguments(normal)
         return a.pop("x"), a
 
-    found = Measurement(what, step, make, lambda time: report.timed(what, time, floor, must), must, enough_steps(floor))
-    if how != "xla":
-        found.add_busy = lambda time: report.timed(f"{what}, on the device", time, floor)
-    return found
+    def add_busy(time: float) -> None:
+        report.timed(f"{what}, on the device", time, floor)
+
+    return Measurement(
+        what, step, make, lambda time: report.timed(what, time, floor, must), must, enough_steps(floor),
+        None if how == "xla" else add_busy,
+    )  # fmt: skip
 
 
 def sweep(report: Report) -> list[Measurement]:
