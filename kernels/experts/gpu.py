@@ -1,4 +1,4 @@
-"""Experts on Hopper: how the Triton kernels of `kernels.py` are put together, and the rules for gradients.
+"""Experts on Hopper: how the Triton kernels of `kernels.py` and `single.py` are put together, the rules for gradients.
 
 Two products: h = silu(W1 x) ⊙ W3 x for each assignment of a token to an expert, in the dtype of x, then W2 h in
 float32; the shares and the sum over a token's experts are left to XLA, which fuses them. Rows are picked and placed by
@@ -58,10 +58,8 @@ def default_form(assignments: int, E: int, dtype: Any, bits: int, interpreted: b
         gate_up, down = (Tiles(1, 16, 512 * 8 // bits, warps, 1) for warps in (4, 2))
     elif assignments <= FEW or each <= 12:
         gate_up = Tiles(16, 64, 128, 4, 3 if bits else 4)
-        if assignments > E // 2:
-            down = Tiles(16, 128, 128, 4, 3)
-        else:  # too few programs for the device, so they share the sums
-            down = Tiles(16, 64, 128, 4, 3, 4) if bits else Tiles(16, 128, 128, 8, 3, 2)
+        # With too few programs for the device they share the sums.
+        down = Tiles(16, 128, 128, 4, 3) if assignments > E // 2 else Tiles(16, 128, 128, 8, 3, 2)
     elif each <= 96:
         gate_up, down = Tiles(64, 64, 64, 4, 3), Tiles(64, 128, 64, 4, 3)
     else:
@@ -210,7 +208,7 @@ def _precision(dtype: Any) -> str:
 def _forward(
     form: Form, gated: bool, k: int, x: jax.Array, weights: Weights, layer: jax.Array, chosen: jax.Array, raw: bool
 ) -> list[jax.Array]:
-    from m1jax.kernels.experts import kernels
+    from m1jax.kernels.experts import kernels, single
 
     L, E, I = *weights.shape[:2], x.shape[1]
     O = weights.shape[3] if gated else weights.shape[2]
@@ -229,7 +227,7 @@ def _forward(
     ptx = not form.interpreted and x.dtype == jnp.bfloat16
     if tiles.rows == 1:
         return launch(
-            kernels.forward_of_rows, x, values, scales, layer, chosen.reshape(-1), out=out,
+            single.forward_of_rows, x, values, scales, layer, chosen.reshape(-1), out=out,
             grid=(n * -(-O // tiles.out), split), warps=tiles.warps, stages=tiles.stages, interpreted=form.interpreted,
             **stored, O=O, I=I, L=L, E=E, k=k, N=n, GATED=gated, BY_TOKEN=gated, SPLIT=split, BO=tiles.out,
             BI=tiles.inner, PTX=ptx,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from m1jax.kernels.gpu.kernels import number_of
+from m1jax.kernels.gpu.kernels import number_of, sums_of_runs
 
 
 @triton.jit
@@ -74,5 +74,5 @@ def forward_of_row(
             w = tl.load(matrix + i[None, :])
         else:
             w = tl.load(matrix + i[None, :], mask=(i < I)[None, :], other=0)
-        sums += tl.sum(tl.reshape(w.to(tl.float32) * xs[None, :], (BO, BI // RUN, RUN)), axis=2)
+        sums += sums_of_runs(w.to(tl.float32) * xs[None, :], RUN)
     tl.store(out + split * O + o, tl.sum(sums, axis=1), mask=o < O)
