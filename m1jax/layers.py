@@ -100,7 +100,7 @@ class Softmax(nnx.Module):
     v_proj: nnx.Param  # [S, K, D, M]
     o_proj: nnx.Param  # [S, M, H, D]
 
-    def __call__(
+    def keys_values(
         self,
         x: jax.Array,
         n: jax.Array,
@@ -108,24 +108,35 @@ class Softmax(nnx.Module):
         cache_k: jax.Array | None,
         cache_v: jax.Array | None,
         first: jax.Array,
-        segments: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        """x `[B, T, M]`, caches `[S, B, K, N, D]` or None, first int32 `[B]`; returns y `[B, T, M]` and the caches.
-
-        `segments` go without caches.
-        """
+    ) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of x `[B, T, M]`: `[B, K, T, D]`, or the caches `[S, B, K, N, D]` with these in them."""
         B, T, _ = x.shape
-        H, D = self.q_proj[...].shape[1:3]
-        K = self.k_proj[...].shape[1]
-        q = rotate(project(x, self.q_proj, n).reshape(B, T, H, D), rope)
+        K, D = self.k_proj[...].shape[1:3]
         k = rotate(project(x, self.k_proj, n).reshape(B, T, K, D), rope).swapaxes(1, 2)
         v = project(x, self.v_proj, n).reshape(B, T, K, D).swapaxes(1, 2)
         if cache_k is None or cache_v is None:
+            return k, v
+        return append(cache_k, k, n, first), append(cache_v, v, n, first)
+
+    def attend(
+        self,
+        x: jax.Array,
+        n: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        keys_values: tuple[jax.Array, jax.Array],
+        first: jax.Array,
+        segments: jax.Array | None,
+    ) -> jax.Array:
+        """y `[B, T, M]` of x `[B, T, M]`, with positions from `first` int32 `[B]` on; `segments` go without caches."""
+        B, T, _ = x.shape
+        H, D = self.q_proj[...].shape[1:3]
+        q = rotate(project(x, self.q_proj, n).reshape(B, T, H, D), rope)
+        k, v = keys_values
+        if k.ndim == 4:
             out = softmax_attention(q, k, v, segments=segments)
         else:
-            cache_k, cache_v = append(cache_k, k, n, first), append(cache_v, v, n, first)
-            out = softmax_attention(q, cache_k[n], cache_v[n], offset=first)
-        return total(project(out, self.o_proj, n), "heads"), cache_k, cache_v
+            out = softmax_attention(q, k[n], v[n], offset=first)
+        return total(project(out, self.o_proj, n), "heads")
 
 
 @nnx.dataclass

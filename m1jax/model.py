@@ -45,6 +45,7 @@ from m1jax.sharding.region import (
 Logits = Literal["all", "last"]
 
 MOST_LOGITS = 1 << 24  # that exist at a time where they are only looked at
+LAST_ONLY_FROM = 128  # tokens: for fewer it is not worth a second form of the last layer
 
 
 @jax.tree_util.register_dataclass
@@ -265,6 +266,17 @@ class Carry(NamedTuple):
     bad: jax.Array | None = None  # int32 [L], 1 where a layer's output is not finite
 
 
+class Tokens(NamedTuple):
+    """What the rest of a layer has of its tokens once states, keys and values are made; no token needs another's."""
+
+    x: jax.Array  # [B, T, M], the layer's input
+    h: jax.Array  # [B, T, M], the same after the norm
+    y: jax.Array | None  # [B, T, M] of lightning attention
+    valid: jax.Array  # bool [B, T]
+    rope: tuple[jax.Array, jax.Array]
+    first: jax.Array  # int32 [B], the position of the first token
+
+
 class Run(NamedTuple):
     """Consecutive layers of one kind: the first's index among all layers and among its kind, and how many."""
 
@@ -301,11 +313,13 @@ def body(
     decays: jax.Array | None = None,
     segments: jax.Array | None = None,
     capacity: float | None = None,
+    last_only: bool = False,
 ) -> Carry:
     """All layers; `tokens_seen` int32 `[B]` is the position of the first token, `lengths` int32 `[B]` as in `step`.
 
     `decays` float32 `[L, H]` is log λ where the layers are a part of a larger model, whose numbering counts.
     `segments` int32 `[B, T]` as in `M1.__call__`, where nothing was read before. `capacity` as in `layers.MoE`.
+    With `last_only` the last layer may leave x as it was but for each row's last valid token.
     """
     cfg = model.config
     p = period(cfg.layer_types)
@@ -323,23 +337,26 @@ def body(
         valid &= segments > 0
         position = block(positions(gathered(segments, 1, "sequence")), 1, "sequence")
     rope = layers.rope_angles(cfg, position)
+    at = jnp.maximum(lengths - 1, 0)
+    last_only = last_only and T >= LAST_ONLY_FROM and ways("sequence") == 1
 
     def layer(kind: str, carry: Carry, i: jax.Array, n: jax.Array) -> Carry:
         h = layers.rms_norm(carry.x, model.block.attn_norm[...][i], cfg.rms_norm_eps)
+        y, attend = None, None
         if kind == LIGHTNING:
             y, s = model.lightning(h, n, decays[i], carry.s, lengths, segments)
             carry = carry._replace(s=s)
-            alpha, beta = cfg.lightning_alpha, cfg.lightning_beta
         else:
-            y, k, v = model.softmax(h, n, rope, carry.k, carry.v, tokens_seen, segments)
-            carry = carry._replace(k=k, v=v)
-            alpha, beta = cfg.softmax_alpha, cfg.softmax_beta
-        x = _residual(h if cfg.postnorm else carry.x, y, alpha, beta)
-        h = layers.rms_norm(x, model.block.mlp_norm[...][i], cfg.rms_norm_eps)
-        y, logits = model.moe(h, i, valid, cfg.num_experts_per_tok, capacity)
-        if model.shared is not None:
-            y = model.shared(h, i, y)
-        x = _residual(h if cfg.postnorm else x, y, cfg.mlp_alpha, cfg.mlp_beta)
+            keys_values = model.softmax.keys_values(h, n, rope, carry.k, carry.v, tokens_seen)
+            attend = functools.partial(model.softmax.attend, n=n, keys_values=keys_values, segments=segments)
+            if carry.k is not None:
+                carry = carry._replace(k=keys_values[0], v=keys_values[1])
+        rest = functools.partial(_rest, model, i, capacity, attend)
+        tokens = Tokens(carry.x, h, y, valid, rope, tokens_seen)
+        if last_only and kind == cfg.layer_types[-1]:
+            every = lambda tokens: rest(tokens)[0]  # noqa: E731
+            return carry._replace(x=lax.cond(i < L - 1, every, functools.partial(_only_at, at, every), tokens))
+        x, logits = rest(tokens)
         if carry.hidden is not None:
             carry = carry._replace(hidden=carry.hidden.at[i].set(x))
         if carry.router_logits is not None:
@@ -373,6 +390,35 @@ def all_decays(config: M1Config) -> jax.Array:
     """log λ of every layer and head, float32 `[L, H]`; read for lightning layers only."""
     H, L = config.num_attention_heads, config.num_hidden_layers
     return jnp.asarray([log_decay(H, i, L) for i in range(L)])
+
+
+def _rest(
+    model: M1, i: jax.Array, capacity: float | None, attend: Callable[..., jax.Array] | None, tokens: Tokens
+) -> tuple[jax.Array, jax.Array]:
+    """Output `[B, T, M]` of layer i and its router logits; `attend` gives the y of softmax attention."""
+    cfg = model.config
+    x, h, y, valid, rope, first = tokens
+    alpha, beta = cfg.lightning_alpha, cfg.lightning_beta
+    if attend is not None:
+        y = attend(h, rope=rope, first=first)
+        alpha, beta = cfg.softmax_alpha, cfg.softmax_beta
+    assert y is not None
+    x = _residual(h if cfg.postnorm else x, y, alpha, beta)
+    h = layers.rms_norm(x, model.block.mlp_norm[...][i], cfg.rms_norm_eps)
+    y, logits = model.moe(h, i, valid, cfg.num_experts_per_tok, capacity)
+    if model.shared is not None:
+        y = model.shared(h, i, y)
+    return _residual(h if cfg.postnorm else x, y, cfg.mlp_alpha, cfg.mlp_beta), logits
+
+
+def _only_at(at: jax.Array, rest: Callable[[Tokens], jax.Array], tokens: Tokens) -> jax.Array:
+    """x `[B, T, M]` with what a layer makes of the token `at` `[B]` of each row."""
+
+    def token(x: jax.Array) -> jax.Array:  # [B, T, ...] to [B, 1, ...]
+        return jnp.take_along_axis(x, at.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
+
+    x = rest(Tokens._make((*jax.tree.map(token, tokens[:-1]), tokens.first + at)))
+    return tokens.x.at[jnp.arange(x.shape[0]), at].set(x[:, 0])
 
 
 def _residual(x: jax.Array, y: jax.Array, alpha: float, beta: float) -> jax.Array:
@@ -528,7 +574,7 @@ def _step(
 ) -> tuple[jax.Array, M1State]:
     def local(model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array) -> tuple[jax.Array, M1State]:
         carry = Carry(embed(model, tokens), state.lightning.s, state.cache.k, state.cache.v, None, None)
-        carry = body(model, carry, state.length, lengths)
+        carry = body(model, carry, state.length, lengths, last_only=logits == "last")
         assert carry.s is not None and carry.k is not None and carry.v is not None
         x = last_valid(carry.x, lengths) if logits == "last" else carry.x
         state = M1State(LightningState(carry.s), KVCache(carry.k, carry.v), state.length + lengths)

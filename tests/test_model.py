@@ -116,6 +116,23 @@ def test_last_logits_are_those_of_the_last_valid_token() -> None:
     assert rms_error(last, np.stack([whole[b, n - 1] for b, n in enumerate(lengths)])) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["small", "softmax first, full rotary, pre-norm", "lightning only, shared expert"])
+def test_of_the_last_layer_only_what_the_last_logits_need_is_computed(name: str) -> None:
+    """And the state is that of the whole layer: in two chunks, rows of other lengths, one with nothing to read."""
+    config = VARIANTS[name]
+    model, T = random_model(config), m1.LAST_ONLY_FROM
+    tokens = tokens_of(config, 3, T)
+    want, got = model.init_state(3, 2 * T), model.init_state(3, 2 * T)
+    for lengths in np.asarray([[T, 5, 1], [77, T, 0]]):
+        whole, want = model.step(tokens, want, lengths=lengths)
+        last, got = model.step(tokens, got, lengths=lengths, logits="last")
+        read = lengths > 0
+        expected = np.stack([whole[b, n - 1] for b, n in enumerate(lengths)])
+        assert rms_error(last[read], expected[read]) < 1e-6
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert ours.size == 0 or np.array_equal(ours, theirs)
+
+
 def test_padding_past_the_end_of_the_cache_harms_nothing() -> None:
     tokens = tokens_of(SMALL, 1, 12)
     _, state = MODEL.step(tokens[:, :8], MODEL.init_state(1, 10))

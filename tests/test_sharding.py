@@ -202,6 +202,21 @@ def test_logits_states_and_steps(name: str, room: int) -> None:
     assert list(state.length) == list(at)
 
 
+@pytest.mark.parametrize("name", ["experts apart", "sequence and tensor"])
+def test_last_logits_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m1jax.model.LAST_ONLY_FROM", 10)
+    tokens, lengths = TOKENS[:, :10], np.asarray([10, 4, 1, 7])
+    want, plain = model().step(tokens, model().init_state(4, 16), lengths)
+    mesh = mesh_of(name)
+    with jax.set_mesh(mesh):
+        sharded = on(mesh)
+        got, state = sharded.step(tokens, sharded.init_state(4, 16), lengths, logits="last")
+    assert rms_error(got, np.stack([want[b, n - 1] for b, n in enumerate(lengths)])) < 2e-6
+    assert rms_error(state.lightning.s, plain.lightning.s) < 2e-6
+    for b, n in enumerate(lengths):
+        assert rms_error(state.cache.v[:, b, :, :n], plain.cache.v[:, b, :, :n]) < 2e-6
+
+
 @pytest.mark.parametrize("name", [name for name, (_, use) in MESHES.items() if use == "train"])
 def test_the_capacity_drops_the_same_tokens_on_every_mesh(name: str) -> None:
     def run(model: M1) -> tuple[jax.Array, Routing]:
