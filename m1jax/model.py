@@ -269,7 +269,7 @@ class Carry(NamedTuple):
 class Tokens(NamedTuple):
     """What the rest of a layer has of its tokens once states, keys and values are made; no token needs another's."""
 
-    x: jax.Array  # [B, T, M], the layer's input
+    x: jax.Array | None  # [B, T, M], the layer's input where it is what is added to
     h: jax.Array  # [B, T, M], the same after the norm
     y: jax.Array | None  # [B, T, M] of lightning attention
     valid: jax.Array  # bool [B, T]
@@ -319,7 +319,7 @@ def body(
 
     `decays` float32 `[L, H]` is log λ where the layers are a part of a larger model, whose numbering counts.
     `segments` int32 `[B, T]` as in `M1.__call__`, where nothing was read before. `capacity` as in `layers.MoE`.
-    With `last_only` the last layer may leave x as it was but for each row's last valid token.
+    With `last_only` the last layer's output may be anything but for each row's last valid token.
     """
     cfg = model.config
     p = period(cfg.layer_types)
@@ -352,7 +352,7 @@ def body(
             if carry.k is not None:
                 carry = carry._replace(k=keys_values[0], v=keys_values[1])
         rest = functools.partial(_rest, model, i, capacity, attend)
-        tokens = Tokens(carry.x, h, y, valid, rope, tokens_seen)
+        tokens = Tokens(None if cfg.postnorm else carry.x, h, y, valid, rope, tokens_seen)
         if last_only and kind == cfg.layer_types[-1]:
             every = lambda tokens: rest(tokens)[0]  # noqa: E731
             return carry._replace(x=lax.cond(i < L - 1, every, functools.partial(_only_at, at, every), tokens))
@@ -403,7 +403,7 @@ def _rest(
         y = attend(h, rope=rope, first=first)
         alpha, beta = cfg.softmax_alpha, cfg.softmax_beta
     assert y is not None
-    x = _residual(h if cfg.postnorm else x, y, alpha, beta)
+    x = _residual(h if x is None else x, y, alpha, beta)
     h = layers.rms_norm(x, model.block.mlp_norm[...][i], cfg.rms_norm_eps)
     y, logits = model.moe(h, i, valid, cfg.num_experts_per_tok, capacity)
     if model.shared is not None:
@@ -412,13 +412,13 @@ def _rest(
 
 
 def _only_at(at: jax.Array, rest: Callable[[Tokens], jax.Array], tokens: Tokens) -> jax.Array:
-    """x `[B, T, M]` with what a layer makes of the token `at` `[B]` of each row."""
+    """Output `[B, T, M]` of a layer at the token `at` `[B]` of each row, anything elsewhere."""
 
     def token(x: jax.Array) -> jax.Array:  # [B, T, ...] to [B, 1, ...]
         return jnp.take_along_axis(x, at.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
 
     x = rest(Tokens._make((*jax.tree.map(token, tokens[:-1]), tokens.first + at)))
-    return tokens.x.at[jnp.arange(x.shape[0]), at].set(x[:, 0])
+    return tokens.h.at[jnp.arange(x.shape[0]), at].set(x[:, 0])
 
 
 def _residual(x: jax.Array, y: jax.Array, alpha: float, beta: float) -> jax.Array:
