@@ -1,8 +1,6 @@
 """MiniMax-M1 as NNX modules used as immutable pytrees: `(tokens, state) -> (logits, state)`, nothing mutated.
 
-All layers of one kind lie stacked in one array. A forward pass scans over the repeating period of the layer types
-(M1: 7 lightning, 1 softmax) and inside it over each run of equal layers, picking a layer's weights by index, so that
-a model of 80 layers traces and compiles in the time of two.
+All layers of one kind lie stacked in one array; `m1jax.stack` goes through them.
 
 Letters: B batch, T tokens, N cache length, L layers (P lightning, S softmax), H heads, K key/value heads, D head_dim,
 M hidden, E experts, F expert width, V vocabulary, R rotary_dim.
@@ -10,7 +8,6 @@ M hidden, E experts, F expert width, V vocabulary, R rotary_dim.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -22,30 +19,18 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from m1jax import layers
-from m1jax.config import LIGHTNING, M1Config
+from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.kernels.experts import Quantization
-from m1jax.kernels.lightning_attention import log_decay
 from m1jax.kernels.linear import linear
 from m1jax.params import STATE_AXES, ParamSpec, join_quantized, nest, param_table
 from m1jax.sharding import rules
-from m1jax.sharding.region import (
-    block,
-    gathered,
-    lookup,
-    mesh_in_use,
-    on_mesh,
-    rows_of,
-    start,
-    total,
-    ways,
-    whole,
-)
+from m1jax.sharding.region import lookup, mesh_in_use, on_mesh, rows_of, start, total, ways, whole
+from m1jax.stack import Carry, body, not_finite
 
 Logits = Literal["all", "last"]
 
 MOST_LOGITS = 1 << 24  # that exist at a time where they are only looked at
-LAST_ONLY_FROM = 128  # tokens: for fewer it is not worth a second form of the last layer
 
 
 @jax.tree_util.register_dataclass
@@ -254,182 +239,6 @@ def init_params(config: M1Config, key: jax.Array, dtype: str = "float32") -> M1:
 # --- forward -------------------------------------------------------------------------------------------------------
 
 
-class Carry(NamedTuple):
-    """What goes from layer to layer; the optional parts are absent where nobody asks for them."""
-
-    x: jax.Array  # [B, T, M]
-    s: jax.Array | None  # LightningState.s
-    k: jax.Array | None  # KVCache.k
-    v: jax.Array | None  # KVCache.v
-    hidden: jax.Array | None  # Trace.hidden
-    router_logits: jax.Array | None  # Trace.router_logits
-    bad: jax.Array | None = None  # int32 [L], 1 where a layer's output is not finite
-
-
-class Tokens(NamedTuple):
-    """What the rest of a layer has of its tokens once states, keys and values are made; no token needs another's."""
-
-    x: jax.Array | None  # [B, T, M], the layer's input where it is what is added to
-    h: jax.Array  # [B, T, M], the same after the norm
-    y: jax.Array | None  # [B, T, M] of lightning attention
-    valid: jax.Array  # bool [B, T]
-    rope: tuple[jax.Array, jax.Array]
-    first: jax.Array  # int32 [B], the position of the first token
-
-
-class Run(NamedTuple):
-    """Consecutive layers of one kind: the first's index among all layers and among its kind, and how many."""
-
-    kind: str
-    layer: int
-    among_kind: int
-    layers: int
-
-
-def period(kinds: tuple[str, ...]) -> int:
-    """The smallest p such that `kinds` is its first p entries again and again."""
-    n = len(kinds)
-    return next(p for p in range(1, n + 1) if n % p == 0 and kinds == kinds[:p] * (n // p))
-
-
-def runs(kinds: tuple[str, ...]) -> list[Run]:
-    """Splits layer types into runs of equal ones."""
-    out: list[Run] = []
-    seen = dict.fromkeys(kinds, 0)
-    layer = 0
-    for kind, group in itertools.groupby(kinds):
-        count = len(list(group))
-        out.append(Run(kind, layer, seen[kind], count))
-        seen[kind] += count
-        layer += count
-    return out
-
-
-def body(
-    model: M1,
-    carry: Carry,
-    tokens_seen: jax.Array,
-    lengths: jax.Array,
-    decays: jax.Array | None = None,
-    segments: jax.Array | None = None,
-    capacity: float | None = None,
-    last_only: bool = False,
-) -> Carry:
-    """All layers; `tokens_seen` int32 `[B]` is the position of the first token, `lengths` int32 `[B]` as in `step`.
-
-    `decays` float32 `[L, H]` is log λ where the layers are a part of a larger model, whose numbering counts.
-    `segments` int32 `[B, T]` as in `M1.__call__`, where nothing was read before. `capacity` as in `layers.MoE`.
-    With `last_only` the last layer's output may be anything but for each row's last valid token.
-    """
-    cfg = model.config
-    p = period(cfg.layer_types)
-    one_period = runs(cfg.layer_types[:p])
-    per_period = {kind: cfg.layer_types[:p].count(kind) for kind in cfg.layer_types}
-    L = cfg.num_hidden_layers
-    if decays is None:
-        decays = block(all_decays(cfg), 1, "heads")
-    T = carry.x.shape[1]
-    first = start("sequence", T)  # of this device's tokens
-    lengths = jnp.clip(lengths - first, 0, T)
-    own = valid = jnp.arange(T) < lengths[:, None]  # [B, T]
-    position = tokens_seen[:, None] + first + jnp.arange(T)
-    if segments is not None:
-        valid &= segments > 0
-        position = block(positions(gathered(segments, 1, "sequence")), 1, "sequence")
-    rope = layers.rope_angles(cfg, position)
-    at = jnp.maximum(lengths - 1, 0)
-    last_only = last_only and T >= LAST_ONLY_FROM and ways("sequence") == 1
-
-    def layer(kind: str, carry: Carry, i: jax.Array, n: jax.Array) -> Carry:
-        h = layers.rms_norm(carry.x, model.block.attn_norm[...][i], cfg.rms_norm_eps)
-        y, attend = None, None
-        if kind == LIGHTNING:
-            y, s = model.lightning(h, n, decays[i], carry.s, lengths, segments)
-            carry = carry._replace(s=s)
-        else:
-            keys_values = model.softmax.keys_values(h, n, rope, carry.k, carry.v, tokens_seen)
-            attend = functools.partial(model.softmax.attend, n=n, keys_values=keys_values, segments=segments)
-            if carry.k is not None:
-                carry = carry._replace(k=keys_values[0], v=keys_values[1])
-        rest = functools.partial(_rest, model, i, capacity, attend)
-        tokens = Tokens(None if cfg.postnorm else carry.x, h, y, valid, rope, tokens_seen)
-        if last_only and kind == cfg.layer_types[-1]:
-            every = lambda tokens: rest(tokens)[0]  # noqa: E731
-            return carry._replace(x=lax.cond(i < L - 1, every, functools.partial(_only_at, at, every), tokens))
-        x, logits = rest(tokens)
-        if carry.hidden is not None:
-            carry = carry._replace(hidden=carry.hidden.at[i].set(x))
-        if carry.router_logits is not None:
-            carry = carry._replace(router_logits=carry.router_logits.at[i].set(logits))
-        if carry.bad is not None:
-            carry = carry._replace(bad=carry.bad.at[i].set(_not_finite(x, own)))
-        return carry._replace(x=x)
-
-    def run_layers(run: Run, carry: Carry, i: jax.Array, n: jax.Array) -> Carry:
-        if run.layers == 1:
-            return layer(run.kind, carry, i, n)
-        return lax.scan(lambda c, j: (layer(run.kind, c, i + j, n + j), None), carry, jnp.arange(run.layers))[0]
-
-    def one(carry: Carry, c: jax.Array) -> tuple[Carry, None]:
-        for run in one_period:
-            carry = run_layers(run, carry, c * p + run.layer, c * per_period[run.kind] + run.among_kind)
-        return carry, None
-
-    carry, _ = lax.scan(one, carry, jnp.arange(L // p))
-    return carry
-
-
-def positions(segments: jax.Array) -> jax.Array:
-    """Positions int32 `[B, T]` that count from 0 in every segment."""
-    index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
-    start = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-    return index - lax.cummax(jnp.where(start, index, 0), axis=1)
-
-
-def all_decays(config: M1Config) -> jax.Array:
-    """log λ of every layer and head, float32 `[L, H]`; read for lightning layers only."""
-    H, L = config.num_attention_heads, config.num_hidden_layers
-    return jnp.asarray([log_decay(H, i, L) for i in range(L)])
-
-
-def _rest(
-    model: M1, i: jax.Array, capacity: float | None, attend: Callable[..., jax.Array] | None, tokens: Tokens
-) -> tuple[jax.Array, jax.Array]:
-    """Output `[B, T, M]` of layer i and its router logits; `attend` gives the y of softmax attention."""
-    cfg = model.config
-    x, h, y, valid, rope, first = tokens
-    alpha, beta = cfg.lightning_alpha, cfg.lightning_beta
-    if attend is not None:
-        y = attend(h, rope=rope, first=first)
-        alpha, beta = cfg.softmax_alpha, cfg.softmax_beta
-    assert y is not None
-    x = _residual(h if x is None else x, y, alpha, beta)
-    h = layers.rms_norm(x, model.block.mlp_norm[...][i], cfg.rms_norm_eps)
-    y, logits = model.moe(h, i, valid, cfg.num_experts_per_tok, capacity)
-    if model.shared is not None:
-        y = model.shared(h, i, y)
-    return _residual(h if cfg.postnorm else x, y, cfg.mlp_alpha, cfg.mlp_beta), logits
-
-
-def _only_at(at: jax.Array, rest: Callable[[Tokens], jax.Array], tokens: Tokens) -> jax.Array:
-    """Output `[B, T, M]` of a layer at the token `at` `[B]` of each row, anything elsewhere."""
-
-    def token(x: jax.Array) -> jax.Array:  # [B, T, ...] to [B, 1, ...]
-        return jnp.take_along_axis(x, at.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
-
-    x = rest(Tokens._make((*jax.tree.map(token, tokens[:-1]), tokens.first + at)))
-    return tokens.h.at[jnp.arange(x.shape[0]), at].set(x[:, 0])
-
-
-def _residual(x: jax.Array, y: jax.Array, alpha: float, beta: float) -> jax.Array:
-    return x * alpha + y * beta
-
-
-def _not_finite(x: jax.Array, own: jax.Array) -> jax.Array:
-    """1 if x `[..., M]` has NaN or infinity at a token that is `own`, bool `[...]`; else 0, int32."""
-    return jnp.any(~jnp.isfinite(x) & own[..., None]).astype(jnp.int32)
-
-
 def head(model: M1, x: jax.Array) -> jax.Array:
     """Logits float32 `[..., V]` of normed hidden states `[..., M]`; the weights are up-cast, products exact float32."""
     return _logits(x, _head_weight(model))
@@ -559,8 +368,8 @@ def _bad(model: M1, tokens: jax.Array, segments: jax.Array | None) -> jax.Array:
         more = -(B * T) % C
         last = jnp.pad(final_norm(model, carry.x).reshape(-1, M), ((0, more), (0, 0))).reshape(-1, C, M)
         of_last = jnp.pad(own.reshape(-1), (0, more)).reshape(-1, C)
-        logits = lax.map(lambda some: _not_finite(_logits(some[0], weight), some[1]), (last, of_last))
-        bad = jnp.concatenate([_not_finite(x, own)[None], carry.bad, total(jnp.max(logits), "vocab")[None]])
+        logits = lax.map(lambda some: not_finite(_logits(some[0], weight), some[1]), (last, of_last))
+        bad = jnp.concatenate([not_finite(x, own)[None], carry.bad, total(jnp.max(logits), "vocab")[None]])
         return total(total(bad, "batch"), "sequence")
 
     B, T = tokens.shape

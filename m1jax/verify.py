@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from m1jax.checkpoint import read_marker
 from m1jax.errors import UserError
 from m1jax.loading import MARKER, Source, open_parameters
-from m1jax.model import M1, TOKENS, Carry, all_decays, body, build, embed, final_norm, head, stretched
+from m1jax.model import M1, TOKENS, build, embed, final_norm, head, stretched
 from m1jax.params import ParamSpec, param_table
 from m1jax.sharding.mesh import parsed_mesh
 from m1jax.sharding.placing import Block, place
 from m1jax.sharding.region import on_mesh, ways
 from m1jax.sharding.rules import check, param_sharding
+from m1jax.stack import Carry, all_decays, body
 from m1jax.tokenizer import Tokenizer
 
 _LENGTHS = (1, 7, 64)  # tokens of the random prompts

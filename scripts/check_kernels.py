@@ -25,9 +25,10 @@ from m1jax.errors import UserError, main_guard
 from m1jax.kernels.gpu import Case, aot, deviceless
 from m1jax.kernels.gpu.target import missing
 from m1jax.kernels.lightning_attention.cases import LightningCase
-from m1jax.model import abstract, period
+from m1jax.model import abstract
 from m1jax.presets import find_config
 from m1jax.sharding.mesh import MeshShape, make_mesh
+from m1jax.stack import period
 
 SHORT = (256, 1024)  # tokens
 OPS = {"lightning_attention": "lightning", "experts": "experts", "linear": "linear"}

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m1jax import model as m1
+from m1jax import stack
 from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.params import count, flatten
@@ -120,7 +121,7 @@ def test_last_logits_are_those_of_the_last_valid_token() -> None:
 def test_of_the_last_layer_only_what_the_last_logits_need_is_computed(name: str) -> None:
     """And the state is that of the whole layer: in two chunks, rows of other lengths, one with nothing to read."""
     config = VARIANTS[name]
-    model, T = random_model(config), m1.LAST_ONLY_FROM
+    model, T = random_model(config), stack.LAST_ONLY_FROM
     tokens = tokens_of(config, 3, T)
     want, got = model.init_state(3, 2 * T), model.init_state(3, 2 * T)
     for lengths in np.asarray([[T, 5, 1], [77, T, 0]]):
@@ -186,10 +187,10 @@ def test_gradients_match_finite_differences() -> None:
 
 def test_periods_and_runs() -> None:
     m1_layers = (("lightning",) * 7 + ("softmax",)) * 10
-    assert m1.period(m1_layers) == 8
-    assert m1.period(("softmax", "lightning", "lightning")) == 3
-    assert [tuple(run) for run in m1.runs(m1_layers[:8])] == [("lightning", 0, 0, 7), ("softmax", 7, 0, 1)]
-    assert [tuple(run) for run in m1.runs(("softmax", "lightning", "lightning", "softmax"))] == [
+    assert stack.period(m1_layers) == 8
+    assert stack.period(("softmax", "lightning", "lightning")) == 3
+    assert [tuple(run) for run in stack.runs(m1_layers[:8])] == [("lightning", 0, 0, 7), ("softmax", 7, 0, 1)]
+    assert [tuple(run) for run in stack.runs(("softmax", "lightning", "lightning", "softmax"))] == [
         ("softmax", 0, 0, 1),
         ("lightning", 1, 0, 2),
         ("softmax", 3, 1, 1),

@@ -204,7 +204,7 @@ def test_logits_states_and_steps(name: str, room: int) -> None:
 
 @pytest.mark.parametrize("name", ["experts apart", "sequence and tensor"])
 def test_last_logits_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m1jax.model.LAST_ONLY_FROM", 10)
+    monkeypatch.setattr("m1jax.stack.LAST_ONLY_FROM", 10)
     tokens, lengths = TOKENS[:, :10], np.asarray([10, 4, 1, 7])
     want, plain = model().step(tokens, model().init_state(4, 16), lengths)
     mesh = mesh_of(name)

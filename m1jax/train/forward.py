@@ -14,9 +14,10 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from m1jax.config import LIGHTNING, M1Config
-from m1jax.model import M1, TOKENS, Carry, Run, all_decays, body, embed, final_norm, period, runs, stretched
+from m1jax.model import M1, TOKENS, embed, final_norm, stretched
 from m1jax.sharding.capacity import within_capacity
 from m1jax.sharding.region import block, on_mesh, start, total
+from m1jax.stack import Carry, Run, all_decays, body, period, runs
 
 Remat = Literal["none", "projections", "layer"]
 

@@ -15,9 +15,10 @@ import numpy as np
 from gpu_bench.report import PEAKS, Report
 from gpu_bench.timing import normal, operations
 from m1jax.config import M1Config
-from m1jax.model import M1, Carry, KVCache, LightningState, M1State, abstract, body, build, embed, final_norm, head
+from m1jax.model import M1, KVCache, LightningState, M1State, abstract, build, embed, final_norm, head
 from m1jax.params import ParamSpec, param_table
 from m1jax.presets import find_config
+from m1jax.stack import Carry, body
 
 STEPS = 8  # of a decode between two readings of the clock
 
