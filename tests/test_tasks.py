@@ -100,6 +100,8 @@ def test_sequences_go_on_as_they_began() -> None:
         terms = [*numbers(problem.question), int(problem.answer)]
         steps = [b - a for a, b in itertools.pairwise(terms)]
         growing = {b - a for a, b in itertools.pairwise(steps)} == {1}
+        last = problem.thought.split("\n")[-1]
+        assert last == f"{terms[-2]}{steps[-1]:+}={terms[-1]}", problem
         assert growing or steps[2:] == steps[: len(steps) - 2], problem
 
 
@@ -107,7 +109,8 @@ def test_sequences_go_on_as_they_began() -> None:
 def test_each_step_of_the_arithmetic_is_true(name: str) -> None:
     for problem in sample(TASKS[name]):
         for left, right in (line.split("=") for line in problem.thought.split("\n") if "=" in line):
-            lent = 10 * int(right[0]) if name == "subtraction" else 0
+            column = re.fullmatch(r"\d-\d-\d", left)  # its result begins with what the next one lends
+            lent = 10 * int(right[0]) if column else 0
             assert eval(re.sub(r"\b0+(\d)", r"\1", left)) + lent == int(right[1:] if lent else right), problem
 
 

@@ -4,7 +4,7 @@ import itertools
 import random
 from typing import Any
 
-from m1jax.tasks.arithmetic import number
+from m1jax.tasks.arithmetic import number, subtract
 from m1jax.tasks.task import Instance, Solution, Task
 
 
@@ -100,11 +100,12 @@ def _draw_sequence(rng: random.Random, difficulty: int) -> Instance:
 
 
 def _solve_sequence(instance: Instance) -> Solution:
-    """How each term comes from the one before; then once more."""
-    steps = instance["steps"]
-    terms = [*instance["terms"], instance["terms"][-1] + steps[-1]]
-    lines = [f"{a}{step:+}={b}" for (a, b), step in zip(itertools.pairwise(terms), steps, strict=True)]
-    return Solution("\n".join(lines), str(terms[-1]))
+    """How far it is from term to term: their last digits as in subtraction, which tells; then one more step."""
+    *_, last = instance["steps"]
+    terms = instance["terms"]
+    lines = [subtract(max(a, b) % 10, min(a, b) % 10) for a, b in itertools.pairwise(terms)]
+    answer = terms[-1] + last
+    return Solution("\n".join([*lines, f"{terms[-1]}{last:+}={answer}"]), str(answer))
 
 
 SEQUENCE = Task(
