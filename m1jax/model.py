@@ -171,7 +171,7 @@ class M1(nnx.Module):
             `max_length`; keys and values beyond are dropped.
           lengths: integers `[B]` from 0 to T, how many of the T tokens of each row are valid; None is all. Those of a
             `jax.Array` are not looked at, which would wait for the device: out of range they spoil their rows.
-          logits: "all" or "last".
+          logits: "all" or "last", for which less of the last layer is computed.
 
         Returns:
           Logits float32 `[B, T, V]` (undefined at padded tokens), or with "last" `[B, V]` at each row's last valid

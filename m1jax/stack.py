@@ -21,8 +21,6 @@ from m1jax.sharding.region import block, gathered, start, ways
 if TYPE_CHECKING:
     from m1jax.model import M1
 
-LAST_ONLY_FROM = 128  # tokens: for fewer it is not worth a second form of the last layer
-
 
 class Carry(NamedTuple):
     """What goes from layer to layer; the optional parts are absent where nobody asks for them."""
@@ -36,15 +34,15 @@ class Carry(NamedTuple):
     bad: jax.Array | None = None  # int32 [L], 1 where a layer's output is not finite
 
 
-class Tokens(NamedTuple):
-    """What the rest of a layer has of its tokens once states, keys and values are made; no token needs another's."""
+class Inputs(NamedTuple):
+    """Of what a layer's output is made once states, keys and values are: no token needs another's part."""
 
     x: jax.Array | None  # [B, T, M], the layer's input where it is what is added to
     h: jax.Array  # [B, T, M], the same after the norm
     y: jax.Array | None  # [B, T, M] of lightning attention
     valid: jax.Array  # bool [B, T]
     rope: tuple[jax.Array, jax.Array]
-    first: jax.Array  # int32 [B], the position of the first token
+    tokens_seen: jax.Array  # int32 [B], the position of the first token
 
 
 class Run(NamedTuple):
@@ -89,8 +87,11 @@ def body(
 
     `decays` float32 `[L, H]` is log λ where the layers are a part of a larger model, whose numbering counts.
     `segments` int32 `[B, T]` as in `M1.__call__`, where nothing was read before. `capacity` as in `layers.MoE`.
-    With `last_only` the last layer's output may be anything but for each row's last valid token.
+    With `last_only`, which goes with caches alone, the output is undefined but for each row's last valid token: of the
+    last layer the states, keys and values of all tokens are made, the rest for that one.
     """
+    alone = segments is None and capacity is None and carry.hidden is None and carry.bad is None
+    assert not last_only or (alone and carry.k is not None)
     cfg = model.config
     p = period(cfg.layer_types)
     one_period = runs(cfg.layer_types[:p])
@@ -108,12 +109,12 @@ def body(
         position = block(positions(gathered(segments, 1, "sequence")), 1, "sequence")
     rope = layers.rope_angles(cfg, position)
     at = jnp.maximum(lengths - 1, 0)
-    last_only = last_only and T >= LAST_ONLY_FROM and ways("sequence") == 1
+    last_only = last_only and T > 1 and ways("sequence") == 1
 
-    def layer(kind: str, carry: Carry, i: jax.Array, n: jax.Array) -> Carry:
+    def layer(run: Run, carry: Carry, i: jax.Array, n: jax.Array) -> Carry:
         h = layers.rms_norm(carry.x, model.block.attn_norm[...][i], cfg.rms_norm_eps)
         y, attend = None, None
-        if kind == LIGHTNING:
+        if run.kind == LIGHTNING:
             y, s = model.lightning(h, n, decays[i], carry.s, lengths, segments)
             carry = carry._replace(s=s)
         else:
@@ -122,11 +123,11 @@ def body(
             if carry.k is not None:
                 carry = carry._replace(k=keys_values[0], v=keys_values[1])
         rest = functools.partial(_rest, model, i, capacity, attend)
-        tokens = Tokens(None if cfg.postnorm else carry.x, h, y, valid, rope, tokens_seen)
-        if last_only and kind == cfg.layer_types[-1]:
-            every = lambda tokens: rest(tokens)[0]  # noqa: E731
-            return carry._replace(x=lax.cond(i < L - 1, every, functools.partial(_only_at, at, every), tokens))
-        x, logits = rest(tokens)
+        inputs = Inputs(None if cfg.postnorm else carry.x, h, y, valid, rope, tokens_seen)
+        if last_only and run is one_period[-1]:
+            whole, only = (lambda inputs: rest(inputs)[0]), functools.partial(_only_at, at, rest)
+            return carry._replace(x=lax.cond(i < L - 1, whole, only, inputs))
+        x, logits = rest(inputs)
         if carry.hidden is not None:
             carry = carry._replace(hidden=carry.hidden.at[i].set(x))
         if carry.router_logits is not None:
@@ -137,8 +138,8 @@ def body(
 
     def run_layers(run: Run, carry: Carry, i: jax.Array, n: jax.Array) -> Carry:
         if run.layers == 1:
-            return layer(run.kind, carry, i, n)
-        return lax.scan(lambda c, j: (layer(run.kind, c, i + j, n + j), None), carry, jnp.arange(run.layers))[0]
+            return layer(run, carry, i, n)
+        return lax.scan(lambda c, j: (layer(run, c, i + j, n + j), None), carry, jnp.arange(run.layers))[0]
 
     def one(carry: Carry, c: jax.Array) -> tuple[Carry, None]:
         for run in one_period:
@@ -163,14 +164,14 @@ def all_decays(config: M1Config) -> jax.Array:
 
 
 def _rest(
-    model: "M1", i: jax.Array, capacity: float | None, attend: Callable[..., jax.Array] | None, tokens: Tokens
+    model: "M1", i: jax.Array, capacity: float | None, attend: Callable[..., jax.Array] | None, inputs: Inputs
 ) -> tuple[jax.Array, jax.Array]:
     """Output `[B, T, M]` of layer i and its router logits; `attend` gives the y of softmax attention."""
     cfg = model.config
-    x, h, y, valid, rope, first = tokens
+    x, h, y, valid, rope, tokens_seen = inputs
     alpha, beta = cfg.lightning_alpha, cfg.lightning_beta
     if attend is not None:
-        y = attend(h, rope=rope, first=first)
+        y = attend(h, rope=rope, first=tokens_seen)
         alpha, beta = cfg.softmax_alpha, cfg.softmax_beta
     assert y is not None
     x = _residual(h if x is None else x, y, alpha, beta)
@@ -181,14 +182,15 @@ def _rest(
     return _residual(h if cfg.postnorm else x, y, cfg.mlp_alpha, cfg.mlp_beta), logits
 
 
-def _only_at(at: jax.Array, rest: Callable[[Tokens], jax.Array], tokens: Tokens) -> jax.Array:
+def _only_at(at: jax.Array, rest: Callable[[Inputs], tuple[jax.Array, jax.Array]], inputs: Inputs) -> jax.Array:
     """Output `[B, T, M]` of a layer at the token `at` `[B]` of each row, anything elsewhere."""
 
-    def token(x: jax.Array) -> jax.Array:  # [B, T, ...] to [B, 1, ...]
+    def picked(x: jax.Array) -> jax.Array:  # [B, T, ...] to [B, 1, ...]
         return jnp.take_along_axis(x, at.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
 
-    x = rest(Tokens._make((*jax.tree.map(token, tokens[:-1]), tokens.first + at)))
-    return tokens.h.at[jnp.arange(x.shape[0]), at].set(x[:, 0])
+    of_one = Inputs._make((*jax.tree.map(picked, inputs[:-1]), inputs.tokens_seen + at))
+    x, _ = rest(of_one)
+    return inputs.h.at[jnp.arange(x.shape[0]), at].set(x[:, 0])
 
 
 def _residual(x: jax.Array, y: jax.Array, alpha: float, beta: float) -> jax.Array:

@@ -31,8 +31,8 @@ from m1jax.params import flatten, param_table
 
 SIDE = 2048  # of the matrix whose product shows the machine's FLOP/s
 READ = 1 << 30  # bytes whose sum shows how fast memory is read
-LAST_ONLY = 2**20 * (2 + 2 * 3)  # q, o and two experts of the last layer, which only the last token needs
-FLOP_PER_TOKEN = 2 * (2**20 * (14 * 5 + 2 * 2.5 + 16 * 2 * 3) - LAST_ONLY)  # without attention and head
+SPARED = 2**20 * (2 + 2 * 3)  # q, o and two experts of the last layer, which only the last token needs
+FLOP_PER_TOKEN = 2 * (2**20 * (14 * 5 + 2 * 2.5 + 16 * 2 * 3) - SPARED)  # without attention and head
 PROMPT, STEPS = 64, 16
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from m1jax.config import M1Config
+from m1jax.config import SOFTMAX, M1Config
 from m1jax.errors import UserError
 from m1jax.model import abstract
 from m1jax.sharding.flops import Collective, Cost, cost_of, count
@@ -320,8 +320,12 @@ def model_flops(config: M1Config, work: Workload) -> float:
     start = one(low) - slope * low
     T, N = work.tokens, work.context
     rows = T * (start + slope * (N - T / 2)) if work.mode != "serve" else start + slope * N
-    if work.mode == "prefill":  # logits of the last token only
-        rows -= (T - 1) * 2 * config.hidden_size * config.vocab_size
+    if work.mode == "prefill":  # of the last token only: the logits and most of the last layer
+        spared = config.hidden_size * (config.vocab_size + 3 * config.num_experts_per_tok * config.intermediate_size)
+        if config.layer_types[-1] == SOFTMAX:
+            spared += 2 * config.hidden_size * config.num_attention_heads * config.head_dim
+            rows -= (T - 1) * slope * (N - T / 2) / len(config.softmax_layers)
+        rows -= (T - 1) * 2 * spared
     return work.rows * rows * (4 if work.mode == "train" else 1)
 
 

@@ -62,10 +62,10 @@ def test_known_bytes_of_the_released_model() -> None:
 def test_flops_of_a_step() -> None:
     decode = [model_flops(FULL, Workload("serve", batch, context)) for batch, context in ((1, 4096), (8, 4096))]
     assert decode[1] == 8 * decode[0]
-    # A prompt costs what its positions cost one by one, but for the logits.
+    # A prompt costs what its positions cost one by one, but for the logits and the last layer's q, o and two experts.
     prefill = model_flops(FULL, Workload("prefill", 1, 4, chunk=4))
     steps = sum(model_flops(FULL, Workload("serve", 1, n)) for n in (1, 2, 3, 4))
-    assert prefill == pytest.approx(steps - 3 * 2 * 6144 * 200_064, rel=1e-5)
+    assert prefill == pytest.approx(steps - 3 * 2 * 6144 * (200_064 + 2 * 8192 + 2 * 3 * 9216), rel=1e-5)
     # 45.9 B active parameters, and the head.
     train = model_flops(FULL, Workload("train", 1, 1024))
     assert train == pytest.approx(4 * 2 * (45.9e9 + 200_064 * 6144) * 1024, rel=0.05)

@@ -174,7 +174,7 @@ def test_bfloat16_is_no_further_from_float32_than_on_one_device() -> None:
 
 @pytest.mark.parametrize(("name", "room"), [*((name, 32) for name in MESHES), ("sequence", 16)])
 def test_logits_states_and_steps(name: str, room: int) -> None:
-    """A ragged prefill in two chunks, then two tokens one by one.
+    """A ragged prefill in two chunks, then two tokens one by one; of the second chunk the last logits.
 
     A chunk's queries travel to a cache of 32 places, the keys and values of one of 16 to the queries.
     """
@@ -187,34 +187,20 @@ def test_logits_states_and_steps(name: str, room: int) -> None:
         state = sharded.init_state(4, room)
         assert jax.tree.map(lambda x: x.sharding, state) == shardings(CONFIG, mesh, state)
     plain = model().init_state(4, room)
-    for count in lengths:
+    for chunk, count in enumerate(lengths):
         T = 1 if count.max() == 1 else 9
+        logits = "last" if chunk else "all"
         tokens = np.stack([np.resize(TOKENS[b, at[b] :], T) for b in range(4)])
         at += count
-        want, plain = model().step(tokens, plain, count, logits="last" if T == 1 else "all")
+        want, plain = model().step(tokens, plain, count, logits=logits)
         with jax.set_mesh(mesh):
-            got, state = sharded.step(tokens, state, count, logits="last" if T == 1 else "all")
-        valid = slice(None) if T == 1 else np.arange(T) < count[:, None]
+            got, state = sharded.step(tokens, state, count, logits=logits)
+        valid = count > 0 if chunk else np.arange(T) < count[:, None]
         assert rms_error(np.asarray(got)[valid], np.asarray(want)[valid]) < 2e-6
     assert rms_error(state.lightning.s, plain.lightning.s) < 2e-6
     for b in range(4):
         assert rms_error(state.cache.k[:, b, :, : at[b]], plain.cache.k[:, b, :, : at[b]]) < 2e-6
     assert list(state.length) == list(at)
-
-
-@pytest.mark.parametrize("name", ["experts apart", "sequence and tensor"])
-def test_last_logits_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m1jax.stack.LAST_ONLY_FROM", 10)
-    tokens, lengths = TOKENS[:, :10], np.asarray([10, 4, 1, 7])
-    want, plain = model().step(tokens, model().init_state(4, 16), lengths)
-    mesh = mesh_of(name)
-    with jax.set_mesh(mesh):
-        sharded = on(mesh)
-        got, state = sharded.step(tokens, sharded.init_state(4, 16), lengths, logits="last")
-    assert rms_error(got, np.stack([want[b, n - 1] for b, n in enumerate(lengths)])) < 2e-6
-    assert rms_error(state.lightning.s, plain.lightning.s) < 2e-6
-    for b, n in enumerate(lengths):
-        assert rms_error(state.cache.v[:, b, :, :n], plain.cache.v[:, b, :, :n]) < 2e-6
 
 
 @pytest.mark.parametrize("name", [name for name, (_, use) in MESHES.items() if use == "train"])
