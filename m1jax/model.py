@@ -26,7 +26,7 @@ from m1jax.kernels.linear import linear
 from m1jax.params import STATE_AXES, ParamSpec, join_quantized, nest, param_table
 from m1jax.sharding import rules
 from m1jax.sharding.region import lookup, mesh_in_use, on_mesh, rows_of, start, total, ways, whole
-from m1jax.stack import Carry, body, not_finite
+from m1jax.stack import Carry, body, not_finite, token_at
 
 Logits = Literal["all", "last"]
 
@@ -297,7 +297,7 @@ def last_valid(x: jax.Array, lengths: jax.Array) -> jax.Array:
     """Of x `[B, T, M]` each row's last valid token, `[B, M]`, or its first where none is valid."""
     at = jnp.maximum(lengths - 1, 0) - start("sequence", x.shape[1])
     here = (at >= 0) & (at < x.shape[1])
-    picked = jnp.take_along_axis(x, jnp.where(here, at, 0)[:, None, None], axis=1)[:, 0]
+    picked = token_at(x, jnp.where(here, at, 0))[:, 0]
     return total(jnp.where(here[:, None], picked, 0), "sequence")
 
 
@@ -377,16 +377,24 @@ def _bad(model: M1, tokens: jax.Array, segments: jax.Array | None) -> jax.Array:
     return run(model, stretched(tokens), jnp.full((B,), T, jnp.int32), stretched(segments))
 
 
+def read(
+    model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array, last_only: bool = False
+) -> tuple[jax.Array, M1State]:
+    """The last layer's output `[B, T, M]` for tokens `[B, T]`, and the state after them; `last_only` as in `body`."""
+    carry = Carry(embed(model, tokens), state.lightning.s, state.cache.k, state.cache.v, None, None)
+    carry = body(model, carry, state.length, lengths, last_only=last_only)
+    assert carry.s is not None and carry.k is not None and carry.v is not None
+    return carry.x, M1State(LightningState(carry.s), KVCache(carry.k, carry.v), state.length + lengths)
+
+
 @functools.partial(jax.jit, static_argnames="logits")
 def _step(
     model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array, logits: Logits
 ) -> tuple[jax.Array, M1State]:
     def local(model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array) -> tuple[jax.Array, M1State]:
-        carry = Carry(embed(model, tokens), state.lightning.s, state.cache.k, state.cache.v, None, None)
-        carry = body(model, carry, state.length, lengths, last_only=logits == "last")
-        assert carry.s is not None and carry.k is not None and carry.v is not None
-        x = last_valid(carry.x, lengths) if logits == "last" else carry.x
-        state = M1State(LightningState(carry.s), KVCache(carry.k, carry.v), state.length + lengths)
+        x, state = read(model, tokens, state, lengths, last_only=logits == "last")
+        if logits == "last":
+            x = last_valid(x, lengths)
         return head(model, final_norm(model, x)), state
 
     out = ("batch", "vocab") if logits == "last" else (*TOKENS, "vocab")

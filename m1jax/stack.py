@@ -42,7 +42,6 @@ class Inputs(NamedTuple):
     y: jax.Array | None  # [B, T, M] of lightning attention
     valid: jax.Array  # bool [B, T]
     rope: tuple[jax.Array, jax.Array]
-    tokens_seen: jax.Array  # int32 [B], the position of the first token
 
 
 class Run(NamedTuple):
@@ -123,11 +122,12 @@ def body(
             if carry.k is not None:
                 carry = carry._replace(k=keys_values[0], v=keys_values[1])
         rest = functools.partial(_rest, model, i, capacity, attend)
-        inputs = Inputs(None if cfg.postnorm else carry.x, h, y, valid, rope, tokens_seen)
+        inputs = Inputs(None if cfg.postnorm else carry.x, h, y, valid, rope)
         if last_only and run is one_period[-1]:
-            whole, only = (lambda inputs: rest(inputs)[0]), functools.partial(_only_at, at, rest)
-            return carry._replace(x=lax.cond(i < L - 1, whole, only, inputs))
-        x, logits = rest(inputs)
+            of_last = functools.partial(_only_at, at, rest)
+            x = lax.cond(i < L - 1, lambda *given: rest(*given)[0], of_last, inputs, tokens_seen)
+            return carry._replace(x=x)
+        x, logits = rest(inputs, tokens_seen)
         if carry.hidden is not None:
             carry = carry._replace(hidden=carry.hidden.at[i].set(x))
         if carry.router_logits is not None:
@@ -164,14 +164,22 @@ def all_decays(config: M1Config) -> jax.Array:
 
 
 def _rest(
-    model: "M1", i: jax.Array, capacity: float | None, attend: Callable[..., jax.Array] | None, inputs: Inputs
+    model: "M1",
+    i: jax.Array,
+    capacity: float | None,
+    attend: Callable[..., jax.Array] | None,
+    inputs: Inputs,
+    first: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output `[B, T, M]` of layer i and its router logits; `attend` gives the y of softmax attention."""
+    """Output `[B, T, M]` of layer i and its router logits.
+
+    `attend` gives the y of softmax attention, for tokens whose positions go from `first` int32 `[B]` on.
+    """
     cfg = model.config
-    x, h, y, valid, rope, tokens_seen = inputs
+    x, h, y, valid, rope = inputs
     alpha, beta = cfg.lightning_alpha, cfg.lightning_beta
     if attend is not None:
-        y = attend(h, rope=rope, first=tokens_seen)
+        y = attend(h, rope=rope, first=first)
         alpha, beta = cfg.softmax_alpha, cfg.softmax_beta
     assert y is not None
     x = _residual(h if x is None else x, y, alpha, beta)
@@ -182,15 +190,17 @@ def _rest(
     return _residual(h if cfg.postnorm else x, y, cfg.mlp_alpha, cfg.mlp_beta), logits
 
 
-def _only_at(at: jax.Array, rest: Callable[[Inputs], tuple[jax.Array, jax.Array]], inputs: Inputs) -> jax.Array:
+def _only_at(
+    at: jax.Array, rest: Callable[[Inputs, jax.Array], tuple[jax.Array, jax.Array]], inputs: Inputs, first: jax.Array
+) -> jax.Array:
     """Output `[B, T, M]` of a layer at the token `at` `[B]` of each row, anything elsewhere."""
-
-    def picked(x: jax.Array) -> jax.Array:  # [B, T, ...] to [B, 1, ...]
-        return jnp.take_along_axis(x, at.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
-
-    of_one = Inputs._make((*jax.tree.map(picked, inputs[:-1]), inputs.tokens_seen + at))
-    x, _ = rest(of_one)
+    x, _ = rest(jax.tree.map(lambda x: token_at(x, at), inputs), first + at)
     return inputs.h.at[jnp.arange(x.shape[0]), at].set(x[:, 0])
+
+
+def token_at(x: jax.Array, at: jax.Array) -> jax.Array:
+    """Of x `[B, T, ...]` the token `at` `[B]` of each row, `[B, 1, ...]`."""
+    return jnp.take_along_axis(x, at.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
 
 
 def _residual(x: jax.Array, y: jax.Array, alpha: float, beta: float) -> jax.Array:

@@ -10,8 +10,8 @@ import triton.language as tl
 from m1jax.kernels.experts.kernels import weights
 from m1jax.kernels.gpu.kernels import number_of, sums_of_runs
 
-# Four bytes to float32, as PTX: a byte is the lowest of a number from 2^23 on, from which
-# that is subtracted; or a nibble is the highest of the mantissa of a number from 1 to 2, which is left to the caller.
+# Four bytes to float32, as PTX: a byte is the lowest of a number from 2^23 on, from which that is subtracted; or a
+# nibble is the highest of the mantissa of a number from 1 to 2, which is left to the caller.
 _INT8_FLOAT = tl.constexpr("""{
 .reg .b32 u, b<4>;
 .reg .f32 f<4>;

@@ -101,8 +101,7 @@ def _draw_sequence(rng: random.Random, difficulty: int) -> Instance:
 
 def _solve_sequence(instance: Instance) -> Solution:
     """How far it is from term to term: their last digits as in subtraction, which tells; then one more step."""
-    *_, last = instance["steps"]
-    terms = instance["terms"]
+    terms, last = instance["terms"], instance["steps"][-1]
     lines = [subtract(max(a, b) % 10, min(a, b) % 10) for a, b in itertools.pairwise(terms)]
     answer = terms[-1] + last
     return Solution("\n".join([*lines, f"{terms[-1]}{last:+}={answer}"]), str(answer))

@@ -15,10 +15,9 @@ import numpy as np
 from gpu_bench.report import PEAKS, Report
 from gpu_bench.timing import normal, operations
 from m1jax.config import M1Config
-from m1jax.model import M1, KVCache, LightningState, M1State, abstract, build, embed, final_norm, head
+from m1jax.model import M1, M1State, abstract, build, final_norm, head, read
 from m1jax.params import ParamSpec, param_table
 from m1jax.presets import find_config
-from m1jax.stack import Carry, body
 
 STEPS = 8  # of a decode between two readings of the clock
 
@@ -175,9 +174,6 @@ def _step(model: M1, tokens: jax.Array, state: M1State) -> tuple[jax.Array, M1St
     but one of eight here.
     """
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
-    carry = Carry(embed(model, tokens), state.lightning.s, state.cache.k, state.cache.v, None, None)
-    carry = body(model, carry, state.length, lengths)
-    assert carry.s is not None and carry.k is not None and carry.v is not None
-    logits = head(model, final_norm(model, carry.x[:, -1]))
-    state = M1State(LightningState(carry.s), KVCache(carry.k, carry.v), state.length + lengths)
+    x, state = read(model, tokens, state, lengths)
+    logits = head(model, final_norm(model, x[:, -1]))
     return jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32), state
