@@ -1,10 +1,10 @@
 """python scripts/train_nano.py --machine cpu|gpu [--out runs/nano] [--until sft] [--scale 1.0] [--task all] [--install]
 
-Makes M1-nano from nothing but this repository: tokenizer, synthesized data, pretraining, SFT with chain of thought,
-recall and review (SFT with long lists, first for softmax attention alone, then for all layers), CISPO. Killed at any
-moment, the same command goes on. After each stage it is evaluated on held-out problems, and OUT/results.json and
-OUT/results.md say what came out, how long it took and on what. `--install` puts the model, in bfloat16 and the official
-layout, where the package ships it from. `--scale` shortens every stage, to try things out.
+Makes M1-nano from nothing but this repository: tokenizer, synthesized data, lists to recall, pretraining, SFT with
+chain of thought, CISPO. Killed at any moment, the same command goes on. After SFT and after CISPO it is evaluated on
+held-out problems; OUT/results.json and OUT/results.md say what came out, how long it took and on what. `--install` puts
+the model, in bfloat16 and the official layout, where the package ships it from. `--scale` shortens every stage, to try
+things out.
 """
 
 import argparse
@@ -17,29 +17,32 @@ from typing import Any
 import jax
 
 from m1jax.errors import main_guard
-from m1jax.evaluate import open_local, score
-from m1jax.nano.recipe import LONGEST
+from m1jax.evaluate import Score, open_local, score
+from m1jax.nano.recipe import LONGEST, learnt
 from m1jax.nano.training import PLANS, STAGES, WINDOWS, claim, install, prepare, scaled, settings
 from m1jax.rl import stage as rl_stage
 from m1jax.runtime import use_compilation_cache
-from m1jax.tasks import find
 from m1jax.train import loop
 
 
-def results(stage: str, out: Path, tasks: Sequence[str], problems: int) -> dict[str, Any]:
-    """What a finished stage came to."""
-    rows = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    local = open_local(out / stage / "model", "float32", WINDOWS[-1], 128)
-    levels = [(task, task.difficulty) for task in find(tasks)]
-    # Needles in longer lists, up to eight times as long as any that was trained on.
+def accuracies(model: Path, tasks: Sequence[str], problems: int) -> dict[str, Score]:
+    """Of each task, and of needles in longer lists, up to eight times as long as any that was trained on."""
+    local = open_local(model, "float32", WINDOWS[-1], 128)
+    levels = [(task, task.difficulty) for task in learnt(tasks)]
     needles = [task for task, _ in levels if task.name == "retrieval"]
     levels += [(task, items - 1) for task in needles for items in (128, 512, 8 * LONGEST)]
-    scores = {
+    return {
         task.name if level == task.difficulty else f"{task.name}, {level + 1} items": score(
             task, task.problems(problems, 0, level), level, local
         )
         for task, level in levels
     }
+
+
+def results(stage: str, out: Path, tasks: Sequence[str], problems: int) -> dict[str, Any]:
+    """What a finished stage came to."""
+    rows = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    scores = {} if stage in ("recall", "pretrain") else accuracies(out / stage / "model", tasks, problems)
     return {
         "steps": rows[-1]["step"],
         "loss": rows[-1]["loss"],

@@ -12,18 +12,23 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from m1jax.chat_template import ChatTemplate
 from m1jax.config import M1Config
-from m1jax.tasks import TASKS, Problem, Task, mixture
+from m1jax.model import M1, build, init_params
+from m1jax.params import flatten
+from m1jax.tasks import TASKS, Instance, Problem, Solution, Task, find, mixture
 from m1jax.tasks.retrieval import RETRIEVAL
 
 TOKENIZER_CONFIG = Path(__file__).parent / "tokenizer_config.json"  # M1's own, with its chat template
 MARKS = ("<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>")
 VOCABULARY = 600  # what these texts fill; the model that ships has 704 tokens, from earlier texts
 END = "<end_of_sentence>"
+SHORT = 16  # items at most of a list while nothing but lists is learnt
 LONGEST = 150  # items of a list in training; with the letters asked for a row of 512 tokens holds no more
 
 # Letters inside quotes are tokens of their own, as digits are: a letter is only known apart from its neighbours.
@@ -31,7 +36,10 @@ _QUOTED_LETTER = r'(?:(?<=")|(?!\A)\G)[a-z]'
 
 
 def config(hidden: int = 128, experts: int = 8, width: int = 128, periods: int = 1) -> M1Config:
-    """M1's architecture in small: periods of 7 lightning layers and a softmax one, half rotary, α = (2 L)^¼."""
+    """M1's architecture in small: periods of 7 lightning layers and a softmax one, half rotary, α = β = (2 L)^¼.
+
+    β is as large as α: where what a layer adds weighs less, softmax attention hardly begins to find anything.
+    """
     layers = 8 * periods
     alpha = (2 * layers) ** 0.25
     return M1Config(
@@ -48,10 +56,28 @@ def config(hidden: int = 128, experts: int = 8, width: int = 128, periods: int =
         layer_types=(("lightning",) * 7 + ("softmax",)) * periods,
         max_position_embeddings=32768,
         lightning_alpha=alpha,
+        lightning_beta=alpha,
         softmax_alpha=alpha,
+        softmax_beta=alpha,
         mlp_alpha=alpha,
-        initializer_range=0.05,
+        mlp_beta=alpha,
+        initializer_range=0.1,
     )
+
+
+def first_weights(config: M1Config, seed: int = 0) -> M1:
+    """Random weights, but in two places, without which softmax attention does not come to find letters in lists.
+
+    What lightning attention and experts add to a token begins small, by 1/√(2 L) as in GPT-2, so that the last layer
+    sees the tokens themselves. And queries begin equal to keys, so that a token looks for its like (mimetic
+    initialisation, arXiv 2305.09828).
+    """
+    weights = flatten(init_params(config, jax.random.key(seed)))
+    for name in ("lightning.out_proj", "moe.down"):
+        weights[name] *= (2 * config.num_hidden_layers) ** -0.5
+    groups = config.num_attention_heads // config.num_key_value_heads
+    weights["softmax.q_proj"] = jnp.repeat(weights["softmax.k_proj"], groups, axis=1)
+    return build(config, lambda path, _: weights[path])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,58 +120,47 @@ def sentence(rng: random.Random) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def recall(rng: random.Random) -> list[str]:
-    """Lists of numbered letters, then some that occur but once, each followed by its number: every second part.
+def recall(rng: random.Random, longest: int = LONGEST) -> list[str]:
+    """A list of up to `longest` numbered letters, then some that occur but once, each followed by its number.
 
-    Half of the time one list, short ones as frequent as long ones: finding a letter again is learnt from few, then from
-    more. Else several.
+    Every second part is such a number. Short lists are as frequent as long ones.
     """
-    return _again(*_lists(rng, _several(rng) if rng.random() < 0.5 else [round(16 ** rng.random())], 12))
-
-
-def long_recall(rng: random.Random) -> list[str]:
-    """A list of up to `LONGEST` numbered letters, then nearly all letters there are, as in `recall`."""
-    return _again(*_lists(rng, [rng.randint(20, LONGEST)], 25, 24))
-
-
-def far(rng: random.Random) -> Problem:
-    """Retrieval from a list of up to `LONGEST` items."""
-    return RETRIEVAL.problem(rng, rng.randint(4, LONGEST) - 1)
-
-
-def scattered(rng: random.Random) -> Problem:
-    """Retrieval from several lists at once."""
-    lists, [(letter, number)] = _lists(rng, _several(rng), 1)
-    question = rng.choice(RETRIEVAL.phrasings).format(items='", "'.join(lists), letter=letter)
-    return Problem(RETRIEVAL.name, question, letter + number, number, question)
-
-
-def _several(rng: random.Random) -> list[int]:
-    """Lengths of lists, none longer than retrieval's own: a letter is to be found from afar and among many."""
-    return [rng.randint(8, RETRIEVAL.difficulty + 1) for _ in range(rng.randint(2, 8))]
-
-
-def _again(lists: list[str], once: list[tuple[str, str]]) -> list[str]:
-    shown = " ".join(f'List: "{items}".' for items in lists)
-    return [f"{shown} Again:\n", *(part for letter, number in once for part in (letter, number))]
-
-
-def _lists(
-    rng: random.Random, lengths: list[int], most: int, least: int = 1
-) -> tuple[list[str], list[tuple[str, str]]]:
-    """Lists of numbered letters, and from `least` to `most` that occur once in all of them, with their numbers."""
-    items = sum(lengths)
-    count = rng.randint(min(least, items), min(most, items))
+    items = round(longest ** rng.random())
+    count = rng.randint(1, min(25, items))
     alphabet = rng.sample(string.ascii_lowercase, 26)
     letters = alphabet[:count] + rng.choices(alphabet[count:], k=items - count)
     rng.shuffle(letters)
-    numbered = [(letter, str(rng.randrange(10))) for letter in letters]
-    numbers, rest = dict(numbered), iter(map("".join, numbered))
-    lists = [",".join(islice(rest, length)) for length in lengths]
-    return lists, [(letter, numbers[letter]) for letter in rng.sample(alphabet[:count], count)]
+    numbers = [str(rng.randrange(10)) for _ in letters]
+    listed = ",".join(map("".join, zip(numbers, letters, strict=True)))
+    number = dict(zip(letters, numbers, strict=True))
+    return [f'List: "{listed}". Again:\n', *(part for letter in alphabet[:count] for part in (letter, number[letter]))]
 
 
-def documents(seed: int, tasks: Sequence[Task] = tuple(TASKS.values())) -> Iterator[str]:
+def _draw_before(rng: random.Random, difficulty: int) -> Instance:
+    instance = RETRIEVAL.draw(rng, difficulty)
+    return {**instance, "items": ",".join(item[::-1] for item in instance["items"].split(","))}
+
+
+def _solve_before(instance: Instance) -> Solution:
+    number, letter = next(item for item in instance["items"].split(",") if item[1] == instance["letter"])
+    return Solution(letter + number, number)
+
+
+# Where each number is before its letter, the letter that is looked for knows it. What ships learnt the other form.
+NUMBERS_FIRST = dataclasses.replace(RETRIEVAL, draw=_draw_before, solve=_solve_before)
+
+
+def learnt(names: Sequence[str]) -> list[Task]:
+    """The tasks of these names or files in the form that is trained. Raises `UserError`."""
+    return [NUMBERS_FIRST if task is RETRIEVAL else task for task in find(names)]
+
+
+def far(rng: random.Random) -> Problem:
+    """Retrieval from a list of up to `LONGEST` items, short ones as frequent as long ones."""
+    return NUMBERS_FIRST.problem(rng, max(2, round(LONGEST ** rng.random())) - 1)
+
+
+def documents(seed: int, tasks: Sequence[Task]) -> Iterator[str]:
     """Pretraining documents without end: problems as plain text, and a few simple sentences."""
     rng, problems = random.Random(f"documents {seed}"), mixture(tasks, seed)
     while True:
@@ -156,8 +171,9 @@ def documents(seed: int, tasks: Sequence[Task] = tuple(TASKS.values())) -> Itera
 def train_tokenizer(folder: Path, samples: int = 4000) -> tokenizers.Tokenizer:
     """Writes nano's byte-level BPE to `folder`: single digits, M1's special tokens and chat template."""
     chat = Chat.load()
-    problems = islice(mixture(list(TASKS.values()), seed=0), samples)
-    texts = [chat.prompt(p.question) + p.reply for p in problems] + list(islice(documents(0), samples))
+    tasks = learnt(list(TASKS))
+    problems = islice(mixture(tasks, seed=0), samples)
+    texts = [chat.prompt(p.question) + p.reply for p in problems] + list(islice(documents(0, tasks), samples))
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -3,7 +3,7 @@
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,37 +15,38 @@ from m1jax.errors import UserError
 from m1jax.loading import load
 from m1jax.nano import FOLDER, recipe
 from m1jax.params import flatten, param_table
-from m1jax.tasks import Problem, Task, find, mixture
+from m1jax.saving import save
+from m1jax.tasks import Problem, mixture
 from m1jax.tokenizer import Tokenizer
 from m1jax.train.settings import Settings, parse
 from m1jax.weights import expected
 
-Stage = Literal["pretrain", "sft", "recall", "review", "rl"]
-STAGES: tuple[Stage, ...] = ("pretrain", "sft", "recall", "review", "rl")
+Stage = Literal["recall", "pretrain", "sft", "rl"]
+STAGES: tuple[Stage, ...] = ("recall", "pretrain", "sft", "rl")
 
 LENGTH = 512  # tokens of a row; the longest conversation of the shipped difficulties and lists to recall fit
-FOUND = 4  # weight of a number found again: there are few among the tokens of replies
-RECALL = {"pretrain": 6, "sft": 2}  # rows of the stage's own for each list to recall, which takes longest to learn
+RECALL = 6  # rows of a stage's own for each list to recall
+FOUND = 2  # weight of a number found again: there are few among the tokens of replies
 WINDOWS = (112, 136, 160)  # tokens of a reply, in stages of RL
 BALANCE = 0.01  # with M1's own 0.001 experts of so few die; each layer's own, or layers come to use few of theirs
 # The tasks that are learnt last: twice as frequent in SFT.
-OPEN = ("subtraction", "multiplication", "sorting", "sequence", "retrieval")
+OPEN = ("subtraction", "multiplication", "sorting", "sequence")
 
 # Of each machine: dtype, rows of a batch, steps and learning rates, passes over the data, what RL does in a step.
 PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "dtype": "float32",
-        "rows": 8,
-        "steps": {"pretrain": 1200, "sft": 8000, "recall": 3200, "review": 1500, "rl": 24},
-        "rate": {"pretrain": 3e-3, "sft": 2e-3, "recall": 1e-2, "review": 2e-3, "rl": 2.5e-4},
+        "rows": 4,
+        "steps": {"recall": 350, "pretrain": 600, "sft": 16000, "rl": 24},
+        "rate": {"recall": 1e-3, "pretrain": 1e-3, "sft": 1e-3, "rl": 2.5e-4},
         "passes": 1,
         "rl": {"questions": 32, "replies": 8, "updates": 2, "attempts": 4},  # more updates of so few replies are noise
     },
     "gpu": {
         "dtype": "float32",
         "rows": 64,
-        "steps": {"pretrain": 400, "sft": 3000, "recall": 400, "review": 300, "rl": 100},
-        "rate": {"pretrain": 4e-3, "sft": 4e-3, "recall": 1e-2, "review": 2e-3, "rl": 5e-5},
+        "steps": {"recall": 300, "pretrain": 400, "sft": 3000, "rl": 100},
+        "rate": {"recall": 1e-3, "pretrain": 2e-3, "sft": 2e-3, "rl": 5e-5},
         "passes": 2,
         "rl": {"questions": 256, "replies": 16, "updates": 16},
     },
@@ -72,29 +73,25 @@ def claim(out: Path, made_by: dict[str, Any]) -> None:
 
 
 def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
-    """Tokenizer, configuration and data in `out`; a file that is there already is kept. Raises `UserError`."""
+    """Tokenizer, first weights and data in `out`; a file that is there already is kept. Raises `UserError`."""
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / "config.json").exists():
+    if not (out / "start").exists():
         recipe.train_tokenizer(out / "tokenizer")
-        (out / "config.json").write_text(json.dumps(recipe.config().to_official(), indent=1) + "\n", encoding="utf-8")
-    chosen = find(tasks)
-    # About 40 tokens a document, 80 a conversation.
+        save(recipe.first_weights(recipe.config()), out / "start", "float32", out / "tokenizer", overwrite=True)
+    tokenizer, chosen = Tokenizer.load(out / "tokenizer"), recipe.learnt(tasks)
+    # At least 40 tokens a list or document, 100 a conversation and what comes with it.
     count = {name: steps * plan["rows"] * LENGTH // plan["passes"] for name, steps in plan["steps"].items()}
+    short = recipe.SHORT
+    _write(out / "recall.jsonl", itertools.islice(reminders(0, tokenizer, short), max(1000, count["recall"] // 40)))
     texts = itertools.islice(recipe.documents(1, chosen), max(1000, count["pretrain"] // 40))
-    tokenizer = Tokenizer.load(out / "tokenizer")
-    _write(
-        out / "pretrain.jsonl", _among(({"text": text} for text in texts), reminders(1, tokenizer), RECALL["pretrain"])
-    )
+    alone = ({"text": text} for text in texts)
+    _write(out / "pretrain.jsonl", _among(alone, reminders(1, tokenizer), RECALL))
     often = [*chosen, *(task for task in chosen if task.name in OPEN)]
-    problems = itertools.islice(mixture(often, seed=2), max(1000, count["sft"] // 80))
-    rng = random.Random("scattered")
-    afar = conversations((recipe.scattered(rng) for _ in itertools.count()), tokenizer)
-    others = (row for pair in zip(reminders(2, tokenizer), afar, strict=False) for row in pair)
-    _write(out / "sft.jsonl", _among(conversations(problems, tokenizer), others, RECALL["sft"]))
-    sizes: dict[Stage, int] = {"recall": 250, "review": 100}  # tokens of a row
-    for stage, tokens in sizes.items():
-        rows = itertools.islice(long_lists(stage, often, tokenizer), max(1000, count[stage] // tokens))
-        _write(out / f"{stage}.jsonl", rows)
+    problems = itertools.islice(mixture(often, seed=2), max(1000, count["sft"] // 100))
+    rng = random.Random("far")
+    asked = conversations((recipe.far(rng) for _ in itertools.count()), tokenizer)
+    lists = (row for pair in zip(reminders(2, tokenizer), asked, strict=False) for row in pair)
+    _write(out / "sft.jsonl", _among(conversations(problems, tokenizer), lists, RECALL // 2))
 
 
 def conversations(problems: Iterable[Problem], tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
@@ -107,29 +104,13 @@ def conversations(problems: Iterable[Problem], tokenizer: Tokenizer) -> Iterator
         yield {"tokens": prompt + reply, "weights": [0] * len(prompt) + [1] * len(reply)}
 
 
-def reminders(
-    seed: int,
-    tokenizer: Tokenizer,
-    recall: Callable[[random.Random], list[str]] = recipe.recall,
-    weight: int = FOUND,
-) -> Iterator[dict[str, list[int]]]:
+def reminders(seed: int, tokenizer: Tokenizer, longest: int = recipe.LONGEST) -> Iterator[dict[str, list[int]]]:
     """Lists to recall without end, as tokens and weights: of use are the numbers found again."""
     rng = random.Random(f"reminders {seed}")
     while True:
-        parts = [tokenizer.encode(part) for part in recall(rng)]
-        found = [len(part) * [weight * (n > 0 and n % 2 == 0)] for n, part in enumerate(parts)]
+        parts = [tokenizer.encode(part) for part in recipe.recall(rng, longest)]
+        found = [len(part) * [FOUND * (n > 0 and n % 2 == 0)] for n, part in enumerate(parts)]
         yield {"tokens": [t for part in parts for t in part], "weights": [w for part in found for w in part]}
-
-
-def long_lists(stage: Stage, tasks: Sequence[Task], tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
-    """Conversations and long lists without end: for "recall" mostly lists, for "review" mostly conversations."""
-    taught, listed = {"recall": (3, 8), "review": (40, 4)}[stage]
-    rng, seed = random.Random(stage), STAGES.index(stage)
-    lists = reminders(seed, tokenizer, recipe.long_recall, 1)
-    asked = conversations((recipe.far(rng) for _ in itertools.count()), tokenizer)
-    others = conversations(mixture(tasks, seed), tokenizer)
-    while True:
-        yield from (*itertools.islice(others, taught), *itertools.islice(lists, listed), next(asked))
 
 
 def _among(rows: Iterable[Any], others: Iterator[Any], count: int) -> Iterator[Any]:
@@ -151,29 +132,23 @@ def _write(file: Path, values: Iterable[Any]) -> None:
 def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> Settings:
     """The settings of a stage, as a TOML file would give them. Raises `UserError`."""
     steps = plan["steps"][stage]
-    before = STAGES[STAGES.index(stage) - 1] if stage != STAGES[0] else None
-    start = {"path": str(out / before / "model")} if before else {"config": str(out / "config.json")}
+    before = out / STAGES[STAGES.index(stage) - 1] / "model" if stage != STAGES[0] else out / "start"
     common: dict[str, Any] = {
-        "stage": "sft" if stage in ("recall", "review") else stage,
+        "stage": "sft" if stage == "recall" else stage,
         "out": str(out / stage),
         "steps": steps,
-        "model": {"dtype": plan["dtype"], "remat": "none", "tokenizer": str(out / "tokenizer")} | start,
+        "model": {"dtype": plan["dtype"], "remat": "none", "tokenizer": str(out / "tokenizer"), "path": str(before)},
         "guard": {"action": "skip"},
         "log": {"tensorboard": False},
     }
     rate = {"learning_rate": plan["rate"][stage], "balance": BALANCE, "balance_over": "layer"}
     if stage == "rl":
-        # Of what is solved hardly a group of replies is mixed, and groups that are not teach nothing. Left are the
-        # tasks that are learnt last, without the needles, which review has all found.
-        last = [task.name for task in find(tasks) if task.name in OPEN and task.name != "retrieval"]
+        # Of what is solved hardly a group of replies is mixed, and groups that are not teach nothing.
+        last = [task.name for task in recipe.learnt(tasks) if task.name in OPEN]
         rl = plan["rl"] | {"tasks": last or list(tasks), "windows": list(WINDOWS), "row_tokens": LENGTH}
         optimizer = rate | {"warmup": 0, "eps": 1e-15, "weight_decay": 0.0}
         return parse(Settings, common | {"optimizer": optimizer, "checkpoint": {"every": 10}, "rl": rl})
     optimizer = rate | {"warmup": min(50, steps // 10), "decay": steps // 3, "final": 0.02, "weight_decay": 0.01}
-    if stage == "recall":
-        # What the layers before have learnt suffices to find a letter, but softmax attention hardly looks for it where
-        # all learn alike: with them held fixed, a high rate and little else to learn it comes to.
-        optimizer |= {"rates": "*=0,softmax.*=1", "decay": steps // 2}
     data = {"length": LENGTH, "rows": plan["rows"], "files": [str(out / f"{stage}.jsonl")]}
     every = {"every": max(1, min(250, steps // 4))}
     return parse(Settings, common | {"optimizer": optimizer, "checkpoint": every, "data": data})
