@@ -120,15 +120,15 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert not list((tmp_path / "start").iterdir())
     lines = [json.loads(line) for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
     documents = [json.loads(line) for line in (tmp_path / "pretrain.jsonl").read_text().splitlines()]
-    assert len(documents) == 1000 + 1000 // 6 and len(lines) == 1000 + 1000 // 3
-    for line in (*lines[3:600:8], *documents[6:600:7]):  # lists to recall
+    assert len(documents) == 1000 + 1000 // 6 and len(lines) == 1000 + 1000 // 6
+    for line in (*lines[6:600:14], *documents[6:600:7]):  # lists to recall
         found = LIST.fullmatch(tokenizer.decode(line["tokens"], keep=None))
         assert found is not None
         learnt = [token for token, weight in zip(line["tokens"], line["weights"], strict=True) if weight]
         assert tokenizer.decode(learnt) == found["again"][1::2] and set(line["weights"]) == {0, training.FOUND}
-    for line in lines[7:600:8]:  # retrievals
+    for line in lines[13:600:14]:  # retrievals
         assert tokenizer.decode(line["tokens"], keep=None).count(recipe.END) == 2
-    for line in (line for n, line in enumerate(lines[:50], 1) if n % 8 != 4):
+    for line in (line for n, line in enumerate(lines[:50], 1) if n % 14 != 7):
         learnt = [token for token, weight in zip(line["tokens"], line["weights"], strict=True) if weight]
         text, reply = tokenizer.decode(line["tokens"], keep=None), tokenizer.decode(learnt, keep=None)
         assert text.endswith(reply) and text.count(recipe.END) == 2
@@ -145,7 +145,7 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_lists_of_every_length_fit_a_row(tokenizer: Tokenizer) -> None:
     rng = random.Random(0)
     lengths = []
-    for row in itertools.islice(training.reminders(3, tokenizer), 300):
+    for row in itertools.islice(training.reminders(3, tokenizer, recipe.evenly), 300):
         found = LIST.fullmatch(tokenizer.decode(row["tokens"], keep=None))
         assert found is not None
         items, pairs = found["items"].split(","), re.findall(r"[a-z]\d", found["again"])
@@ -157,7 +157,7 @@ def test_lists_of_every_length_fit_a_row(tokenizer: Tokenizer) -> None:
     assert min(lengths) == 1 and 140 < max(lengths) <= recipe.LONGEST and 10 < np.median(lengths) < 16
     questions = [recipe.far(rng) for _ in range(200)]
     lengths = [len(re.findall(r"\d[a-z]", p.question)) for p in questions]
-    assert min(lengths) == 2 and 130 < max(lengths) <= recipe.LONGEST
+    assert recipe.SHORT <= min(lengths) < 30 and 130 < max(lengths) <= recipe.LONGEST
     assert all(len(row["tokens"]) <= training.LENGTH for row in training.conversations(questions, tokenizer))
 
 

@@ -95,6 +95,18 @@ def test_answers_are_right(name: str) -> None:
         assert problem.answer == expected(problem), problem
 
 
+def test_ciphers_are_worked_out_by_the_letters_numbers() -> None:
+    for problem in sample(TASKS["cipher"]):
+        lines = [re.fullmatch(r"([a-z])(\d\d)([+-]\d)=(-?\d+)(,\d\d)?([a-z])", x) for x in problem.thought.splitlines()]
+        for old, place, shift, total, within, new in (found.groups() for found in lines if found):
+            assert int(place) == ord(old) - 96 and int(total) == int(place) + int(shift)
+            last = int((within or f",{total}")[1:])
+            assert (
+                (last - int(total)) % 26 == 0 and last == ord(new) - 96 and (within is None) == (1 <= int(total) <= 26)
+            )
+        assert "".join(found[6] for found in lines if found) == problem.answer.strip('"')
+
+
 def test_sequences_go_on_as_they_began() -> None:
     for problem in sample(TASKS["sequence"]):
         terms = [*numbers(problem.question), int(problem.answer)]

@@ -120,12 +120,18 @@ def sentence(rng: random.Random) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def recall(rng: random.Random, longest: int = LONGEST) -> list[str]:
-    """A list of up to `longest` numbered letters, then some that occur but once, each followed by its number.
+def evenly(rng: random.Random, longest: int = LONGEST) -> int:
+    """Items of a list of at most `longest`, short ones as frequent as long ones."""
+    return round(longest ** rng.random())
 
-    Every second part is such a number. Short lists are as frequent as long ones.
-    """
-    items = round(longest ** rng.random())
+
+def long(rng: random.Random) -> int:
+    """Items of a list that is longer than those of the task itself."""
+    return rng.randint(SHORT, LONGEST)
+
+
+def recall(rng: random.Random, items: int) -> list[str]:
+    """A list of numbered letters, then some that occur but once, each followed by its number: every second part."""
     count = rng.randint(1, min(25, items))
     alphabet = rng.sample(string.ascii_lowercase, 26)
     letters = alphabet[:count] + rng.choices(alphabet[count:], k=items - count)
@@ -156,8 +162,8 @@ def learnt(names: Sequence[str]) -> list[Task]:
 
 
 def far(rng: random.Random) -> Problem:
-    """Retrieval from a list of up to `LONGEST` items, short ones as frequent as long ones."""
-    return NUMBERS_FIRST.problem(rng, max(2, round(LONGEST ** rng.random())) - 1)
+    """Retrieval from a long list."""
+    return NUMBERS_FIRST.problem(rng, long(rng) - 1)
 
 
 def documents(seed: int, tasks: Sequence[Task]) -> Iterator[str]:

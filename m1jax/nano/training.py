@@ -3,7 +3,7 @@
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "dtype": "float32",
         "rows": 4,
-        "steps": {"recall": 350, "pretrain": 600, "sft": 16000, "rl": 24},
+        "steps": {"recall": 350, "pretrain": 600, "sft": 11000, "rl": 24},
         "rate": {"recall": 1e-3, "pretrain": 1e-3, "sft": 1e-3, "rl": 2.5e-4},
         "passes": 1,
         "rl": {"questions": 32, "replies": 8, "updates": 2, "attempts": 4},  # more updates of so few replies are noise
@@ -79,19 +79,19 @@ def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
         recipe.train_tokenizer(out / "tokenizer")
         save(recipe.first_weights(recipe.config()), out / "start", "float32", out / "tokenizer", overwrite=True)
     tokenizer, chosen = Tokenizer.load(out / "tokenizer"), recipe.learnt(tasks)
-    # At least 40 tokens a list or document, 100 a conversation and what comes with it.
+    # At least 40 tokens a list or document, 100 a conversation with its part of the lists.
     count = {name: steps * plan["rows"] * LENGTH // plan["passes"] for name, steps in plan["steps"].items()}
-    short = recipe.SHORT
-    _write(out / "recall.jsonl", itertools.islice(reminders(0, tokenizer, short), max(1000, count["recall"] // 40)))
+    short = reminders(0, tokenizer, lambda rng: recipe.evenly(rng, recipe.SHORT))
+    _write(out / "recall.jsonl", itertools.islice(short, max(1000, count["recall"] // 40)))
     texts = itertools.islice(recipe.documents(1, chosen), max(1000, count["pretrain"] // 40))
     alone = ({"text": text} for text in texts)
-    _write(out / "pretrain.jsonl", _among(alone, reminders(1, tokenizer), RECALL))
+    _write(out / "pretrain.jsonl", _among(alone, reminders(1, tokenizer, recipe.evenly), RECALL))
     often = [*chosen, *(task for task in chosen if task.name in OPEN)]
     problems = itertools.islice(mixture(often, seed=2), max(1000, count["sft"] // 100))
     rng = random.Random("far")
     asked = conversations((recipe.far(rng) for _ in itertools.count()), tokenizer)
-    lists = (row for pair in zip(reminders(2, tokenizer), asked, strict=False) for row in pair)
-    _write(out / "sft.jsonl", _among(conversations(problems, tokenizer), lists, RECALL // 2))
+    lists = (row for pair in zip(reminders(2, tokenizer, recipe.long), asked, strict=False) for row in pair)
+    _write(out / "sft.jsonl", _among(conversations(problems, tokenizer), lists, RECALL))
 
 
 def conversations(problems: Iterable[Problem], tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]:
@@ -104,11 +104,11 @@ def conversations(problems: Iterable[Problem], tokenizer: Tokenizer) -> Iterator
         yield {"tokens": prompt + reply, "weights": [0] * len(prompt) + [1] * len(reply)}
 
 
-def reminders(seed: int, tokenizer: Tokenizer, longest: int = recipe.LONGEST) -> Iterator[dict[str, list[int]]]:
-    """Lists to recall without end, as tokens and weights: of use are the numbers found again."""
+def reminders(seed: int, tokenizer: Tokenizer, items: Callable[[random.Random], int]) -> Iterator[dict[str, list[int]]]:
+    """Lists of so many items to recall, without end, as tokens and weights: of use are the numbers found again."""
     rng = random.Random(f"reminders {seed}")
     while True:
-        parts = [tokenizer.encode(part) for part in recipe.recall(rng, longest)]
+        parts = [tokenizer.encode(part) for part in recipe.recall(rng, items(rng))]
         found = [len(part) * [FOUND * (n > 0 and n % 2 == 0)] for n, part in enumerate(parts)]
         yield {"tokens": [t for part in parts for t in part], "weights": [w for part in found for w in part]}
 

@@ -68,13 +68,15 @@ def _draw_cipher(rng: random.Random, difficulty: int) -> Instance:
 
 
 def _solve_cipher(instance: Instance) -> Solution:
-    """Letter by letter."""
-    sign = 1 if instance["way"] == "forward" else -1
-    a = string.ascii_lowercase
-    shifted = [a[(a.index(letter) + sign * instance["shift"]) % 26] for letter in instance["word"]]
-    pairs = zip(instance["word"], shifted, strict=True)
-    step = f"{sign * instance['shift']:+}"
-    return Solution("\n".join(f"{old}{step}={new}" for old, new in pairs), f'"{"".join(shifted)}"')
+    """Letter by letter: its number, the sum, the same within 1 to 26 if it is not, and that letter."""
+    shift = instance["shift"] if instance["way"] == "forward" else -instance["shift"]
+    lines = []
+    for letter in instance["word"]:
+        place = string.ascii_lowercase.index(letter) + 1
+        within = (place + shift - 1) % 26 + 1
+        wrapped = "" if place + shift == within else f",{within:02}"
+        lines.append(f"{letter}{place:02}{shift:+}={place + shift:02}{wrapped}{string.ascii_lowercase[within - 1]}")
+    return Solution("\n".join(lines), f'"{"".join(line[-1] for line in lines)}"')
 
 
 CIPHER = Task(
