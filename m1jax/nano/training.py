@@ -38,9 +38,9 @@ PLANS: dict[str, dict[str, Any]] = {
         "dtype": "float32",
         "rows": 4,
         "steps": {"recall": 350, "pretrain": 600, "sft": 11000, "rl": 24},
-        "rate": {"recall": 1e-3, "pretrain": 1e-3, "sft": 1e-3, "rl": 2.5e-4},
+        "rate": {"recall": 1e-3, "pretrain": 1e-3, "sft": 1e-3, "rl": 5e-5},
         "passes": 1,
-        "rl": {"questions": 32, "replies": 8, "updates": 2, "attempts": 4},  # more updates of so few replies are noise
+        "rl": {"questions": 32, "replies": 8, "updates": 4, "attempts": 4},  # more updates of so few replies are noise
     },
     "gpu": {
         "dtype": "float32",
