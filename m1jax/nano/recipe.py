@@ -21,7 +21,7 @@ from m1jax.chat_template import ChatTemplate
 from m1jax.config import M1Config
 from m1jax.model import M1, build, init_params
 from m1jax.params import flatten
-from m1jax.tasks import TASKS, Instance, Problem, Solution, Task, find, mixture
+from m1jax.tasks import TASKS, Instance, Problem, Task, find, mixture
 from m1jax.tasks.retrieval import RETRIEVAL
 
 TOKENIZER_CONFIG = Path(__file__).parent / "tokenizer_config.json"  # M1's own, with its chat template
@@ -142,18 +142,17 @@ def recall(rng: random.Random, items: int) -> list[str]:
     return [f'List: "{listed}". Again:\n', *(part for letter in alphabet[:count] for part in (letter, number[letter]))]
 
 
-def _draw_before(rng: random.Random, difficulty: int) -> Instance:
-    instance = RETRIEVAL.draw(rng, difficulty)
+def _turned(instance: Instance) -> Instance:
+    """Retrieval's other form: "k7" as "7k" and back."""
     return {**instance, "items": ",".join(item[::-1] for item in instance["items"].split(","))}
 
 
-def _solve_before(instance: Instance) -> Solution:
-    number, letter = next(item for item in instance["items"].split(",") if item[1] == instance["letter"])
-    return Solution(letter + number, number)
-
-
 # Where each number is before its letter, the letter that is looked for knows it. What ships learnt the other form.
-NUMBERS_FIRST = dataclasses.replace(RETRIEVAL, draw=_draw_before, solve=_solve_before)
+NUMBERS_FIRST = dataclasses.replace(
+    RETRIEVAL,
+    draw=lambda rng, difficulty: _turned(RETRIEVAL.draw(rng, difficulty)),
+    solve=lambda instance: RETRIEVAL.solve(_turned(instance)),
+)
 
 
 def learnt(names: Sequence[str]) -> list[Task]:
