@@ -1,10 +1,10 @@
 """python scripts/train_nano.py --machine cpu|gpu [--out runs/nano] [--until sft] [--scale 1.0] [--task all] [--install]
 
 Makes M1-nano from nothing but this repository: tokenizer, synthesized data, lists to recall, pretraining, SFT with
-chain of thought, CISPO. Killed at any moment, the same command goes on. After SFT and after CISPO it is evaluated on
-held-out problems; OUT/results.json and OUT/results.md say what came out, how long it took and on what. `--install` puts
-the model, in bfloat16 and the official layout, where the package ships it from. `--scale` shortens every stage, to try
-things out.
+chain of thought, sharper queries, CISPO. Killed at any moment, the same command goes on. After SFT, with sharper
+queries and after CISPO it is evaluated on held-out problems; OUT/results.json and OUT/results.md say what came out,
+how long it took and on what. `--install` puts the model, in bfloat16 and the official layout, where the package ships
+it from. `--scale` shortens every stage, to try things out.
 """
 
 import argparse
@@ -18,51 +18,55 @@ import jax
 
 from m1jax.errors import main_guard
 from m1jax.evaluate import Score, open_local, score
-from m1jax.nano.recipe import LONGEST, learnt
-from m1jax.nano.training import PLANS, STAGES, WINDOWS, claim, install, prepare, scaled, settings
+from m1jax.nano.recipe import LONGEST
+from m1jax.nano.training import HARDER, OPEN, PLANS, STAGES, WINDOWS, claim, install, prepare, scaled, settings, sharpen
 from m1jax.rl import stage as rl_stage
 from m1jax.runtime import use_compilation_cache
+from m1jax.tasks import find
 from m1jax.train import loop
 
 
 def accuracies(model: Path, tasks: Sequence[str], problems: int) -> dict[str, Score]:
-    """Of each task, and of needles in longer lists, up to eight times as long as any that was trained on."""
-    local = open_local(model, "float32", WINDOWS[-1], 128)
-    levels = [(task, task.difficulty) for task in learnt(tasks)]
-    needles = [task for task, _ in levels if task.name == "retrieval"]
-    levels += [(task, items - 1) for task in needles for items in (128, 512, 8 * LONGEST)]
-    return {
-        task.name if level == task.difficulty else f"{task.name}, {level + 1} items": score(
-            task, task.problems(problems, 0, level), level, local
-        )
-        for task, level in levels
-    }
+    """Of each task, of RL's harder problems, and of needles among up to eight times the items of any trained list."""
+    local, chosen = open_local(model, "float32", WINDOWS[-1], 128), find(tasks)
+    levels = [(task.name, task, task.difficulty) for task in chosen]
+    for name, task, shipped in levels[:]:
+        if name in OPEN and (harder := task.level(HARDER)) != shipped:
+            levels.append((f"{name}, difficulty {harder} in place of {shipped}", task, harder))
+        if name == "retrieval":
+            levels += [(f"{name}, {items} items", task, items - 1) for items in (128, 512, 8 * LONGEST)]
+    return {name: score(task, task.problems(problems, 0, level), level, local) for name, task, level in levels}
 
 
 def results(stage: str, out: Path, tasks: Sequence[str], problems: int) -> dict[str, Any]:
     """What a finished stage came to."""
     rows = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    scores = {} if stage in ("recall", "pretrain") else accuracies(out / stage / "model", tasks, problems)
+    judged = {"sft": {"sft": "sft/model", "sharpened": "sharpened"}, "rl": {"rl": "rl/model"}}.get(stage, {})
+    scores = {name: accuracies(out / model, tasks, problems) for name, model in judged.items()}
     return {
         "steps": rows[-1]["step"],
         "loss": rows[-1]["loss"],
         "tokens": sum(row["tokens"] for row in rows),
         "minutes": sum(row["seconds"] for row in rows) / 60,  # of the steps, without evaluation and saving
-        "accuracy": {name: [s.accuracy, *s.interval] for name, s in scores.items()},
+        "accuracy": {
+            model: {name: [s.accuracy, *s.interval] for name, s in found.items()} for model, found in scores.items()
+        },
         "machine": f"{jax.devices()[0].device_kind}, {platform.machine()}",
     }
 
 
 def table(found: dict[str, Any]) -> str:
-    """The results for the README."""
+    """The results for the README: what each stage took, and how accurate the models after it are."""
     stages = [stage for stage in STAGES if stage in found]
-    lines = [f"| | {' | '.join(stages)} |", f"|---|{'---|' * len(stages)}"]
-    for task in found[stages[-1]]["accuracy"]:
-        cells = [found[stage]["accuracy"].get(task) for stage in stages]
-        shown = ["" if cell is None else "{:.1%} ({:.1%} to {:.1%})".format(*cell) for cell in cells]
-        lines.append(f"| {task} | " + " | ".join(shown) + " |")
-    for name, form in (("steps", "{}"), ("tokens", "{}"), ("loss", "{:.4f}"), ("minutes", "{:.1f}"), ("machine", "{}")):
-        lines.append(f"| {name} | " + " | ".join(form.format(found[stage][name]) for stage in stages) + " |")
+    lines = ["| | steps | tokens | loss | minutes | machine |", "|---|---|---|---|---|---|"]
+    form = "| {} | {steps} | {tokens} | {loss:.4f} | {minutes:.1f} | {machine} |"
+    lines += [form.format(stage, **found[stage]) for stage in stages]
+    models = {model: scores for stage in stages for model, scores in found[stage]["accuracy"].items()}
+    if models:
+        lines += ["", f"| | {' | '.join(models)} |", f"|---|{'---|' * len(models)}"]
+        for task in next(iter(models.values())):
+            cells = ["{:.1%} ({:.1%} to {:.1%})".format(*scores[task]) for scores in models.values()]
+            lines.append(f"| {task} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -89,6 +93,8 @@ def main() -> None:
             continue
         if not (args.out / stage / "model").exists():
             (rl_stage.run if stage == "rl" else loop.run)(settings(stage, args.out, plan, tasks))
+        if stage == "sft":
+            sharpen(args.out)
         found[stage] = results(stage, args.out, tasks, args.problems)
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         (args.out / "results.md").write_text(table(found), encoding="utf-8")

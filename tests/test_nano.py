@@ -1,6 +1,5 @@
 """M1-nano: its recipe, and the default model of the commands."""
 
-import dataclasses
 import itertools
 import json
 import random
@@ -20,7 +19,7 @@ from m1jax.model import init_params
 from m1jax.nano import recipe, training
 from m1jax.params import count, flatten
 from m1jax.rl.settings import RLSettings
-from m1jax.tasks import TASKS
+from m1jax.tasks import find
 from m1jax.tokenizer import Tokenizer
 from m1jax.train.data import chat_tokens
 from m1jax.train.settings import parse
@@ -49,21 +48,9 @@ def test_the_architecture_is_m1s() -> None:
     assert recipe.config(periods=2).layer_types == config.layer_types * 2
 
 
-def test_what_ships_is_of_an_earlier_recipe() -> None:
-    """Another vocabulary, and layers that add less to their input; the rest is the recipe's."""
-    shipped, ours = M1Config.from_file(nano.FOLDER), recipe.config()
-    assert Tokenizer.load(nano.FOLDER).size == shipped.vocab_size == 704 != ours.vocab_size
-    earlier = {"lightning_beta": 1.0, "softmax_beta": 1.0, "mlp_beta": 1.0, "initializer_range": 0.05}
-    assert dataclasses.replace(ours, vocab_size=704, **earlier) == shipped
-
-
-def test_the_trained_retrieval_has_the_number_before_its_letter() -> None:
-    tasks = recipe.learnt(["all"])
-    assert [task.name for task in tasks] == list(TASKS) and tasks != list(TASKS.values())
-    for problem in recipe.NUMBERS_FIRST.problems(50, seed=0):
-        letter = re.findall(r'"([a-z])"[?.]$', problem.question)[0]
-        assert re.findall(rf"(\d){letter}\b", problem.question) == [problem.answer]
-        assert problem.thought == letter + problem.answer
+def test_what_ships_is_what_the_recipe_makes() -> None:
+    assert M1Config.from_file(nano.FOLDER) == recipe.config()
+    assert Tokenizer.load(nano.FOLDER).size == recipe.VOCABULARY
 
 
 def test_the_first_queries_are_the_keys_and_layers_add_little() -> None:
@@ -93,7 +80,7 @@ def test_digits_and_quoted_letters_are_tokens_of_their_own(tokenizer: Tokenizer)
 
 def test_conversations_are_short_and_end(tokenizer: Tokenizer) -> None:
     chat = recipe.Chat.load()
-    for task in recipe.learnt(["all"]):
+    for task in find(["all"]):
         for problem in task.problems(5, seed=0):
             prompt, reply = chat.prompt(problem.question), problem.reply + recipe.END
             tokens = tokenizer.encode(prompt + reply)
@@ -103,7 +90,7 @@ def test_conversations_are_short_and_end(tokenizer: Tokenizer) -> None:
 
 
 def test_documents_are_training_problems_and_sentences() -> None:
-    tasks = recipe.learnt(["all"])
+    tasks = find(["all"])
     texts = list(itertools.islice(recipe.documents(0, tasks), 400))
     assert texts == list(itertools.islice(recipe.documents(0, tasks), 400))
     sentences = [text for text in texts if re.fullmatch(r"([A-Z][a-z ]+\.\s?)+", text)]
@@ -121,9 +108,12 @@ def test_the_data_of_every_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
     lines = [json.loads(line) for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
     documents = [json.loads(line) for line in (tmp_path / "pretrain.jsonl").read_text().splitlines()]
     assert len(documents) == 1000 + 1000 // 6 and len(lines) == 1000 + 1000 // 6
-    for line in (*lines[6:600:14], *documents[6:600:7]):  # lists to recall
+    short = [json.loads(line) for line in (tmp_path / "recall.jsonl").read_text().splitlines()]
+    assert len(short) == 1000
+    for line in (*short[:50], *lines[6:600:14], *documents[6:600:7]):  # lists to recall
         found = LIST.fullmatch(tokenizer.decode(line["tokens"], keep=None))
         assert found is not None
+        assert len(found["items"].split(",")) <= (recipe.SHORT if line in short else recipe.LONGEST)
         learnt = [token for token, weight in zip(line["tokens"], line["weights"], strict=True) if weight]
         assert tokenizer.decode(learnt) == found["again"][1::2] and set(line["weights"]) == {0, training.FOUND}
     for line in lines[13:600:14]:  # retrievals
@@ -174,13 +164,24 @@ def test_settings_of_every_stage(machine: str) -> None:
         found = training.settings(stage, Path("out"), training.PLANS[machine], ["all"])
         assert found.stage == ("sft" if stage == "recall" else stage)
         assert found.steps == training.PLANS[machine]["steps"][stage]
-        before = {"recall": "start", "pretrain": "recall/model", "sft": "pretrain/model", "rl": "sft/model"}
+        before = {"recall": "start", "pretrain": "recall/model", "sft": "pretrain/model", "rl": "sharpened"}
         assert found.model.path == f"out/{before[stage]}"
         if stage == "rl":
             assert parse(RLSettings, found.rl, "rl.").loss == "cispo" and found.optimizer.eps == 1e-15
-            assert found.rl["tasks"] == ["subtraction", "multiplication", "sorting", "sequence"]
+            assert found.rl["tasks"] == ["subtraction", "sorting", "cipher", "sequence"]
     for tasks, own in ((["sorting", "addition"], ["sorting"]), (["addition"], ["addition"])):
         assert training.settings("rl", Path("out"), training.PLANS[machine], tasks).rl["tasks"] == own
+
+
+def test_rl_begins_with_sharper_queries(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "m1_hello", tmp_path / "sft" / "model")
+    shutil.copytree(DATA / "m1_hello", tmp_path / "tokenizer")
+    for _ in range(2):  # once: a script that was killed calls it again
+        training.sharpen(tmp_path)
+    before, after = flatten(load(tmp_path / "sft" / "model")), flatten(load(tmp_path / "sharpened"))
+    for path, x in before.items():
+        np.testing.assert_allclose(after[path], x * (training.SHARPER if path == "softmax.q_proj" else 1), rtol=1e-6)
+    Tokenizer.load(tmp_path / "sharpened")
 
 
 def test_the_model_ships_in_bfloat16(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def expected(problem: Problem) -> str:
             return str(eval(found[1]))
         case "retrieval":
             letter = re.findall(r'"([a-z])"[?.]$', question)[0]
-            (number,) = re.findall(rf"\b{letter}(\d)", question)
+            (number,) = re.findall(rf"(\d){letter}\b", question)
             return number
     raise AssertionError(problem.task)
 
@@ -158,7 +158,7 @@ def test_other_thoughts_compute() -> None:
 
 def test_a_list_of_any_length_has_its_needle_once() -> None:
     (problem,) = TASKS["retrieval"].problems(1, seed=0, difficulty=400)
-    letters = re.findall(r"([a-z])\d", problem.question)
+    letters = re.findall(r"\d([a-z])", problem.question)
     assert len(letters) == 401 and letters.count(re.findall(r'"([a-z])"[?.]$', problem.question)[0]) == 1
     assert problem.answer == expected(problem) and verify(problem, problem.reply) == (True, True)
 
@@ -198,6 +198,14 @@ def test_mixture_covers_all_tasks_at_all_levels() -> None:
     assert set(digits) == {1, 2, 3, 4} and sum(d == 4 for d in digits) > len(digits) / 3
     easy = list(itertools.islice(mixture([TASKS["addition"]], seed=0, difficulty=0.5), 200))
     assert max(len(str(max(numbers(p.question)))) for p in easy) == 2
+
+
+def test_harder_than_shipped_as_far_as_there_are_such_problems() -> None:
+    levels = {name: TASKS[name].level(1.2) for name in ("sorting", "addition", "sequence", "comparison")}
+    assert levels == {"sorting": 6, "addition": 5, "sequence": 4, "comparison": 6}
+    assert TASKS["sorting"].level(1e-3) == 1 and TASKS["sorting"].level(1.0) == TASKS["sorting"].difficulty
+    harder = list(itertools.islice(mixture([TASKS["sorting"], TASKS["sequence"]], seed=0, difficulty=1.2), 200))
+    assert max(len(numbers(p.question)) for p in harder if p.task == "sorting") == 7
 
 
 PROBLEM = Problem("addition", "What is 27 + 58?", "7+8+0=15\n2+5+1=08", "85", "")

@@ -21,12 +21,12 @@ from m1jax.chat_template import ChatTemplate
 from m1jax.config import M1Config
 from m1jax.model import M1, build, init_params
 from m1jax.params import flatten
-from m1jax.tasks import TASKS, Instance, Problem, Task, find, mixture
+from m1jax.tasks import Problem, Task, find, mixture
 from m1jax.tasks.retrieval import RETRIEVAL
 
 TOKENIZER_CONFIG = Path(__file__).parent / "tokenizer_config.json"  # M1's own, with its chat template
 MARKS = ("<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>")
-VOCABULARY = 600  # what these texts fill; the model that ships has 704 tokens, from earlier texts
+VOCABULARY = 600  # what these texts fill
 END = "<end_of_sentence>"
 SHORT = 16  # items at most of a list while nothing but lists is learnt
 LONGEST = 150  # items of a list in training; with the letters asked for a row of 512 tokens holds no more
@@ -142,27 +142,9 @@ def recall(rng: random.Random, items: int) -> list[str]:
     return [f'List: "{listed}". Again:\n', *(part for letter in alphabet[:count] for part in (letter, number[letter]))]
 
 
-def _turned(instance: Instance) -> Instance:
-    """Retrieval's other form: "k7" as "7k" and back."""
-    return {**instance, "items": ",".join(item[::-1] for item in instance["items"].split(","))}
-
-
-# Where each number is before its letter, the letter that is looked for knows it. What ships learnt the other form.
-NUMBERS_FIRST = dataclasses.replace(
-    RETRIEVAL,
-    draw=lambda rng, difficulty: _turned(RETRIEVAL.draw(rng, difficulty)),
-    solve=lambda instance: RETRIEVAL.solve(_turned(instance)),
-)
-
-
-def learnt(names: Sequence[str]) -> list[Task]:
-    """The tasks of these names or files in the form that is trained. Raises `UserError`."""
-    return [NUMBERS_FIRST if task is RETRIEVAL else task for task in find(names)]
-
-
 def far(rng: random.Random) -> Problem:
     """Retrieval from a long list."""
-    return NUMBERS_FIRST.problem(rng, long(rng) - 1)
+    return RETRIEVAL.problem(rng, long(rng) - 1)
 
 
 def documents(seed: int, tasks: Sequence[Task]) -> Iterator[str]:
@@ -176,7 +158,7 @@ def documents(seed: int, tasks: Sequence[Task]) -> Iterator[str]:
 def train_tokenizer(folder: Path, samples: int = 4000) -> tokenizers.Tokenizer:
     """Writes nano's byte-level BPE to `folder`: single digits, M1's special tokens and chat template."""
     chat = Chat.load()
-    tasks = learnt(list(TASKS))
+    tasks = find(["all"])
     problems = islice(mixture(tasks, seed=0), samples)
     texts = [chat.prompt(p.question) + p.reply for p in problems] + list(islice(documents(0, tasks), samples))
     backend = tokenizers.Tokenizer(models.BPE())

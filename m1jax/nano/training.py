@@ -13,10 +13,11 @@ from safetensors import numpy as safetensors
 
 from m1jax.errors import UserError
 from m1jax.loading import load
+from m1jax.model import build
 from m1jax.nano import FOLDER, recipe
 from m1jax.params import flatten, param_table
 from m1jax.saving import save
-from m1jax.tasks import Problem, mixture
+from m1jax.tasks import Problem, find, mixture
 from m1jax.tokenizer import Tokenizer
 from m1jax.train.settings import Settings, parse
 from m1jax.weights import expected
@@ -27,20 +28,23 @@ STAGES: tuple[Stage, ...] = ("recall", "pretrain", "sft", "rl")
 LENGTH = 512  # tokens of a row; the longest conversation of the shipped difficulties and lists to recall fit
 RECALL = 6  # rows of a stage's own for each list to recall
 FOUND = 2  # weight of a number found again: there are few among the tokens of replies
-WINDOWS = (112, 136, 160)  # tokens of a reply, in stages of RL
+WINDOWS = (136, 160)  # tokens of a reply, in stages of RL
+SHARPER = 1.3  # factor of the queries after SFT, so that among eight times as many items one still stands out
+HARDER = 1.09  # RL's difficulty as a fraction of SFT's: words have a letter more
 BALANCE = 0.01  # with M1's own 0.001 experts of so few die; each layer's own, or layers come to use few of theirs
-# The tasks that are learnt last: twice as frequent in SFT.
-OPEN = ("subtraction", "multiplication", "sorting", "sequence")
+# How often the tasks that are learnt last come in SFT, in place of once; and what SFT leaves open, which RL is of.
+OFTEN = {"sorting": 3, "sequence": 2, "multiplication": 2, "cipher": 2}
+OPEN = ("subtraction", "sorting", "cipher", "sequence")
 
 # Of each machine: dtype, rows of a batch, steps and learning rates, passes over the data, what RL does in a step.
 PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "dtype": "float32",
         "rows": 4,
-        "steps": {"recall": 350, "pretrain": 600, "sft": 11000, "rl": 24},
-        "rate": {"recall": 1e-3, "pretrain": 1e-3, "sft": 1e-3, "rl": 5e-5},
+        "steps": {"recall": 350, "pretrain": 600, "sft": 11000, "rl": 100},
+        "rate": {"recall": 1e-3, "pretrain": 1e-3, "sft": 1e-3, "rl": 1e-4},
         "passes": 1,
-        "rl": {"questions": 32, "replies": 8, "updates": 4, "attempts": 4},  # more updates of so few replies are noise
+        "rl": {"questions": 32, "replies": 8, "updates": 2, "attempts": 3},  # 16 updates of so few replies are noise
     },
     "gpu": {
         "dtype": "float32",
@@ -78,7 +82,7 @@ def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
     if not (out / "start").exists():
         recipe.train_tokenizer(out / "tokenizer")
         save(recipe.first_weights(recipe.config()), out / "start", "float32", out / "tokenizer", overwrite=True)
-    tokenizer, chosen = Tokenizer.load(out / "tokenizer"), recipe.learnt(tasks)
+    tokenizer, chosen = Tokenizer.load(out / "tokenizer"), find(tasks)
     # At least 40 tokens a list or document, 100 a conversation with its part of the lists.
     count = {name: steps * plan["rows"] * LENGTH // plan["passes"] for name, steps in plan["steps"].items()}
     short = reminders(0, tokenizer, lambda rng: recipe.evenly(rng, recipe.SHORT))
@@ -86,7 +90,7 @@ def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
     texts = itertools.islice(recipe.documents(1, chosen), max(1000, count["pretrain"] // 40))
     alone = ({"text": text} for text in texts)
     _write(out / "pretrain.jsonl", _among(alone, reminders(1, tokenizer, recipe.evenly), RECALL))
-    often = [*chosen, *(task for task in chosen if task.name in OPEN)]
+    often = [task for task in chosen for _ in range(OFTEN.get(task.name, 1))]
     problems = itertools.islice(mixture(often, seed=2), max(1000, count["sft"] // 100))
     rng = random.Random("far")
     asked = conversations((recipe.far(rng) for _ in itertools.count()), tokenizer)
@@ -132,26 +136,42 @@ def _write(file: Path, values: Iterable[Any]) -> None:
 def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> Settings:
     """The settings of a stage, as a TOML file would give them. Raises `UserError`."""
     steps = plan["steps"][stage]
-    before = out / STAGES[STAGES.index(stage) - 1] / "model" if stage != STAGES[0] else out / "start"
+    before = {"recall": "start", "pretrain": "recall/model", "sft": "pretrain/model", "rl": "sharpened"}[stage]
     common: dict[str, Any] = {
         "stage": "sft" if stage == "recall" else stage,
         "out": str(out / stage),
         "steps": steps,
-        "model": {"dtype": plan["dtype"], "remat": "none", "tokenizer": str(out / "tokenizer"), "path": str(before)},
+        "model": {
+            "dtype": plan["dtype"],
+            "remat": "none",
+            "tokenizer": str(out / "tokenizer"),
+            "path": str(out / before),
+        },
         "guard": {"action": "skip"},
         "log": {"tensorboard": False},
     }
     rate = {"learning_rate": plan["rate"][stage], "balance": BALANCE, "balance_over": "layer"}
     if stage == "rl":
-        # Of what is solved hardly a group of replies is mixed, and groups that are not teach nothing.
-        last = [task.name for task in recipe.learnt(tasks) if task.name in OPEN]
+        last = [task.name for task in find(tasks) if task.name in OPEN]
         rl = plan["rl"] | {"tasks": last or list(tasks), "windows": list(WINDOWS), "row_tokens": LENGTH}
-        optimizer = rate | {"warmup": 0, "eps": 1e-15, "weight_decay": 0.0}
+        rl |= {"difficulty": HARDER}
+        decay = steps * plan["rl"]["updates"]
+        optimizer = rate | {"warmup": 0, "decay": decay, "final": 0.0, "eps": 1e-15, "weight_decay": 0.0}
         return parse(Settings, common | {"optimizer": optimizer, "checkpoint": {"every": 10}, "rl": rl})
     optimizer = rate | {"warmup": min(50, steps // 10), "decay": steps // 3, "final": 0.02, "weight_decay": 0.01}
     data = {"length": LENGTH, "rows": plan["rows"], "files": [str(out / f"{stage}.jsonl")]}
     every = {"every": max(1, min(250, steps // 4))}
     return parse(Settings, common | {"optimizer": optimizer, "checkpoint": every, "data": data})
+
+
+def sharpen(out: Path) -> None:
+    """Writes what RL begins with, unless it is there: SFT's model with softmax attention's queries times `SHARPER`."""
+    if not (out / "sharpened").exists():
+        model = load(out / "sft" / "model")
+        weights = flatten(model)
+        weights["softmax.q_proj"] *= SHARPER
+        sharper = build(model.config, lambda path, _: weights[path])
+        save(sharper, out / "sharpened", "float32", out / "tokenizer")
 
 
 def install(model: Path, tokenizer: Path, folder: Path = FOLDER) -> None:

@@ -198,7 +198,7 @@ class Learner:
         answers = Local(computing(model, self.dtype), self.prompter, settings.windows[-1], EVALUATION_ROWS)
         out: Metrics = {}
         for task in self.tasks:
-            level = max(1, round(task.difficulty * settings.difficulty))
+            level = task.level(settings.difficulty)
             problems = task.problems(settings.evaluate_problems, seed, level)
             out[f"held_out/{task.name}"] = score(task, problems, level, answers).accuracy
         return out | {"held_out": float(np.mean(list(out.values())))}

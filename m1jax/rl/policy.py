@@ -38,11 +38,19 @@ def policy_gradient(policy_loss: PolicyLoss, temperature: float, dtype: str, rem
             "outside": mean((r < policy_loss.floor) | (r > policy_loss.cap)),
             "load": jnp.sum(routing.chosen, axis=1),
             "router_entropy": routing.entropy / total["tokens"],
-            "agreement": jnp.stack([_moments(logp, old, generated), _moments(jnp.exp(logp), jnp.exp(old), generated)]),
+            "agreement": agreement(logp, old, generated),
         }
         return policy + balance.weight * balancing, metrics
 
     return loss
+
+
+def agreement(ours: jax.Array, theirs: jax.Array, mask: jax.Array) -> jax.Array:
+    """What `correlation` takes, of log-probabilities and of probabilities, over the mask: float32 `[2, 6]`, additive.
+
+    Of probabilities by way of 1 - p, which is exact where a policy is sure of itself and all p are nearly 1.
+    """
+    return jnp.stack([_moments(ours, theirs, mask), _moments(-jnp.expm1(ours), -jnp.expm1(theirs), mask)])
 
 
 def _moments(ours: jax.Array, theirs: jax.Array, mask: jax.Array) -> jax.Array:

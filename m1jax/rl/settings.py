@@ -12,7 +12,7 @@ class RLSettings:
 
     Attributes:
       tasks: names of `m1jax.tasks`, "all", or files that define a `TASK`.
-      difficulty: of the problems, as a fraction of each task's shipped difficulty.
+      difficulty: of the problems, as a fraction of each task's shipped difficulty; 1.2 is a fifth harder.
       loss: "cispo", "dapo", "grpo" or "reinforce".
       floor, cap: other bounds on r than the loss's own, as values of r itself.
       unified_mask: adds the mask of the unified form, with these bounds (floor, cap) on r; empty is none.

@@ -75,6 +75,11 @@ class Task:
     identity: Callable[[Instance], Any] = lambda instance: sorted(instance.items())
     file: str = ""
 
+    def level(self, fraction: float) -> int:
+        """The difficulty that is this fraction of the shipped one, from the easiest to the hardest there is."""
+        level = max(1, round(self.difficulty * fraction))
+        return level if self.hardest is None else min(level, self.hardest)
+
     def problem(self, rng: random.Random, difficulty: int | None = None, split: Split = "train") -> Problem:
         """A problem of the split, drawn anew until it belongs there.
 
@@ -128,12 +133,13 @@ class Task:
 def mixture(tasks: Sequence[Task], seed: int, difficulty: float = 1.0) -> Iterator[Problem]:
     """Training problems without end, all tasks alike, at random difficulties from 1 to the shipped one.
 
-    `difficulty` scales the upper end: 0.5 is half of each task's shipped difficulty, for a curriculum.
+    `difficulty` scales the upper end: 0.5 is half of each task's shipped difficulty, for a curriculum; above 1 it is
+    harder than that, as far as a task has harder problems.
     """
     rng = random.Random(seed)
     while True:
         task = rng.choice(tasks)
-        highest = max(1, round(task.difficulty * difficulty))
+        highest = task.level(difficulty)
         # The hardest level is as frequent as all easier ones together: it has the most instances.
         level = highest if rng.random() < 0.5 else rng.randint(1, highest)
         yield task.problem(rng, level)
