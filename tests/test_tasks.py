@@ -127,6 +127,8 @@ def test_each_step_of_the_arithmetic_is_true(name: str) -> None:
 
 
 def test_other_thoughts_compute() -> None:
+    for problem in sample(TASKS["retrieval"]):
+        assert problem.thought == re.findall(r'"([a-z])"[?.]$', problem.question)[0] + problem.answer
     for problem in sample(TASKS["counting"]):
         letters, counts = problem.thought[::2], problem.thought[1::2]
         assert letters == re.findall(r'"([a-z]+)"', problem.question)[-1] and counts[-1] == problem.answer

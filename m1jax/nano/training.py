@@ -31,7 +31,8 @@ FOUND = 2  # weight of a number found again: there are few among the tokens of r
 WINDOWS = (136, 160)  # tokens of a reply, in stages of RL
 SHARPER = 1.3  # factor of the queries after SFT, so that among eight times as many items one still stands out
 HARDER = 1.09  # RL's difficulty as a fraction of SFT's: words have a letter more
-BALANCE = 0.01  # with M1's own 0.001 experts of so few die; each layer's own, or layers come to use few of theirs
+# With M1's own 0.001 experts of so few die; each layer's own, or layers come to use few of theirs.
+BALANCE = {"balance": 0.01, "balance_over": "layer"}
 # How often the tasks that are learnt last come in SFT, in place of once; and what SFT leaves open, which RL is of.
 OFTEN = {"sorting": 3, "sequence": 2, "multiplication": 2, "cipher": 2}
 OPEN = ("subtraction", "sorting", "cipher", "sequence")
@@ -150,14 +151,14 @@ def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]
         "guard": {"action": "skip"},
         "log": {"tensorboard": False},
     }
-    rate = {"learning_rate": plan["rate"][stage], "balance": BALANCE, "balance_over": "layer"}
+    rate = {"learning_rate": plan["rate"][stage], **BALANCE}
     if stage == "rl":
+        # Of what is solved hardly a group of replies is mixed, and groups that are not teach nothing.
         last = [task.name for task in find(tasks) if task.name in OPEN]
-        rl = plan["rl"] | {"tasks": last or list(tasks), "windows": list(WINDOWS), "row_tokens": LENGTH}
-        rl |= {"difficulty": HARDER}
+        own = {"tasks": last or list(tasks), "difficulty": HARDER, "windows": list(WINDOWS), "row_tokens": LENGTH}
         decay = steps * plan["rl"]["updates"]
         optimizer = rate | {"warmup": 0, "decay": decay, "final": 0.0, "eps": 1e-15, "weight_decay": 0.0}
-        return parse(Settings, common | {"optimizer": optimizer, "checkpoint": {"every": 10}, "rl": rl})
+        return parse(Settings, common | {"optimizer": optimizer, "checkpoint": {"every": 10}, "rl": plan["rl"] | own})
     optimizer = rate | {"warmup": min(50, steps // 10), "decay": steps // 3, "final": 0.02, "weight_decay": 0.01}
     data = {"length": LENGTH, "rows": plan["rows"], "files": [str(out / f"{stage}.jsonl")]}
     every = {"every": max(1, min(250, steps // 4))}
