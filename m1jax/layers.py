@@ -1,11 +1,13 @@
 """The sublayers of M1: every module holds the stacked weights of all layers of its kind and is called with an index.
 
-Letters as in `m1jax.model`. Products are summed in float32 and rounded to the compute dtype; norms, router and
-lightning state are float32 throughout.
+Letters as in `m1jax.model`. Products, and what is done element by element between two of them, are computed in
+float32 and rounded once to the compute dtype; norms, router and lightning state are float32 throughout.
 
 On a mesh every device calls them with its own block of everything: B, T, H, K, F and the experts are then its share.
 What needs the others' is said by the logical axis that it is summed or gathered over.
 """
+
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from m1jax.config import M1Config
 from m1jax.kernels.linear import linear
+from m1jax.kernels.rounding import in_float32, rounded
 from m1jax.sharding.capacity import within_capacity
 from m1jax.sharding.experts import experts
 from m1jax.sharding.region import matrix, size_of, split_over, total
@@ -30,7 +33,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, axis: str = "channel")
     """
     wide = x.astype(jnp.float32)
     mean = total(jnp.mean(wide * wide, axis=-1, keepdims=True), axis) / size_of(split_over(axis))
-    return (wide * jax.lax.rsqrt(mean + eps)).astype(x.dtype) * weight
+    return in_float32(operator.mul, rounded(wide * jax.lax.rsqrt(mean + eps), x.dtype), weight)
 
 
 def project(x: jax.Array, stack: nnx.Param, index: jax.Array) -> jax.Array:
@@ -39,7 +42,7 @@ def project(x: jax.Array, stack: nnx.Param, index: jax.Array) -> jax.Array:
     flat = x.reshape(B * T, -1)
     w, layer = matrix(stack, index)
     out = linear(flat, w.reshape(w.shape[0], -1, flat.shape[1]), layer)
-    return checkpoint_name(out.astype(x.dtype).reshape(B, T, -1), "projection")
+    return checkpoint_name(rounded(out, x.dtype).reshape(B, T, -1), "projection")
 
 
 def rope_angles(config: M1Config, position: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -53,10 +56,12 @@ def rope_angles(config: M1Config, position: jax.Array) -> tuple[jax.Array, jax.A
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """RoPE on the first R of the D channels of x `[B, T, heads, D]`: channel c turns with channel c + R/2."""
-    cos, sin = (a.astype(x.dtype) for a in rope)
+    cos, sin = (rounded(a, x.dtype) for a in rope)
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+    first = in_float32(lambda a, b, cos, sin: a * cos - b * sin, a, b, cos, sin)
+    second = in_float32(lambda a, b, cos, sin: b * cos + a * sin, a, b, cos, sin)
+    return jnp.concatenate([first, second, rest], axis=-1)
 
 
 @nnx.dataclass
@@ -87,7 +92,8 @@ class Lightning(nnx.Module):
         layer = None if states is None else n
         out, new = lightning_attention(qkv, log_decay, state=states, lengths=lengths, segments=segments, layer=layer)
         normed = rms_norm(out.reshape(B, T, H * D), self.norm[...][n].reshape(H * D), LIGHTNING_NORM_EPS, "heads")
-        y = project(jax.nn.sigmoid(project(x, self.output_gate, n)) * normed, self.out_proj, n)
+        gate = project(x, self.output_gate, n)
+        y = project(in_float32(lambda gate, out: jax.nn.sigmoid(gate) * out, gate, normed), self.out_proj, n)
         return total(y, "heads"), None if states is None else new
 
 
@@ -139,6 +145,16 @@ class Softmax(nnx.Module):
         return total(project(out, self.o_proj, n), "heads")
 
 
+def choose(logits: jax.Array, k: int, chosen: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Weights float32 `[..., k]` and numbers of the experts of router logits `[..., E]`: the best k, or those given."""
+    p = jax.nn.softmax(logits, axis=-1)
+    if chosen is None:
+        weights, chosen = jax.lax.top_k(p, k)
+    else:
+        weights = jnp.take_along_axis(p, chosen, axis=-1)
+    return weights / jnp.sum(weights, axis=-1, keepdims=True), chosen
+
+
 @nnx.dataclass
 class MoE(nnx.Module):
     """Sparse mixture of SwiGLU experts: softmax over all experts, the best k, their weights renormalised to sum 1."""
@@ -148,18 +164,24 @@ class MoE(nnx.Module):
     down: nnx.Param  # [L, E, M, F], or `Quantized`
 
     def __call__(
-        self, x: jax.Array, i: jax.Array, valid: jax.Array, k: int, capacity: float | None
+        self,
+        x: jax.Array,
+        i: jax.Array,
+        valid: jax.Array,
+        k: int,
+        capacity: float | None,
+        route: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """x `[B, T, M]`, valid bool `[B, T]`; returns y `[B, T, M]` and router logits float32 `[B, T, E]`.
 
-        With a `capacity` experts take no more tokens than `within_capacity` allows; else none is dropped.
+        A `route`, integers `[B, T, k]`, takes the place of the router's choice, not of its weights. With a `capacity`
+        experts take no more tokens than `within_capacity` allows; else none is dropped.
         """
         B, T, M = x.shape
         flat = x.reshape(B * T, M)
         logits = linear(flat.astype(jnp.float32), self.router[...], i)
         E = logits.shape[-1]
-        weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), k)
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        weights, chosen = choose(logits, k, None if route is None else route.reshape(-1, k).astype(jnp.int32))
         chosen = jnp.where(valid.reshape(-1, 1), chosen, E)  # padding goes to nobody
         if capacity is not None:
             chosen = within_capacity(chosen.reshape(B, T, k), E, capacity).reshape(B * T, k)
@@ -179,6 +201,7 @@ class SharedExpert(nnx.Module):
     def __call__(self, x: jax.Array, i: jax.Array, y: jax.Array) -> jax.Array:
         """x, y `[B, T, M]`, y from the routed experts."""
         gate, up = jnp.split(project(x, self.gate_up, i), 2, axis=-1)
-        shared = total(project(jax.nn.silu(gate) * up, self.down, i), "shared_width")
+        active = in_float32(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+        shared = total(project(active, self.down, i), "shared_width")
         c = jax.nn.sigmoid(jnp.sum(x.astype(jnp.float32) * self.coefficient[...][i], axis=-1, keepdims=True))
-        return (y.astype(jnp.float32) * (1 - c) + shared.astype(jnp.float32) * c).astype(x.dtype)
+        return rounded(y.astype(jnp.float32) * (1 - c) + shared.astype(jnp.float32) * c, x.dtype)

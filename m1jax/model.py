@@ -187,6 +187,13 @@ class M1(nnx.Module):
             raise ValueError(f"logits: expected one of {get_args(Logits)}, got {logits!r}")
         return _step(self, tokens, state, _lengths(lengths, tokens), logits)
 
+    def routed_step(
+        self, tokens: ArrayLike, state: M1State, lengths: ArrayLike | None = None
+    ) -> tuple[jax.Array, M1State, jax.Array]:
+        """`step` with the last logits, and the experts that every token went to: integers `[B, T, L, k]`."""
+        tokens = _tokens(tokens)
+        return _routed_step(self, tokens, state, _lengths(lengths, tokens))
+
     def trace(self, tokens: ArrayLike, segments: ArrayLike | None = None) -> Trace:
         """Inner values of `model(tokens, segments)`."""
         tokens = _tokens(tokens)
@@ -305,10 +312,10 @@ TOKENS = ("batch", "sequence")
 
 
 def stretched(x: jax.Array | None) -> jax.Array | None:
-    """x `[B, T]` with zeros at the end, so that every device has as many tokens."""
+    """x `[B, T, ...]` with zeros at the end, so that every device has as many tokens."""
     if x is None:
         return None
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % ways("sequence"))))
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % ways("sequence")), *((0, 0),) * (x.ndim - 2)))
 
 
 def _stateless(model: M1, tokens: jax.Array, lengths: jax.Array, carry: Carry, segments: jax.Array | None) -> Carry:
@@ -381,10 +388,17 @@ def read(
     model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array, last_only: bool = False
 ) -> tuple[jax.Array, M1State]:
     """The last layer's output `[B, T, M]` for tokens `[B, T]`, and the state after them; `last_only` as in `body`."""
-    carry = Carry(embed(model, tokens), state.lightning.s, state.cache.k, state.cache.v, None, None)
-    carry = body(model, carry, state.length, lengths, last_only=last_only)
+    carry = body(model, _carry(model, tokens, state), state.length, lengths, last_only=last_only)
+    return carry.x, _state(carry, state.length + lengths)
+
+
+def _carry(model: M1, tokens: jax.Array, state: M1State) -> Carry:
+    return Carry(embed(model, tokens), state.lightning.s, state.cache.k, state.cache.v, None, None)
+
+
+def _state(carry: Carry, length: jax.Array) -> M1State:
     assert carry.s is not None and carry.k is not None and carry.v is not None
-    return carry.x, M1State(LightningState(carry.s), KVCache(carry.k, carry.v), state.length + lengths)
+    return M1State(LightningState(carry.s), KVCache(carry.k, carry.v), length)
 
 
 @functools.partial(jax.jit, static_argnames="logits")
@@ -401,3 +415,23 @@ def _step(
     run = on_mesh(local, model.config, (out, _STATE), model=(), tokens=TOKENS, state=(), lengths=("batch",))
     values, state = run(model, stretched(tokens), state, lengths)
     return values if logits == "last" else values[:, : tokens.shape[1]], state
+
+
+@jax.jit
+def _routed_step(
+    model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array
+) -> tuple[jax.Array, M1State, jax.Array]:
+    cfg = model.config
+    kind = jnp.uint8 if cfg.num_local_experts <= 256 else jnp.uint16
+
+    def local(model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array) -> tuple[jax.Array, M1State, jax.Array]:
+        routes = jnp.zeros((cfg.num_hidden_layers, *tokens.shape, cfg.num_experts_per_tok), kind)
+        carry = body(model, _carry(model, tokens, state)._replace(routes=routes), state.length, lengths)
+        assert carry.routes is not None
+        logits = head(model, final_norm(model, last_valid(carry.x, lengths)))
+        return logits, _state(carry, state.length + lengths), jnp.moveaxis(carry.routes, 0, 2)
+
+    out = (("batch", "vocab"), _STATE, (*TOKENS, "layer", "router"))
+    run = on_mesh(local, cfg, out, model=(), tokens=TOKENS, state=(), lengths=("batch",))
+    logits, state, routes = run(model, stretched(tokens), state, lengths)
+    return logits, state, routes[:, : tokens.shape[1]]

@@ -26,6 +26,7 @@ from jax import lax
 
 from m1jax.kernels import experts as kernel
 from m1jax.kernels.experts.order import by_bucket
+from m1jax.kernels.rounding import rounded
 from m1jax.sharding.flops import ONCE
 from m1jax.sharding.region import Axes, every_axis, index, size_of, split_over
 
@@ -48,7 +49,7 @@ def experts(
     """
     group, width = split_over("experts"), split_over("expert_width")
     if not group and not width:
-        return kernel.experts(x, gate_up, down, chosen, weights, layer=layer).astype(x.dtype)
+        return rounded(kernel.experts(x, gate_up, down, chosen, weights, layer=layer), x.dtype)
     different = split_over("batch") + split_over("sequence")
     apart = tuple(axis for axis in group if axis in different)  # axes of the group along which tokens differ
     together = tuple(axis for axis in group if axis not in different)
@@ -96,7 +97,7 @@ def _own(
     E = gate_up.shape[1]
     here = chosen - index(group) * E
     here = jnp.where((here >= 0) & (here < E), here, E)
-    return kernel.experts(x, gate_up, down, here, weights, layer=layer).astype(x.dtype)
+    return rounded(kernel.experts(x, gate_up, down, here, weights, layer=layer), x.dtype)
 
 
 class Places(NamedTuple):
@@ -158,7 +159,7 @@ def _exchanged(
     rounds = lax.pmax(rounds, every_axis())
     y: Any = _all_rounds(places, rows, (gate_up, down), layer, numbers, counts, rounds)
     parts = y[place].reshape(N, k, -1).astype(jnp.float32)
-    return jnp.einsum("nkm,nk->nm", parts, weights, precision="highest").astype(x.dtype)
+    return rounded(jnp.einsum("nkm,nk->nm", parts, weights, precision="highest"), x.dtype)
 
 
 Weights = tuple[Any, Any]  # gate_up, down
@@ -182,7 +183,7 @@ def _one_round(
     expert = _travel(numbers + 1, there, R, places.apart) - 1  # 0 where nothing came
     nobody = jnp.where(expert < 0, E, expert)[:, None]
     y = kernel.experts(received, *weights, nobody, jnp.ones(nobody.shape, jnp.float32), layer=layer)
-    out: Any = exchange(y.astype(rows.dtype), back, there, (R, A), places.apart)
+    out: Any = exchange(rounded(y, rows.dtype), back, there, (R, A), places.apart)
     return out
 
 

@@ -19,6 +19,7 @@ from jax import lax
 from m1jax.kernels import lightning_attention as lightning
 from m1jax.kernels import softmax_attention as softmax
 from m1jax.kernels.lightning_attention.reference import starts
+from m1jax.kernels.rounding import rounded
 from m1jax.kernels.softmax_attention import xla
 from m1jax.kernels.softmax_attention.api import K_BLOCK, Q_BLOCK
 from m1jax.sharding.region import Axes, index, size_of, split_over
@@ -121,7 +122,7 @@ def _gathered_queries(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Arra
     weight = jnp.exp(log_sum - most)
     parts = jnp.concatenate([out * weight[..., None], weight[..., None]], axis=-1)
     whole = lax.psum_scatter(parts, over, scatter_dimension=1, tiled=True)
-    return (whole[..., :-1] / whole[..., -1:]).astype(v.dtype)
+    return rounded(whole[..., :-1] / whole[..., -1:], v.dtype)
 
 
 FAR = 1 << 30  # no cache is so long
@@ -159,7 +160,7 @@ def _at(
 def _ring(
     q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, segments: jax.Array | None, over: Axes
 ) -> jax.Array:
-    return _ring_forward(q, k, v, offset, segments, over)[0].astype(v.dtype)
+    return rounded(_ring_forward(q, k, v, offset, segments, over)[0], v.dtype)
 
 
 def _ring_forward(
@@ -198,7 +199,7 @@ def _ring_fwd(
     q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, segments: jax.Array | None, over: Axes
 ) -> tuple[jax.Array, Residuals]:
     out, log_sum = _ring_forward(q, k, v, offset, segments, over)
-    return out.astype(v.dtype), (q, k, v, offset, segments, out, log_sum)
+    return rounded(out, v.dtype), (q, k, v, offset, segments, out, log_sum)
 
 
 def _ring_bwd(over: Axes, residuals: Residuals, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:

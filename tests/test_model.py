@@ -21,7 +21,7 @@ from m1jax.presets import find_config
 from m1jax.sharding import flops
 from tests import numpy_m1
 from tests.test_gradients import biggest
-from tests.tools import SMALL, random_model, rms_error, variant
+from tests.tools import SMALL, normal, random_model, rms_error, variant
 
 # What the golden checkpoint does not show: other head counts, irregular layers, every option of the Text-01 family.
 VARIANTS = {
@@ -176,6 +176,27 @@ def test_bfloat16_keeps_its_distance_in_chunks_too() -> None:
         logits, state = model.step(tokens[:, t : t + 1], state)
         out.append(logits)
     assert rms_error(jnp.concatenate(out, 1), want) < 3e-2
+
+
+def test_bfloat16_rounds_alike_whatever_the_program() -> None:
+    """Layer by layer, with what XLA fuses otherwise: one token at a time against all at once."""
+    model = random_model(SMALL, dtype="bfloat16")
+    tokens = tokens_of(SMALL, 2, 64)
+    whole, state, out = model(tokens), model.init_state(2, 64), []
+    for t in range(64):
+        logits, state = model.step(tokens[:, t : t + 1], state)
+        out.append(logits)
+    assert np.mean(np.concatenate(out, 1) == np.asarray(whole)) > 0.5  # else sums of float32 in another order
+
+
+def test_bfloat16_residuals_are_rounded_once() -> None:
+    alpha, beta = (2 * 80) ** 0.25, 0.7  # M1's α, which bfloat16 has not: 3.5625 for 3.5566
+    x, y = normal(0, 4, 500, dtype="bfloat16"), normal(1, 4, 500, dtype="bfloat16")
+    want = np.asarray(x, np.float64) * alpha + np.asarray(y, np.float64) * beta
+    for residual in (stack._residual, jax.jit(stack._residual, static_argnums=(2, 3))):
+        got = residual(x, y, alpha, beta)
+        assert got.dtype == jnp.bfloat16
+        assert np.mean(np.asarray(got) == np.asarray(jnp.asarray(want, jnp.float32).astype(jnp.bfloat16))) > 0.999
 
 
 def test_gradients_match_finite_differences() -> None:

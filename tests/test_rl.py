@@ -41,6 +41,9 @@ SMALL_RUN: dict[str, Any] = {
 }
 
 
+LONGER: dict[str, Any] = {"windows": [136], "row_tokens": 256}
+
+
 def reply(prompt: int, length: int, advantage: float = 1.0, first: int = 1) -> Reply:
     tokens = np.arange(first, first + length, dtype=np.int32)
     return Reply(list(range(40, 40 + prompt)), tokens, -0.1 * np.arange(1, length + 1, dtype=np.float32), advantage)
@@ -223,8 +226,8 @@ def test_a_run_on_a_mesh_is_that_of_one_device(tmp_path: Path) -> None:
 
 def test_a_run_in_bfloat16_with_evaluation(tmp_path: Path) -> None:
     """The log-probabilities agree, and what is saved are the float32 weights, not what they are rounded to."""
-    wrong_at_times: dict[str, Any] = {"tasks": ["cipher"], "difficulty": 1.17, "windows": [136], "row_tokens": 256}
-    run = settings(tmp_path, 1, "bfloat16", evaluate_every=1, evaluate_problems=4, **wrong_at_times)
+    wrong_at_times: dict[str, Any] = {"tasks": ["cipher"], "difficulty": 1.0, "temperature": 1.5}
+    run = settings(tmp_path, 1, "bfloat16", evaluate_every=1, evaluate_problems=4, **LONGER, **wrong_at_times)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, path=str(nano.FOLDER)))
     stage.run(run)
     (row,) = rows(tmp_path)
@@ -276,6 +279,7 @@ def test_bad_settings(tmp_path: Path) -> None:
         ("cap", 0.2, "either side of 1"),
         ("unified_mask", [0.8], "goes with"),
         ("temperature", 0.0, "above 0"),
+        ("hardest_share", 1.5, r"rl\.hardest_share = 1\.5 must be from 0 to 1"),
         ("updates", 1000, "exceeds"),
         ("overlong_margin", 99, "window"),
         ("temperature", float("inf"), r"rl\.temperature = inf must be finite"),

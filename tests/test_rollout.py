@@ -39,12 +39,15 @@ def model() -> M1:
     return build(config, leaf)
 
 
-def run(model: M1, temperature: float = 1.0, eos: tuple[int, ...] = (), loop_tokens: int = 3000) -> Rollout:
+def run(
+    model: M1, temperature: float = 1.0, eos: tuple[int, ...] = (), loop_tokens: int = 3000, routes: bool = False
+) -> Rollout:
     prompts, lengths = padded_prompts(PROMPTS, 8)
     rows = sampling_rows(SEEDS, REPLIES, temperature)
     # One shape of `eos` for all tests, so that the loop is compiled once; -2 is no token.
     ids = np.asarray([*eos, *[-2] * (2 - len(eos))], np.int32)
-    return jax.device_get(rollout(model, prompts, lengths, rows, ids, loop_tokens, replies=REPLIES, window=WINDOW))
+    out = rollout(model, prompts, lengths, rows, ids, loop_tokens, replies=REPLIES, window=WINDOW, routes=routes)
+    return jax.device_get(out)
 
 
 def test_replies_are_the_engines(model: M1, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -74,13 +77,26 @@ def test_log_probabilities_are_those_of_the_whole_forward_pass(model: M1, temper
             assert (np.argmax(logits, -1) == tokens).all()
 
 
-@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.999999), ("bfloat16", 0.997)])
+def test_the_experts_of_a_rollout_are_those_of_the_whole_forward_pass(model: M1) -> None:
+    out, plain = run(model, routes=True), run(model)
+    assert (out.tokens == plain.tokens).all() and plain.routes is None
+    assert out.prompt_routes is not None and out.routes is not None
+    for row, tokens in enumerate(out.tokens):
+        prompt = PROMPTS[row // REPLIES]
+        logits = model.trace(np.asarray([[*prompt, *tokens]])).router_logits[:, 0]  # [L, T, E]
+        best = np.argsort(-logits, axis=-1)[..., : model.config.num_experts_per_tok].swapaxes(0, 1)
+        assert (out.prompt_routes[row // REPLIES, : len(prompt)] == best[: len(prompt)]).all()
+        assert (out.routes[row] == best[len(prompt) :]).all()
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.999999), ("bfloat16", 0.9999)])
 def test_rollout_and_training_agree(model: M1, dtype: str, least: float) -> None:
     """Pearson's correlation over all tokens, of log-probabilities and of probabilities.
 
     Random weights are the worst case in bfloat16: all is uncertain, so that every rounding shows in the probabilities.
     """
-    out = run(computing(model, dtype))
+    out = run(computing(model, dtype), routes=True)
+    assert out.prompt_routes is not None and out.routes is not None
     tokens = np.stack(
         [
             np.r_[np.zeros(8 - len(PROMPTS[n // REPLIES]), int), PROMPTS[n // REPLIES], row]
@@ -88,7 +104,10 @@ def test_rollout_and_training_agree(model: M1, dtype: str, least: float) -> None
         ]
     )
     segments = np.stack([np.arange(8 + WINDOW) >= 8 - len(PROMPTS[n // REPLIES]) for n in range(len(tokens))])
-    hidden, _ = hidden_states(computing(model, dtype), tokens, segments.astype(int), remat="none")
+    routes = np.zeros((*tokens.shape, *out.routes.shape[2:]), np.uint8)
+    for n, row in enumerate(out.routes):
+        routes[n] = np.concatenate([np.roll(out.prompt_routes[n // REPLIES], 8 - len(PROMPTS[n // REPLIES]), 0), row])
+    hidden, _ = hidden_states(computing(model, dtype), tokens, segments.astype(int), remat="none", routes=routes)
     logp, _ = token_log_probs(hidden[:, 7:-1], head_weight(model), jnp.asarray(out.tokens))
     assert np.corrcoef(np.ravel(logp), np.ravel(out.logp))[0, 1] > least
     assert np.corrcoef(np.exp(np.ravel(logp)), np.exp(np.ravel(out.logp)))[0, 1] > least

@@ -202,6 +202,14 @@ def test_mixture_covers_all_tasks_at_all_levels() -> None:
     assert max(len(str(max(numbers(p.question)))) for p in easy) == 2
 
 
+@pytest.mark.parametrize("share", [0.0, 0.9, 1.0])
+def test_a_share_of_the_hardest_problems(share: float) -> None:
+    problems = itertools.islice(mixture([TASKS["addition"]], seed=0, hardest_share=share), 1000)
+    digits = TASKS["addition"].difficulty
+    hardest = sum(len(str(max(numbers(p.question)))) == digits for p in problems)
+    assert abs(hardest / 1000 - (share + (1 - share) / digits)) < 0.04
+
+
 def test_harder_than_shipped_as_far_as_there_are_such_problems() -> None:
     levels = {name: TASKS[name].level(1.2) for name in ("sorting", "addition", "sequence", "comparison")}
     assert levels == {"sorting": 6, "addition": 5, "sequence": 4, "comparison": 6}

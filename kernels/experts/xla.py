@@ -12,6 +12,7 @@ from jax import lax
 
 from m1jax.kernels.experts.order import by_bucket
 from m1jax.kernels.experts.quantized import Weights, join_rows, product
+from m1jax.kernels.rounding import rounded
 
 
 def blocked(
@@ -38,7 +39,7 @@ def blocked(
     def compute(size: int, e: jax.Array, first: jax.Array) -> jax.Array:
         block = x[lax.dynamic_slice_in_dim(tokens, first, size)]
         gate, up = jnp.split(product(block, w13, (layer, e)), 2, axis=1)
-        y = product((jax.nn.silu(gate) * up).astype(x.dtype), down, (layer, e))
+        y = product(rounded(jax.nn.silu(gate) * up, x.dtype), down, (layer, e))
         y *= lax.dynamic_slice_in_dim(share, first, size)[:, None]
         return jnp.pad(y, ((0, rows - size), (0, 0)))
 

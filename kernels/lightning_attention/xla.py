@@ -15,6 +15,7 @@ from jax import lax
 
 from m1jax.kernels.isolate import isolated
 from m1jax.kernels.lightning_attention.reference import starts
+from m1jax.kernels.rounding import rounded
 
 
 def step(qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -29,7 +30,7 @@ def _step(qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.A
     new = decayed + k[..., :, None] * v[..., None, :]
     state = jnp.where((lengths > 0)[:, None, None, None], new, state)
     out = jnp.einsum("bhd,bhde->bhe", q, state, precision="highest")
-    return out[:, None].astype(qkv.dtype), state
+    return rounded(out[:, None], qkv.dtype), state
 
 
 class Weights(NamedTuple):
@@ -72,7 +73,7 @@ def chunked(
         return s, out
 
     state, out = lax.scan(body, state, (activated(qkv, C), chunks(lengths, segments, T, C)))  # out [n, B, H, C, D]
-    return join(out, T).astype(qkv.dtype), state
+    return rounded(join(out, T), qkv.dtype), state
 
 
 def activated(qkv: jax.Array, C: int) -> jax.Array:

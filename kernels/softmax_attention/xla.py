@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from m1jax.kernels.rounding import rounded
+
 # Running (maximum [..., T], sum [..., T], weighted values [..., T, D]).
 Running = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -57,7 +59,7 @@ def _pack(q: jax.Array, offset: jax.Array, segments: jax.Array | None) -> Packed
 def _blocked(
     q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, segments: jax.Array | None, q_block: int, k_block: int
 ) -> jax.Array:
-    return forward(q, k, v, offset, _pack(q, offset, segments), q_block, k_block)[0].astype(v.dtype)
+    return rounded(forward(q, k, v, offset, _pack(q, offset, segments), q_block, k_block)[0], v.dtype)
 
 
 def forward(
@@ -112,7 +114,7 @@ def _blocked_fwd(
     q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, segments: jax.Array | None, q_block: int, k_block: int
 ) -> tuple[jax.Array, Residuals]:
     out, log_sum = forward(q, k, v, offset, _pack(q, offset, segments), q_block, k_block)
-    out = out.astype(v.dtype)
+    out = rounded(out, v.dtype)
     return out, (q, k, v, offset, segments, out, log_sum)
 
 
@@ -287,7 +289,7 @@ def _accumulate(running: Running, scores: jax.Array, values: jax.Array) -> Runni
     p = jnp.exp(scores - shift[..., None])
     scale = jnp.exp(maximum - shift)
     total = total * scale + jnp.sum(p, -1)
-    return new, total, weighted * scale[..., None] + _dot("bkqn,bknd->bkqd", p.astype(values.dtype), values)
+    return new, total, weighted * scale[..., None] + _dot("bkqn,bknd->bkqd", rounded(p, values.dtype), values)
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -309,4 +311,4 @@ def direct(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, segments
         visible &= segments[:, None] == _own(position, segments)[..., None]
     p = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
     out = jnp.einsum("bkqn,bknd->bkqd", p, v.astype(jnp.float32), precision="highest")
-    return out.reshape(B, K, T, G, D).transpose(0, 2, 1, 3, 4).reshape(B, T, H, D).astype(v.dtype)
+    return rounded(out.reshape(B, K, T, G, D).transpose(0, 2, 1, 3, 4).reshape(B, T, H, D), v.dtype)

@@ -1,6 +1,6 @@
 """From replies to what an update reads: rewards by rule, and rows packed with prompts and replies.
 
-Letters: B rows, T tokens of a row.
+Letters: B rows, T tokens of a row, L layers, k experts of a token.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ class Reply(NamedTuple):
     tokens: np.ndarray  # int32 [n]
     logp: np.ndarray  # float32 [n], under the policy that wrote it
     advantage: float
+    routes: np.ndarray | None = None  # [tokens of prompt and reply, L, k], the experts that they went to
 
 
 class Experience(NamedTuple):
@@ -30,6 +31,7 @@ class Experience(NamedTuple):
     old_logp: np.ndarray  # float32
     advantage: np.ndarray  # float32
     weights: np.ndarray  # float32, 1 where the target was generated
+    routes: np.ndarray | None  # [B, T, L, k], where the tokens themselves went
 
 
 def reward(problem: Problem, reply: str, ended: bool, format_reward: float) -> tuple[float, bool]:
@@ -63,7 +65,10 @@ def pack(replies: Sequence[Reply], row_tokens: int) -> Experience:
         contents[row].append(replies[index])
         used[row] += sizes[index]
     kinds = (np.int32, np.int32, np.int32, np.float32, np.float32, np.float32)
-    out = Experience(*(np.zeros((len(used), row_tokens), kind) for kind in kinds))
+    shape, routes = (len(used), row_tokens), replies[0].routes
+    out = Experience(*(np.zeros(shape, kind) for kind in kinds), routes=None)
+    if routes is not None:
+        out = out._replace(routes=np.zeros((*shape, *routes.shape[1:]), routes.dtype))
     for row, content in enumerate(contents):
         end = 0
         for segment, reply in enumerate(content, 1):
@@ -79,10 +84,12 @@ def _write(out: Experience, row: int, segment: int, start: int, reply: Reply) ->
     predicts = slice(first - 1, end - 1)
     out.targets[row, predicts], out.old_logp[row, predicts] = reply.tokens, reply.logp
     out.advantage[row, predicts], out.weights[row, predicts] = reply.advantage, 1.0
+    if out.routes is not None:
+        out.routes[row, start:end] = reply.routes
 
 
 def stacked(parts: Sequence[Experience], accumulate: int, ways: int = 1) -> list[dict[str, np.ndarray]]:
-    """Batches of one shape `[A, B, T]`, by name, for `m1jax.train.step`; rows of padding are added.
+    """Batches of one shape `[A, B, T, ...]`, by name, for `m1jax.train.step`; rows of padding are added.
 
     The number of rows is rounded up, with one in 16 to spare, so that few shapes are ever compiled; B to a multiple
     of `ways`.
@@ -93,6 +100,7 @@ def stacked(parts: Sequence[Experience], accumulate: int, ways: int = 1) -> list
     rows = -(-rows // (accumulate * ways)) * accumulate * ways
 
     def batch(x: np.ndarray) -> np.ndarray:
-        return np.pad(x, ((0, rows - len(x)), (0, 0))).reshape(accumulate, -1, x.shape[1])
+        more = np.zeros((rows - len(x), *x.shape[1:]), x.dtype)
+        return np.concatenate([x, more]).reshape(accumulate, -1, *x.shape[1:])
 
-    return [{name: batch(x) for name, x in part._asdict().items()} for part in parts]
+    return [{name: batch(x) for name, x in part._asdict().items() if x is not None} for part in parts]

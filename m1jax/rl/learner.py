@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from m1jax.prompt import Options, Prompter
 from m1jax.rl.experience import Experience, Reply, pack, reward, stacked
 from m1jax.rl.losses import group_advantages, informative, overlong_penalty
 from m1jax.rl.policy import correlation
-from m1jax.rl.rollout import padded_prompts, rollout, sampling_rows
+from m1jax.rl.rollout import Rollout, padded_prompts, rollout, sampling_rows
 from m1jax.rl.settings import RLSettings
 from m1jax.tasks import Problem, find, mixture
 from m1jax.train.step import TrainState, computing
@@ -75,7 +75,7 @@ class Learner:
         As far as a sample of the problems tells; before the first rollout rather than at the first long reply.
         """
         settings, window = self.settings, self.settings.windows[-1]
-        problems = mixture(self.tasks, seed=self._seed, difficulty=settings.difficulty)
+        problems = self._problems(self._seed)
         prompts = self._prompts([next(problems) for _ in range(SAMPLE)])
         longest, padded = max(map(len, prompts)), padded_prompts(prompts)[0].shape[1]
         if longest + window > settings.row_tokens:
@@ -88,6 +88,9 @@ class Learner:
                 f"rl.windows: a prompt of {padded} tokens and a window of {window} exceed the model's context of "
                 f"{context}: shorten the window"
             )
+
+    def _problems(self, seed: int) -> Iterator[Problem]:
+        return mixture(self.tasks, seed, self.settings.difficulty, self.settings.hardest_share)
 
     def _prompts(self, problems: list[Problem]) -> list[tuple[int, ...]]:
         return [self.prompter.plain(problem.question, Options()).tokens for problem in problems]
@@ -113,7 +116,7 @@ class Learner:
         Dynamic sampling goes on until there are enough groups or the attempts are used up.
         """
         settings = self.settings
-        problems = mixture(self.tasks, seed=1_000_003 * self._seed + number, difficulty=settings.difficulty)
+        problems = self._problems(1_000_003 * self._seed + number)
         groups: list[list[Reply]] = []
         rounds: list[Metrics] = []
         asked: list[list[Reply]] = []
@@ -139,7 +142,17 @@ class Learner:
         rows = sampling_rows([seeds.getrandbits(32) for _ in problems], G, settings.temperature)
         tokens, lengths = padded_prompts(prompts)
         out = jax.device_get(
-            rollout(policy, tokens, lengths, rows, self._eos, settings.loop_tokens, replies=G, window=window)
+            rollout(
+                policy,
+                tokens,
+                lengths,
+                rows,
+                self._eos,
+                settings.loop_tokens,
+                replies=G,
+                window=window,
+                routes=settings.replay_routes,
+            )
         )
         decode = self.prompter.tokenizer.decode
         texts = [decode(row[:n].tolist()) for row, n in zip(out.tokens, out.lengths, strict=True)]
@@ -153,10 +166,7 @@ class Learner:
         grouped = jnp.asarray(rewards.reshape(-1, G))
         advantages, useful = np.asarray(group_advantages(grouped)), np.asarray(informative(grouped))
         groups = [
-            [
-                Reply(prompts[q], out.tokens[row, : out.lengths[row]], out.logp[row, : out.lengths[row]], advantage)
-                for row, advantage in enumerate(advantages[q].tolist(), q * G)
-            ]
+            [_reply(prompts[q], q, row, out, advantage) for row, advantage in enumerate(advantages[q].tolist(), q * G)]
             for q in range(len(problems))
         ]
         return (
@@ -202,6 +212,14 @@ class Learner:
             problems = task.problems(settings.evaluate_problems, seed, level)
             out[f"held_out/{task.name}"] = score(task, problems, level, answers).accuracy
         return out | {"held_out": float(np.mean(list(out.values())))}
+
+
+def _reply(prompt: tuple[int, ...], q: int, row: int, out: Rollout, advantage: float) -> Reply:
+    """A row of a rollout on the host, reply to question q."""
+    n, routes = out.lengths[row], None
+    if out.routes is not None and out.prompt_routes is not None:
+        routes = np.concatenate([out.prompt_routes[q, : len(prompt)], out.routes[row, :n]])
+    return Reply(prompt, np.asarray(out.tokens[row, :n]), np.asarray(out.logp[row, :n]), advantage, routes)
 
 
 def _correlations(metrics: Mapping[str, Any]) -> Metrics:

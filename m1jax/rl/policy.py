@@ -19,7 +19,9 @@ def policy_gradient(policy_loss: PolicyLoss, temperature: float, dtype: str, rem
     """The loss of a batch with the arrays of `m1jax.rl.experience.Experience`, averaged over the generated tokens."""
 
     def loss(model: M1, batch: Batch, total: Metrics) -> tuple[jax.Array, Metrics]:
-        hidden, routing = hidden_states(computing(model, dtype), batch["tokens"], batch["segments"], remat)
+        hidden, routing = hidden_states(
+            computing(model, dtype), batch["tokens"], batch["segments"], remat, routes=batch.get("routes")
+        )
         logp, entropy = token_log_probs(hidden, head_weight(model), batch["targets"], temperature)
         generated = batch["weights"] > 0
 

@@ -28,6 +28,8 @@ class Rollout(NamedTuple):
     lengths: jax.Array  # int32 [B]
     ended: jax.Array  # bool [B], whether the model ended the reply itself
     looped: jax.Array  # bool [B], whether it was stopped as a repetition loop
+    prompt_routes: jax.Array | None  # integers [Q, T, L, k], the experts that the tokens of the prompts went to
+    routes: jax.Array | None  # [B, W, L, k], those of the replies
 
 
 class _Carry(NamedTuple):
@@ -39,7 +41,7 @@ class _Carry(NamedTuple):
     step: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("replies", "window"))
+@functools.partial(jax.jit, static_argnames=("replies", "window", "routes"))
 def rollout(
     model: M1,
     prompts: jax.Array,
@@ -50,6 +52,7 @@ def rollout(
     *,
     replies: int,
     window: int,
+    routes: bool = False,
 ) -> Rollout:
     """Generates replies until each has ended, fills the window or goes round in circles.
 
@@ -62,6 +65,7 @@ def rollout(
       loop_tokens: a reply is stopped after so many consecutive tokens of probability above 0.99 (M1: 3000).
       replies: G.
       window: W.
+      routes: whether to say which experts the tokens went to.
 
     Returns:
       The replies. Given the same seeds they are those of `m1jax.engine`.
@@ -70,7 +74,12 @@ def rollout(
     B = Q * replies
     parts = ways("cache")
     state = model.init_state(Q, -(-(T + window) // parts) * parts)
-    logits, state = model.step(prompts, state, lengths=lengths, logits="last")
+    prompt_routes = reply_routes = None
+    if routes:
+        logits, state, prompt_routes = model.routed_step(prompts, state, lengths)
+        reply_routes = jnp.zeros((B, window, *prompt_routes.shape[2:]), prompt_routes.dtype)
+    else:
+        logits, state = model.step(prompts, state, lengths=lengths, logits="last")
     source = jnp.repeat(jnp.arange(Q), replies)
     seen = jnp.zeros((B, logits.shape[-1]), bool)  # only a repetition penalty would read it
     out = Rollout(
@@ -79,6 +88,8 @@ def rollout(
         jnp.zeros((B,), jnp.int32),
         jnp.zeros((B,), bool),
         jnp.zeros((B,), bool),
+        None,
+        reply_routes,
     )
     temperature = jnp.asarray(rows.temperature)
     scale = jnp.where(temperature > 0, temperature, 1.0)[:, None]
@@ -90,21 +101,27 @@ def rollout(
         sure = jnp.where(logp > jnp.log(SURE), carry.sure + 1, 0)
         ended = active & jnp.isin(token, eos)
         looped = active & ~ended & (sure >= loop_tokens)
-        out = Rollout(
-            out.tokens.at[:, carry.step].set(jnp.where(active, token, 0)),
-            out.logp.at[:, carry.step].set(jnp.where(active, logp, 0.0)),
-            out.lengths + active,
-            out.ended | ended,
-            out.looped | looped,
+        out = out._replace(
+            tokens=out.tokens.at[:, carry.step].set(jnp.where(active, token, 0)),
+            logp=out.logp.at[:, carry.step].set(jnp.where(active, logp, 0.0)),
+            lengths=out.lengths + active,
+            ended=out.ended | ended,
+            looped=out.looped | looped,
         )
-        logits, state = model.step(token[:, None], carry.state, lengths=active.astype(jnp.int32), logits="last")
+        count = active.astype(jnp.int32)
+        if out.routes is None:
+            logits, state = model.step(token[:, None], carry.state, lengths=count, logits="last")
+        else:
+            logits, state, chosen = model.routed_step(token[:, None], carry.state, count)
+            out = out._replace(routes=out.routes.at[:, carry.step].set(chosen[:, 0]))
         return _Carry(logits, state, active & ~ended & ~looped, sure, out, carry.step + 1)
 
     def going(carry: _Carry) -> jax.Array:
         return jnp.any(carry.active) & (carry.step < window)
 
     start = _Carry(logits[source], state.take(source), jnp.ones((B,), bool), out.lengths, out, jnp.int32(0))
-    return jax.tree.map(everywhere, lax.while_loop(going, one, start).out)
+    out = lax.while_loop(going, one, start).out
+    return jax.tree.map(everywhere, out._replace(prompt_routes=prompt_routes))
 
 
 def sampling_rows(seeds: Sequence[int], replies: int, temperature: float) -> SamplingRows:

@@ -13,6 +13,7 @@ class RLSettings:
     Attributes:
       tasks: names of `m1jax.tasks`, "all", or files that define a `TASK`.
       difficulty: of the problems, as a fraction of each task's shipped difficulty; 1.2 is a fifth harder.
+      hardest_share: of the problems, those of that difficulty; the others are of any difficulty up to it.
       loss: "cispo", "dapo", "grpo" or "reinforce".
       floor, cap: other bounds on r than the loss's own, as values of r itself.
       unified_mask: adds the mask of the unified form, with these bounds (floor, cap) on r; empty is none.
@@ -25,6 +26,8 @@ class RLSettings:
       overlong_margin: tokens before the window's end over which a reply's reward sinks by up to 1; 0 is off.
       loop_tokens: a reply is stopped after so many consecutive tokens of probability above 0.99.
       temperature: of rollouts; the policy that is trained is the one at this temperature.
+      replay_routes: in the updates, tokens go to the experts that they went to in the rollout, with the weights that
+        the routers now give those (arXiv 2510.11370): rounding sends none elsewhere.
       format_reward: for a reply in M1's format; a correct answer earns 1 more.
       row_tokens: length of a packed row; it must hold the longest prompt and window.
       evaluate_every: steps between evaluations, greedy, on held-out problems; 0 is never.
@@ -33,6 +36,7 @@ class RLSettings:
 
     tasks: tuple[str, ...] = ("all",)
     difficulty: float = 1.0
+    hardest_share: float = 0.5
     loss: str = "cispo"
     floor: float | None = None
     cap: float | None = None
@@ -46,6 +50,7 @@ class RLSettings:
     overlong_margin: int = 0
     loop_tokens: int = 3000
     temperature: float = 1.0
+    replay_routes: bool = True
     format_reward: float = 0.1
     row_tokens: int = 100_000
     evaluate_every: int = 0
@@ -73,8 +78,7 @@ class RLSettings:
             raise UserError(f"rl.temperature = {self.temperature} must be above 0: greedy replies are all alike")
         if self.format_reward < 0:
             raise UserError(f"rl.format_reward = {self.format_reward} must be 0 or more")
-        if self.difficulty <= 0:
-            raise UserError(f"rl.difficulty = {self.difficulty} must be above 0")
+        self._check_problems()
         if self.loss not in NAMED:
             raise UserError(f"rl.loss = {self.loss!r} is unknown: choose from {', '.join(NAMED)}")
         if len(self.unified_mask) not in (0, 2) or (self.unified_mask and self.loss != "cispo"):
@@ -82,6 +86,12 @@ class RLSettings:
         if self.loss == "reinforce" and (self.floor, self.cap) != (None, None):
             raise UserError("rl.floor and rl.cap have no meaning with loss = 'reinforce', whose weight has no bounds")
         _ = self.policy_loss
+
+    def _check_problems(self) -> None:
+        if self.difficulty <= 0:
+            raise UserError(f"rl.difficulty = {self.difficulty} must be above 0")
+        if not 0 <= self.hardest_share <= 1:
+            raise UserError(f"rl.hardest_share = {self.hardest_share} must be from 0 to 1")
 
     @property
     def policy_loss(self) -> PolicyLoss:

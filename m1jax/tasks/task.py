@@ -130,18 +130,18 @@ class Task:
         return list(found.values())
 
 
-def mixture(tasks: Sequence[Task], seed: int, difficulty: float = 1.0) -> Iterator[Problem]:
+def mixture(tasks: Sequence[Task], seed: int, difficulty: float = 1.0, hardest_share: float = 0.5) -> Iterator[Problem]:
     """Training problems without end, all tasks alike, at random difficulties from 1 to the shipped one.
 
     `difficulty` scales the upper end: 0.5 is half of each task's shipped difficulty, for a curriculum; above 1 it is
-    harder than that, as far as a task has harder problems.
+    harder than that, as far as a task has harder problems. Of the upper end are `hardest_share` of the problems: there
+    are the most instances of it, and in reinforcement learning the most to gain.
     """
     rng = random.Random(seed)
     while True:
         task = rng.choice(tasks)
         highest = task.level(difficulty)
-        # The hardest level is as frequent as all easier ones together: it has the most instances.
-        level = highest if rng.random() < 0.5 else rng.randint(1, highest)
+        level = highest if rng.random() < hardest_share else rng.randint(1, highest)
         yield task.problem(rng, level)
 
 

@@ -38,6 +38,7 @@ def hidden_states(
     segments: ArrayLike | None = None,
     remat: Remat = "layer",
     capacity: float | None = None,
+    routes: ArrayLike | None = None,
 ) -> tuple[jax.Array, Routing]:
     """Hidden states `[B, T, M]` after the last norm, ready for the head, and what the routers did.
 
@@ -48,21 +49,25 @@ def hidden_states(
       remat: what the gradient keeps of each layer: "none" everything (nothing is computed twice), "projections" the
         outputs of the matrices of attention, "layer" only the layer's input.
       capacity: of the experts, as in `m1jax.sharding.capacity`; None drops no token.
+      routes: integers `[B, T, L, k]`, the experts to take in place of the routers' choice.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     segments = None if segments is None else jnp.asarray(segments, jnp.int32)
+    routes = None if routes is None else jnp.asarray(routes)
 
     def local(
-        model: M1, tokens: jax.Array, lengths: jax.Array, segments: jax.Array | None
+        model: M1, tokens: jax.Array, lengths: jax.Array, segments: jax.Array | None, routes: jax.Array | None
     ) -> tuple[jax.Array, Routing]:
-        x, routing = _layers(model, embed(model, tokens), lengths, segments, remat, capacity)
+        by_layer = None if routes is None else jnp.moveaxis(routes, 2, 0)
+        x, routing = _layers(model, embed(model, tokens), lengths, segments, remat, capacity, by_layer)
         routing = jax.tree.map(lambda a: total(total(a, "batch"), "sequence"), routing)
         return final_norm(model, x), routing
 
     B, T = tokens.shape
     out = ((*TOKENS, "channel"), Routing((), (), (), (), ()))  # pyright: ignore[reportArgumentType]
-    run = on_mesh(local, model.config, out, model=(), tokens=TOKENS, lengths=("batch",), segments=TOKENS)
-    x, routing = run(model, stretched(tokens), jnp.full((B,), T, jnp.int32), stretched(segments))
+    named = {"tokens": TOKENS, "lengths": ("batch",), "segments": TOKENS, "routes": (*TOKENS, "layer", "router")}
+    run = on_mesh(local, model.config, out, model=(), **named)
+    x, routing = run(model, stretched(tokens), jnp.full((B,), T, jnp.int32), stretched(segments), stretched(routes))
     return x[:, :T], routing
 
 
@@ -73,12 +78,14 @@ def _layers(
     segments: jax.Array | None,
     remat: Remat,
     capacity: float | None,
+    routes: jax.Array | None,
 ) -> tuple[jax.Array, Routing]:
     cfg = model.config
     p = period(cfg.layer_types)
     one_period = runs(cfg.layer_types[:p])
     # What each kind of layer reads, [L/p, layers of it in a period, ...].
-    common = _by_period((model.block, model.moe, model.shared, block(all_decays(cfg), 1, "heads")), cfg, p)
+    of_layers = (model.block, model.moe, model.shared, block(all_decays(cfg), 1, "heads"), routes)
+    common = _by_period(of_layers, cfg, p)
     mixers = {
         kind: _by_period(model.lightning if kind == LIGHTNING else model.softmax, cfg, p)
         for kind in dict.fromkeys(cfg.layer_types)
@@ -126,7 +133,7 @@ def _layer(
     inputs: Any,
 ) -> tuple[jax.Array, Routing]:
     """One layer: the body of a model that has no other."""
-    (norms, moe, shared, decay), mixer = jax.tree.map(lambda a: a[None], inputs)
+    (norms, moe, shared, decay, routes), mixer = jax.tree.map(lambda a: a[None], inputs)
     cfg = dataclasses.replace(model.config, num_hidden_layers=1, layer_types=(kind,))
     parts = {"lightning" if kind == LIGHTNING else "softmax": mixer}
     one = M1(
@@ -142,7 +149,7 @@ def _layer(
     B, T = x.shape[:2]
     logits = jnp.zeros((1, B, T, cfg.num_local_experts), jnp.float32)
     carry = Carry(x, None, None, None, None, logits)
-    carry = body(one, carry, jnp.zeros((B,), jnp.int32), lengths, decay, segments, capacity)
+    carry = body(one, carry, jnp.zeros((B,), jnp.int32), lengths, decay, segments, capacity, routes=routes)
     assert carry.router_logits is not None
     valid = start("sequence", T) + jnp.arange(T) < lengths[:, None]
     if segments is not None:
