@@ -41,7 +41,7 @@ def settings(loss: str, seed: int, args: argparse.Namespace) -> Settings:
         "evaluate_every": args.every,
         "evaluate_problems": args.problems,
     }
-    rate = args.rate or plan["rate"]["rl"]
+    rate = args.rate or plan["rate"]["longer"]
     return parse(
         Settings,
         {

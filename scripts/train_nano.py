@@ -1,10 +1,10 @@
 """python scripts/train_nano.py --machine cpu|gpu [--out runs/nano] [--until sft] [--scale 1.0] [--task all] [--install]
 
 Makes M1-nano from nothing but this repository: tokenizer, synthesized data, lists to recall, pretraining, SFT with
-chain of thought, sharper queries, CISPO. Killed at any moment, the same command goes on. After SFT, with sharper
-queries and after CISPO it is evaluated on held-out problems; OUT/results.json and OUT/results.md say what came out,
-how long it took and on what. `--install` puts the model, in bfloat16 and the official layout, where the package ships
-it from. `--scale` shortens every stage, to try things out.
+chain of thought, sharper queries, CISPO in two stages, and the weights between those before and after it. Killed at any
+moment, the same command goes on. After SFT and each step from there it is evaluated on held-out problems;
+OUT/results.json and OUT/results.md say what came out, how long it took and on what. `--install` puts the model, in
+bfloat16 and the official layout, where the package ships it from. `--scale` shortens every stage, to try things out.
 """
 
 import argparse
@@ -18,8 +18,20 @@ import jax
 
 from m1jax.errors import main_guard
 from m1jax.evaluate import Score, open_local, score
-from m1jax.nano.recipe import LONGEST
-from m1jax.nano.training import HARDER, OPEN, PLANS, STAGES, WINDOWS, claim, install, prepare, scaled, settings, sharpen
+from m1jax.nano.recipe import LONGEST, TAUGHT
+from m1jax.nano.training import (
+    PLANS,
+    REINFORCED,
+    STAGES,
+    WINDOWS,
+    claim,
+    install,
+    prepare,
+    scaled,
+    settings,
+    settle,
+    sharpen,
+)
 from m1jax.rl import stage as rl_stage
 from m1jax.runtime import use_compilation_cache
 from m1jax.tasks import find
@@ -27,12 +39,12 @@ from m1jax.train import loop
 
 
 def accuracies(model: Path, tasks: Sequence[str], problems: int) -> dict[str, Score]:
-    """Of each task, of RL's harder problems, and of needles among up to eight times the items of any trained list."""
+    """Of each task, also at the difficulty that SFT taught, and of needles in lists eight times as long as trained."""
     local, chosen = open_local(model, "float32", WINDOWS[-1], 128), find(tasks)
     levels = [(task.name, task, task.difficulty) for task in chosen]
     for name, task, shipped in levels[:]:
-        if name in OPEN and (harder := task.level(HARDER)) != shipped:
-            levels.append((f"{name}, difficulty {harder} in place of {shipped}", task, harder))
+        if name in TAUGHT:
+            levels.append((f"{name}, difficulty {TAUGHT[name]} in place of {shipped}", task, TAUGHT[name]))
         if name == "retrieval":
             levels += [(f"{name}, {items} items", task, items - 1) for items in (128, 512, 8 * LONGEST)]
     return {name: score(task, task.problems(problems, 0, level), level, local) for name, task, level in levels}
@@ -41,7 +53,8 @@ def accuracies(model: Path, tasks: Sequence[str], problems: int) -> dict[str, Sc
 def results(stage: str, out: Path, tasks: Sequence[str], problems: int) -> dict[str, Any]:
     """What a finished stage came to."""
     rows = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    judged = {"sft": {"sft": "sft/model", "sharpened": "sharpened"}, "rl": {"rl": "rl/model"}}.get(stage, {})
+    judged = {stage: f"{stage}/model"} if stage == "sft" or stage in REINFORCED else {}
+    judged |= {"sft": {"sharpened": "sharpened"}, STAGES[-1]: {"settled": "settled"}}.get(stage, {})
     scores = {name: accuracies(out / model, tasks, problems) for name, model in judged.items()}
     return {
         "steps": rows[-1]["step"],
@@ -76,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machine", choices=PLANS, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/nano"))
-    parser.add_argument("--until", choices=STAGES, default="rl")
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1])
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--task", action="append", metavar="NAME", help="train on these alone (all)")
     parser.add_argument("--problems", type=int, default=400, help="per task, of the evaluations (400)")
@@ -92,15 +105,18 @@ def main() -> None:
         if stage in found:
             continue
         if not (args.out / stage / "model").exists():
-            (rl_stage.run if stage == "rl" else loop.run)(settings(stage, args.out, plan, tasks))
+            (rl_stage.run if stage in REINFORCED else loop.run)(settings(stage, args.out, plan, tasks))
         if stage == "sft":
             sharpen(args.out)
+        if stage == STAGES[-1]:
+            settle(args.out)
         found[stage] = results(stage, args.out, tasks, args.problems)
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         (args.out / "results.md").write_text(table(found), encoding="utf-8")
     print(table(found))
     if args.install:
-        install(args.out / args.until / "model", args.out / "tokenizer")
+        last = args.out / ("settled" if args.until == STAGES[-1] else f"{args.until}/model")
+        install(last, args.out / "tokenizer")
 
 
 if __name__ == "__main__":

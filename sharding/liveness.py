@@ -15,8 +15,8 @@ _FUSED = frozenset({
     "abs", "add", "add_any", "and", "broadcast_in_dim", "ceil", "clamp", "convert_element_type", "cos", "div", "eq",
     "erf", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "iota", "is_finite", "le", "log", "log1p",
     "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pad", "pow", "reduce_precision", "rem", "rev",
-    "round", "rsqrt", "select_n", "shift_left", "shift_right_logical", "sign", "sin", "slice", "split", "sqrt", "square",
-    "sub", "tanh", "transpose", "xor",
+    "round", "rsqrt", "select_n", "shift_left", "shift_right_logical", "sign", "sin", "slice", "split", "sqrt",
+    "square", "sub", "tanh", "transpose", "xor",
 })  # fmt: skip
 _FED = ("convert_element_type", "dynamic_slice", "slice", "transpose")  # read by a product as well
 _CONSUMING = ("reduce", "argm", "cum", "scatter", "dynamic_update_slice", "concatenate", "gather", "dynamic_slice")

@@ -15,11 +15,12 @@ import pytest
 from m1jax import M1Config, UserError, load, nano
 from m1jax.convert import convert
 from m1jax.generate import main
-from m1jax.model import init_params
+from m1jax.model import build, init_params
 from m1jax.nano import recipe, training
 from m1jax.params import count, flatten
 from m1jax.rl.settings import RLSettings
-from m1jax.tasks import find
+from m1jax.saving import save
+from m1jax.tasks import TASKS, find
 from m1jax.tokenizer import Tokenizer
 from m1jax.train.data import chat_tokens
 from m1jax.train.settings import parse
@@ -162,15 +163,24 @@ def test_runs_made_otherwise_are_not_gone_on_with(tmp_path: Path) -> None:
 def test_settings_of_every_stage(machine: str) -> None:
     for stage in training.STAGES:
         found = training.settings(stage, Path("out"), training.PLANS[machine], ["all"])
-        assert found.stage == ("sft" if stage == "recall" else stage)
+        own = training.REINFORCED.get(stage)
+        assert found.stage == ("rl" if own else "sft" if stage == "recall" else stage)
         assert found.steps == training.PLANS[machine]["steps"][stage]
-        before = {"recall": "start", "pretrain": "recall/model", "sft": "pretrain/model", "rl": "sharpened"}
-        assert found.model.path == f"out/{before[stage]}"
-        if stage == "rl":
-            assert parse(RLSettings, found.rl, "rl.").loss == "cispo" and found.optimizer.eps == 1e-15
-            assert found.rl["tasks"] == ["subtraction", "sorting", "cipher", "sequence"]
-    for tasks, own in ((["sorting", "addition"], ["sorting"]), (["addition"], ["addition"])):
-        assert training.settings("rl", Path("out"), training.PLANS[machine], tasks).rl["tasks"] == own
+        before = {"recall": "start", "pretrain": "recall/model", "sft": "pretrain/model", "longer": "sharpened"}
+        assert found.model.path == f"out/{before.get(stage, 'longer/model')}"
+        if own:
+            rl = parse(RLSettings, found.rl, "rl.")
+            assert rl.loss == "cispo" and rl.temperature == own["temperature"] and found.optimizer.eps == 1e-15
+            assert set(rl.tasks) == set(own["tasks"])
+    for tasks, left in ((["sorting", "addition"], ["sorting"]), (["addition"], ["addition"])):
+        assert training.settings("surer", Path("out"), training.PLANS[machine], tasks).rl["tasks"] == left
+
+
+def test_rl_goes_further_than_worked_solutions() -> None:
+    for task in recipe.taught(find(["all"])):
+        shipped = TASKS[task.name].difficulty
+        assert task.difficulty == recipe.TAUGHT.get(task.name, shipped)
+        assert (task.difficulty < shipped) == (task.name in training.REINFORCED["longer"]["tasks"])
 
 
 def test_rl_begins_with_sharper_queries(tmp_path: Path) -> None:
@@ -182,6 +192,19 @@ def test_rl_begins_with_sharper_queries(tmp_path: Path) -> None:
     for path, x in before.items():
         np.testing.assert_allclose(after[path], x * (training.SHARPER if path == "softmax.q_proj" else 1), rtol=1e-6)
     Tokenizer.load(tmp_path / "sharpened")
+
+
+def test_what_ships_lies_between_rls_start_and_its_end(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "m1_hello", tmp_path / "sharpened")
+    shutil.copytree(DATA / "m1_hello", tmp_path / "tokenizer")
+    before = load(tmp_path / "sharpened")
+    moved = {path: x + 0.5 for path, x in flatten(before).items()}
+    save(build(before.config, lambda path, _: moved[path]), tmp_path / "surer" / "model", "float32")
+    for _ in range(2):
+        training.settle(tmp_path)
+    settled = flatten(load(tmp_path / "settled"))
+    for path, x in flatten(before).items():
+        np.testing.assert_allclose(settled[path], x + 0.5 * training.KEPT, rtol=1e-5, atol=1e-6)
 
 
 def test_the_model_ships_in_bfloat16(tmp_path: Path) -> None:

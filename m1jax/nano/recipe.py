@@ -29,6 +29,8 @@ MARKS = ("<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", 
 VOCABULARY = 600  # what these texts fill
 END = "<end_of_sentence>"
 SHORT = 16  # items at most of a list while nothing but lists is learnt
+# Difficulty of the worked solutions where it is not the shipped one, which RL gets to by reward alone.
+TAUGHT = {"cipher": 6}
 LONGEST = 150  # items of a list in training; with the letters asked for a row of 512 tokens holds no more
 
 # Letters inside quotes are tokens of their own, as digits are: a letter is only known apart from its neighbours.
@@ -142,6 +144,11 @@ def recall(rng: random.Random, items: int) -> list[str]:
     return [f'List: "{listed}". Again:\n', *(part for letter in alphabet[:count] for part in (letter, number[letter]))]
 
 
+def taught(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks at the difficulty of pretraining and SFT."""
+    return [dataclasses.replace(task, difficulty=TAUGHT.get(task.name, task.difficulty)) for task in tasks]
+
+
 def far(rng: random.Random) -> Problem:
     """Retrieval from a long list."""
     return RETRIEVAL.problem(rng, long(rng) - 1)
@@ -149,7 +156,7 @@ def far(rng: random.Random) -> Problem:
 
 def documents(seed: int, tasks: Sequence[Task]) -> Iterator[str]:
     """Pretraining documents without end: problems as plain text, and a few simple sentences."""
-    rng, problems = random.Random(f"documents {seed}"), mixture(tasks, seed)
+    rng, problems = random.Random(f"documents {seed}"), mixture(taught(tasks), seed)
     while True:
         few = rng.random() < 1 / 8
         yield " ".join(sentence(rng) for _ in range(rng.randint(1, 4))) if few else plain(next(problems))
@@ -159,7 +166,7 @@ def train_tokenizer(folder: Path, samples: int = 4000) -> tokenizers.Tokenizer:
     """Writes nano's byte-level BPE to `folder`: single digits, M1's special tokens and chat template."""
     chat = Chat.load()
     tasks = find(["all"])
-    problems = islice(mixture(tasks, seed=0), samples)
+    problems = islice(mixture(taught(tasks), seed=0), samples)
     texts = [chat.prompt(p.question) + p.reply for p in problems] + list(islice(documents(0, tasks), samples))
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -22,36 +22,41 @@ from m1jax.tokenizer import Tokenizer
 from m1jax.train.settings import Settings, parse
 from m1jax.weights import expected
 
-Stage = Literal["recall", "pretrain", "sft", "rl"]
-STAGES: tuple[Stage, ...] = ("recall", "pretrain", "sft", "rl")
+Stage = Literal["recall", "pretrain", "sft", "longer", "surer"]
+STAGES: tuple[Stage, ...] = ("recall", "pretrain", "sft", "longer", "surer")
 
 LENGTH = 512  # tokens of a row; the longest conversation of the shipped difficulties and lists to recall fit
 RECALL = 6  # rows of a stage's own for each list to recall
 FOUND = 2  # weight of a number found again: there are few among the tokens of replies
 WINDOWS = (136, 160)  # tokens of a reply, in stages of RL
 SHARPER = 1.3  # factor of the queries after SFT, so that among eight times as many items one still stands out
-HARDER = 1.09  # RL's difficulty as a fraction of SFT's: words have a letter more
+KEPT = 0.75  # of RL's change of the weights: with all of it, what it was not about suffers
 # With M1's own 0.001 experts of so few die; each layer's own, or layers come to use few of theirs.
 BALANCE = {"balance": 0.01, "balance_over": "layer"}
-# How often the tasks that are learnt last come in SFT, in place of once; and what SFT leaves open, which RL is of.
+# How often the tasks that are learnt last come in SFT, in place of once.
 OFTEN = {"sorting": 3, "sequence": 2, "multiplication": 2, "cipher": 2}
-OPEN = ("subtraction", "sorting", "cipher", "sequence")
+# The two stages of RL. First what SFT has not shown: what solves it is rare, and among slips it would go unseen. Then
+# what SFT leaves unsure: at temperature 1 replies of such a small and sure model hardly differ.
+REINFORCED: dict[str, dict[str, Any]] = {
+    "longer": {"tasks": tuple(recipe.TAUGHT), "temperature": 1.0},
+    "surer": {"tasks": ("subtraction", "sorting", "cipher", "sequence"), "temperature": 1.5},
+}
 
 # Of each machine: dtype, rows of a batch, steps and learning rates, passes over the data, what RL does in a step.
 PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "dtype": "float32",
         "rows": 4,
-        "steps": {"recall": 350, "pretrain": 600, "sft": 11000, "rl": 100},
-        "rate": {"recall": 1e-3, "pretrain": 1e-3, "sft": 1e-3, "rl": 1e-4},
+        "steps": {"recall": 350, "pretrain": 600, "sft": 11000, "longer": 60, "surer": 80},
+        "rate": {"recall": 1e-3, "pretrain": 1e-3, "sft": 1e-3, "longer": 1e-4, "surer": 1e-4},
         "passes": 1,
-        "rl": {"questions": 32, "replies": 8, "updates": 2, "attempts": 3},  # 16 updates of so few replies are noise
+        "rl": {"questions": 32, "replies": 8, "updates": 4, "attempts": 3},  # 16 updates of so few replies are noise
     },
     "gpu": {
         "dtype": "float32",
         "rows": 64,
-        "steps": {"recall": 300, "pretrain": 400, "sft": 3000, "rl": 100},
-        "rate": {"recall": 1e-3, "pretrain": 2e-3, "sft": 2e-3, "rl": 5e-5},
+        "steps": {"recall": 300, "pretrain": 400, "sft": 3000, "longer": 50, "surer": 50},
+        "rate": {"recall": 1e-3, "pretrain": 2e-3, "sft": 2e-3, "longer": 5e-5, "surer": 5e-5},
         "passes": 2,
         "rl": {"questions": 256, "replies": 16, "updates": 16},
     },
@@ -91,7 +96,7 @@ def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
     texts = itertools.islice(recipe.documents(1, chosen), max(1000, count["pretrain"] // 40))
     alone = ({"text": text} for text in texts)
     _write(out / "pretrain.jsonl", _among(alone, reminders(1, tokenizer, recipe.evenly), RECALL))
-    often = [task for task in chosen for _ in range(OFTEN.get(task.name, 1))]
+    often = [task for task in recipe.taught(chosen) for _ in range(OFTEN.get(task.name, 1))]
     problems = itertools.islice(mixture(often, seed=2), max(1000, count["sft"] // 100))
     rng = random.Random("far")
     asked = conversations((recipe.far(rng) for _ in itertools.count()), tokenizer)
@@ -137,9 +142,10 @@ def _write(file: Path, values: Iterable[Any]) -> None:
 def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> Settings:
     """The settings of a stage, as a TOML file would give them. Raises `UserError`."""
     steps = plan["steps"][stage]
-    before = {"recall": "start", "pretrain": "recall/model", "sft": "pretrain/model", "rl": "sharpened"}[stage]
+    reinforced = REINFORCED.get(stage)
+    before = {"recall": "start", "longer": "sharpened"}.get(stage) or f"{STAGES[STAGES.index(stage) - 1]}/model"
     common: dict[str, Any] = {
-        "stage": "sft" if stage == "recall" else stage,
+        "stage": "rl" if reinforced else "sft" if stage == "recall" else stage,
         "out": str(out / stage),
         "steps": steps,
         "model": {
@@ -152,13 +158,14 @@ def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]
         "log": {"tensorboard": False},
     }
     rate = {"learning_rate": plan["rate"][stage], **BALANCE}
-    if stage == "rl":
+    if reinforced:
         # Of what is solved hardly a group of replies is mixed, and groups that are not teach nothing.
-        last = [task.name for task in find(tasks) if task.name in OPEN]
-        own = {"tasks": last or list(tasks), "difficulty": HARDER, "windows": list(WINDOWS), "row_tokens": LENGTH}
-        decay = steps * plan["rl"]["updates"]
+        chosen = [task.name for task in find(tasks) if task.name in reinforced["tasks"]] or list(tasks)
+        own = {"tasks": chosen, "hardest_share": 0.9, "windows": list(WINDOWS), "row_tokens": LENGTH}
+        decay = steps * plan["rl"]["updates"] if stage == STAGES[-1] else 0
         optimizer = rate | {"warmup": 0, "decay": decay, "final": 0.0, "eps": 1e-15, "weight_decay": 0.0}
-        return parse(Settings, common | {"optimizer": optimizer, "checkpoint": {"every": 10}, "rl": plan["rl"] | own})
+        rl = plan["rl"] | reinforced | own
+        return parse(Settings, common | {"optimizer": optimizer, "checkpoint": {"every": 10}, "rl": rl})
     optimizer = rate | {"warmup": min(50, steps // 10), "decay": steps // 3, "final": 0.02, "weight_decay": 0.01}
     data = {"length": LENGTH, "rows": plan["rows"], "files": [str(out / f"{stage}.jsonl")]}
     every = {"every": max(1, min(250, steps // 4))}
@@ -173,6 +180,14 @@ def sharpen(out: Path) -> None:
         weights["softmax.q_proj"] *= SHARPER
         sharper = build(model.config, lambda path, _: weights[path])
         save(sharper, out / "sharpened", "float32", out / "tokenizer")
+
+
+def settle(out: Path) -> None:
+    """Writes what ships, unless it is there: of the way that RL went from its start, `KEPT` (arXiv 2109.01903)."""
+    if not (out / "settled").exists():
+        before, after = load(out / "sharpened"), flatten(load(out / STAGES[-1] / "model"))
+        model = build(before.config, lambda path, _: flatten(before)[path] * (1 - KEPT) + after[path] * KEPT)
+        save(model, out / "settled", "float32", out / "tokenizer")
 
 
 def install(model: Path, tokenizer: Path, folder: Path = FOLDER) -> None:

@@ -81,7 +81,7 @@ def _solve_cipher(instance: Instance) -> Solution:
 
 CIPHER = Task(
     name="cipher",
-    difficulty=6,  # letters
+    difficulty=7,  # letters
     draw=_draw_cipher,
     phrasings=(
         'Shift each letter of "{word}" {way} by {shift}.',
