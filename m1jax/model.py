@@ -180,9 +180,7 @@ class M1(nnx.Module):
         Raises:
           ValueError: an argument has the wrong shape or dtype, or lengths on the host are out of range; says which.
         """
-        tokens = _tokens(tokens)
-        if state.length.shape[0] != tokens.shape[0]:
-            raise ValueError(f"state: made for {state.length.shape[0]} rows, tokens have {tokens.shape[0]}")
+        tokens = _next_tokens(tokens, state)
         if logits not in get_args(Logits):
             raise ValueError(f"logits: expected one of {get_args(Logits)}, got {logits!r}")
         return _step(self, tokens, state, _lengths(lengths, tokens), logits)
@@ -191,7 +189,7 @@ class M1(nnx.Module):
         self, tokens: ArrayLike, state: M1State, lengths: ArrayLike | None = None
     ) -> tuple[jax.Array, M1State, jax.Array]:
         """`step` with the last logits, and the experts that every token went to: integers `[B, T, L, k]`."""
-        tokens = _tokens(tokens)
+        tokens = _next_tokens(tokens, state)
         return _routed_step(self, tokens, state, _lengths(lengths, tokens))
 
     def trace(self, tokens: ArrayLike, segments: ArrayLike | None = None) -> Trace:
@@ -266,6 +264,13 @@ def _tokens(tokens: ArrayLike) -> jax.Array:
     if tokens.ndim != 2 or tokens.shape[1] < 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens: expected integers [B, T] with T ≥ 1, got {tokens.dtype} {tokens.shape}")
     return tokens.astype(jnp.int32)
+
+
+def _next_tokens(tokens: ArrayLike, state: M1State) -> jax.Array:
+    tokens = _tokens(tokens)
+    if state.length.shape[0] != tokens.shape[0]:
+        raise ValueError(f"state: made for {state.length.shape[0]} rows, tokens have {tokens.shape[0]}")
+    return tokens
 
 
 def _segments(segments: ArrayLike | None, tokens: jax.Array) -> jax.Array | None:

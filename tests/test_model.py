@@ -162,6 +162,15 @@ def test_taken_rows_go_on_alone() -> None:
     assert rms_error(taken, np.asarray(want)[np.asarray(rows)]) < 1e-6
 
 
+def token_by_token(model: m1.M1, tokens: np.ndarray) -> tuple[np.ndarray, m1.M1State]:
+    """Logits `[B, T, V]`, and the state at the end."""
+    state, out = model.init_state(*tokens.shape), []
+    for t in range(tokens.shape[1]):
+        logits, state = model.step(tokens[:, t : t + 1], state)
+        out.append(np.asarray(logits))
+    return np.concatenate(out, 1), state
+
+
 def test_bfloat16_keeps_its_distance_in_chunks_too() -> None:
     """bf16 rounds every layer's output: a few 1e-3 on the logits of this model, whole or token by token."""
     model = random_model(SMALL, dtype="bfloat16")
@@ -170,23 +179,18 @@ def test_bfloat16_keeps_its_distance_in_chunks_too() -> None:
     want = exact(tokens)
     assert model(tokens).dtype == jnp.float32
     assert rms_error(model(tokens), want) < 3e-2
-    state, out = model.init_state(2, 16), []
+    logits, state = token_by_token(model, tokens)
     assert state.cache.k.dtype == jnp.bfloat16 and state.lightning.s.dtype == jnp.float32
-    for t in range(16):
-        logits, state = model.step(tokens[:, t : t + 1], state)
-        out.append(logits)
-    assert rms_error(jnp.concatenate(out, 1), want) < 3e-2
+    assert rms_error(logits, want) < 3e-2
 
 
 def test_bfloat16_rounds_alike_whatever_the_program() -> None:
     """Layer by layer, with what XLA fuses otherwise: one token at a time against all at once."""
     model = random_model(SMALL, dtype="bfloat16")
     tokens = tokens_of(SMALL, 2, 64)
-    whole, state, out = model(tokens), model.init_state(2, 64), []
-    for t in range(64):
-        logits, state = model.step(tokens[:, t : t + 1], state)
-        out.append(logits)
-    assert np.mean(np.concatenate(out, 1) == np.asarray(whole)) > 0.5  # else sums of float32 in another order
+    assert (
+        np.mean(token_by_token(model, tokens)[0] == np.asarray(model(tokens))) > 0.5
+    )  # else sums of float32 in another order
 
 
 def test_bfloat16_residuals_are_rounded_once() -> None:
@@ -273,6 +277,8 @@ def test_bad_arguments_are_named() -> None:
         MODEL(np.zeros((2, 0), np.int32))
     with pytest.raises(ValueError, match="state: made for 2 rows"):
         MODEL.step(np.zeros((3, 1), np.int32), MODEL.init_state(2, 8))
+    with pytest.raises(ValueError, match="state: made for 2 rows"):
+        MODEL.routed_step(np.zeros((3, 1), np.int32), MODEL.init_state(2, 8))
     block, state = np.zeros((2, 3), np.int32), MODEL.init_state(2, 8)
     for lengths in (3, [3], [3, 3, 3], [[3, 3]], np.ones(2), [True, True], jnp.ones(2), jnp.ones(3, jnp.int32)):
         with pytest.raises(ValueError, match="lengths: expected integers"):

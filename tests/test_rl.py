@@ -41,9 +41,6 @@ SMALL_RUN: dict[str, Any] = {
 }
 
 
-LONGER: dict[str, Any] = {"windows": [136], "row_tokens": 256}
-
-
 def reply(prompt: int, length: int, advantage: float = 1.0, first: int = 1) -> Reply:
     tokens = np.arange(first, first + length, dtype=np.int32)
     return Reply(list(range(40, 40 + prompt)), tokens, -0.1 * np.arange(1, length + 1, dtype=np.float32), advantage)
@@ -227,7 +224,8 @@ def test_a_run_on_a_mesh_is_that_of_one_device(tmp_path: Path) -> None:
 def test_a_run_in_bfloat16_with_evaluation(tmp_path: Path) -> None:
     """The log-probabilities agree, and what is saved are the float32 weights, not what they are rounded to."""
     wrong_at_times: dict[str, Any] = {"tasks": ["cipher"], "difficulty": 1.0, "temperature": 1.5}
-    run = settings(tmp_path, 1, "bfloat16", evaluate_every=1, evaluate_problems=4, **LONGER, **wrong_at_times)
+    wrong_at_times |= {"windows": [136], "row_tokens": 256}
+    run = settings(tmp_path, 1, "bfloat16", evaluate_every=1, evaluate_problems=4, **wrong_at_times)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, path=str(nano.FOLDER)))
     stage.run(run)
     (row,) = rows(tmp_path)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import numpy as safetensors
@@ -185,9 +186,9 @@ def sharpen(out: Path) -> None:
 def settle(out: Path) -> None:
     """Writes what ships, unless it is there: of the way that RL went from its start, `KEPT` (arXiv 2109.01903)."""
     if not (out / "settled").exists():
-        before, after = load(out / "sharpened"), flatten(load(out / STAGES[-1] / "model"))
-        model = build(before.config, lambda path, _: flatten(before)[path] * (1 - KEPT) + after[path] * KEPT)
-        save(model, out / "settled", "float32", out / "tokenizer")
+        before, after = load(out / "sharpened"), load(out / STAGES[-1] / "model")
+        between = jax.tree.map(lambda a, b: a * (1 - KEPT) + b * KEPT, before, after)
+        save(between, out / "settled", "float32", out / "tokenizer")
 
 
 def install(model: Path, tokenizer: Path, folder: Path = FOLDER) -> None:
