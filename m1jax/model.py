@@ -183,14 +183,16 @@ class M1(nnx.Module):
         tokens = _next_tokens(tokens, state)
         if logits not in get_args(Logits):
             raise ValueError(f"logits: expected one of {get_args(Logits)}, got {logits!r}")
-        return _step(self, tokens, state, _lengths(lengths, tokens), logits)
+        return _step(self, tokens, state, _lengths(lengths, tokens), logits)[:2]
 
     def routed_step(
         self, tokens: ArrayLike, state: M1State, lengths: ArrayLike | None = None
     ) -> tuple[jax.Array, M1State, jax.Array]:
         """`step` with the last logits, and the experts that every token went to: integers `[B, T, L, k]`."""
         tokens = _next_tokens(tokens, state)
-        return _routed_step(self, tokens, state, _lengths(lengths, tokens))
+        values, state, routes = _step(self, tokens, state, _lengths(lengths, tokens), "last", routed=True)
+        assert routes is not None
+        return values, state, routes
 
     def trace(self, tokens: ArrayLike, segments: ArrayLike | None = None) -> Trace:
         """Inner values of `model(tokens, segments)`."""
@@ -390,53 +392,39 @@ def _bad(model: M1, tokens: jax.Array, segments: jax.Array | None) -> jax.Array:
 
 
 def read(
-    model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array, last_only: bool = False
-) -> tuple[jax.Array, M1State]:
-    """The last layer's output `[B, T, M]` for tokens `[B, T]`, and the state after them; `last_only` as in `body`."""
-    carry = body(model, _carry(model, tokens, state), state.length, lengths, last_only=last_only)
-    return carry.x, _state(carry, state.length + lengths)
+    model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array, last_only: bool = False, routed: bool = False
+) -> tuple[jax.Array, M1State, jax.Array | None]:
+    """The last layer's output `[B, T, M]` for tokens `[B, T]`, the state after them, and if `routed` their experts.
 
-
-def _carry(model: M1, tokens: jax.Array, state: M1State) -> Carry:
-    return Carry(embed(model, tokens), state.lightning.s, state.cache.k, state.cache.v, None, None)
-
-
-def _state(carry: Carry, length: jax.Array) -> M1State:
-    assert carry.s is not None and carry.k is not None and carry.v is not None
-    return M1State(LightningState(carry.s), KVCache(carry.k, carry.v), length)
-
-
-@functools.partial(jax.jit, static_argnames="logits")
-def _step(
-    model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array, logits: Logits
-) -> tuple[jax.Array, M1State]:
-    def local(model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array) -> tuple[jax.Array, M1State]:
-        x, state = read(model, tokens, state, lengths, last_only=logits == "last")
-        if logits == "last":
-            x = last_valid(x, lengths)
-        return head(model, final_norm(model, x)), state
-
-    out = ("batch", "vocab") if logits == "last" else (*TOKENS, "vocab")
-    run = on_mesh(local, model.config, (out, _STATE), model=(), tokens=TOKENS, state=(), lengths=("batch",))
-    values, state = run(model, stretched(tokens), state, lengths)
-    return values if logits == "last" else values[:, : tokens.shape[1]], state
-
-
-@jax.jit
-def _routed_step(
-    model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array
-) -> tuple[jax.Array, M1State, jax.Array]:
+    `last_only` as in `body`; the experts are `[B, T, L, k]`.
+    """
     cfg = model.config
     kind = jnp.uint8 if cfg.num_local_experts <= 256 else jnp.uint16
+    none = jnp.zeros((cfg.num_hidden_layers, *tokens.shape, cfg.num_experts_per_tok), kind) if routed else None
+    cache = state.cache
+    carry = Carry(embed(model, tokens), state.lightning.s, cache.k, cache.v, None, None, routes=none)
+    carry = body(model, carry, state.length, lengths, last_only=last_only)
+    assert carry.s is not None and carry.k is not None and carry.v is not None
+    routes = None if carry.routes is None else jnp.moveaxis(carry.routes, 0, 2)
+    return carry.x, M1State(LightningState(carry.s), KVCache(carry.k, carry.v), state.length + lengths), routes
 
-    def local(model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array) -> tuple[jax.Array, M1State, jax.Array]:
-        routes = jnp.zeros((cfg.num_hidden_layers, *tokens.shape, cfg.num_experts_per_tok), kind)
-        carry = body(model, _carry(model, tokens, state)._replace(routes=routes), state.length, lengths)
-        assert carry.routes is not None
-        logits = head(model, final_norm(model, last_valid(carry.x, lengths)))
-        return logits, _state(carry, state.length + lengths), jnp.moveaxis(carry.routes, 0, 2)
 
-    out = (("batch", "vocab"), _STATE, (*TOKENS, "layer", "router"))
-    run = on_mesh(local, cfg, out, model=(), tokens=TOKENS, state=(), lengths=("batch",))
-    logits, state, routes = run(model, stretched(tokens), state, lengths)
-    return logits, state, routes[:, : tokens.shape[1]]
+@functools.partial(jax.jit, static_argnames=("logits", "routed"))
+def _step(
+    model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array, logits: Logits, routed: bool = False
+) -> tuple[jax.Array, M1State, jax.Array | None]:
+    """Logits, the new state, and the experts that the tokens went to if `routed`."""
+    last = logits == "last"
+
+    def local(
+        model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array
+    ) -> tuple[jax.Array, M1State, jax.Array | None]:
+        # Of the last layer's tokens all choose experts.
+        x, state, routes = read(model, tokens, state, lengths, last and not routed, routed)
+        return head(model, final_norm(model, last_valid(x, lengths) if last else x)), state, routes
+
+    out = (("batch", "vocab") if last else (*TOKENS, "vocab"), _STATE, (*TOKENS, "layer", "router") if routed else None)
+    run = on_mesh(local, model.config, out, model=(), tokens=TOKENS, state=(), lengths=("batch",))
+    values, state, routes = run(model, stretched(tokens), state, lengths)
+    T = tokens.shape[1]
+    return values if last else values[:, :T], state, None if routes is None else routes[:, :T]

@@ -1,6 +1,7 @@
 """Several processes, as on several machines: loading, saving, generating, and the loss of one of them."""
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -24,9 +25,10 @@ from m1jax.errors import UserError
 from m1jax.generate import main as generate
 from m1jax.params import flatten
 from m1jax.rendezvous import meet
+from m1jax.rl import stage
 from m1jax.train import loop
 from m1jax.train.__main__ import main as train
-from tests import test_train_run
+from tests import test_rl, test_train_run
 from tests.checkpoints import random_tensors, write_checkpoint
 from tests.generation_fixtures import tiny_config, write_model
 from tests.tools import DATA, rms_error, variant
@@ -274,11 +276,27 @@ def test_trains_as_one_process(tmp_path: Path, address: str, monkeypatch: pytest
         (shared / "curves.png").unlink()
 
 
-def test_what_several_processes_cannot_train(tmp_path: Path, address: str) -> None:
-    path = tmp_path / "a.toml"
-    path.write_text('stage = "rl"\nout = "x"\nsteps = 1\nmodel.path = "m"\n')
-    ended = run(address, 1, "m1jax.train", ["--config", str(path), "--coordinator", "auto"])
-    assert ended[0].code == 2 and ended[0].err.startswith("error: stage rl runs in one process"), ended
+def test_reinforces_as_one_process(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replies, rewards and losses of one process with two devices, also gone on from; one process writes."""
+    changes: dict[str, Any] = {"evaluate_every": 1, "evaluate_problems": 6}
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    test_train_run.on_two_devices(monkeypatch)
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    for steps, mesh in ((1, "fsdp=2"), (2, "tensor=2")):
+        stage.run(dataclasses.replace(test_rl.settings(alone, steps, **changes), mesh=mesh))
+        table = test_rl.table(shared, steps, **changes) | {"mesh": mesh}
+        file = test_train_run.write_toml(table, tmp_path / "shared.toml")
+        ended = several(address, 2, "train", "--config", file)
+        assert [e.code for e in ended] == [0, 0], ended
+        assert "complete" in ended[0].out and ended[1].out == ""
+        assert ("going on from step 1 of 2" in ended[0].err) == (steps == 2)
+        for ours, theirs in zip(test_rl.rows(shared), test_rl.rows(alone), strict=True):
+            for name in ("reward", "reply_tokens", "groups", "informative", "held_out"):
+                assert ours[name] == theirs[name], name
+            for name in ("loss", "entropy", "ratio", "gradient_norm", "correlation_logp"):
+                np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6, err_msg=name)
+        weights = [flatten(m1jax.load(out / "model")) for out in (shared, alone)]
+        assert all(rms_error(weights[0][name], weights[1][name]) < 1e-4 for name in weights[0])
 
 
 @pytest.mark.parametrize(("given", "mesh"), [([], "fsdp=2"), (["--mesh", "auto"], "auto")])

@@ -137,8 +137,8 @@ def test_updates_follow_the_advantages() -> None:
     assert all(metrics["good"] == 1 and metrics["entropy"] > 0 for metrics in told)
 
 
-def settings(out: Path, steps: int = 2, dtype: str = "float32", **rl: Any) -> Settings:
-    table = {
+def table(out: Path, steps: int = 2, dtype: str = "float32", **rl: Any) -> dict[str, Any]:
+    return {
         "stage": "rl",
         "out": str(out),
         "steps": steps,
@@ -148,7 +148,10 @@ def settings(out: Path, steps: int = 2, dtype: str = "float32", **rl: Any) -> Se
         "log": {"tensorboard": False},
         "rl": SMALL_RUN | rl,
     }
-    return parse(Settings, table)
+
+
+def settings(*args: Any, **rl: Any) -> Settings:
+    return parse(Settings, table(*args, **rl))
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m1jax import distributed
-from m1jax.errors import UserError, main_guard
+from m1jax.errors import main_guard
 from m1jax.train import settings as s
 
 
@@ -38,8 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = s.read(args.config)
     if args.mesh is not None:
         settings = dataclasses.replace(settings, mesh=args.mesh)
-    if args.coordinator is not None and settings.stage == "rl":
-        raise UserError("stage rl runs in one process, on any mesh of its devices: leave --coordinator out")
     distributed.start(args)
     # Importing jax takes seconds; --help and bad settings come before.
     if settings.stage == "rl":

@@ -174,6 +174,6 @@ def _step(model: M1, tokens: jax.Array, state: M1State) -> tuple[jax.Array, M1St
     but one of eight here.
     """
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
-    x, state = read(model, tokens, state, lengths)
+    x, state, _ = read(model, tokens, state, lengths)
     logits = head(model, final_norm(model, x[:, -1]))
     return jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32), state
