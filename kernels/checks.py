@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
@@ -14,12 +15,19 @@ def check_integers(name: str, array: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected integers {shape}, got {got}")
 
 
-def check_layer(layer: Any, layers: int) -> None:
-    """Raises `ValueError` unless `layer` is one integer and, where its value is known, from 0 to `layers` - 1."""
+def checked_layer(layer: Any, layers: int) -> jax.Array | int:
+    """The layer, int32 or, where its value is known, an `int`.
+
+    Raises:
+      ValueError: it is not one integer, or known not to be from 0 to `layers` - 1.
+    """
     if jnp.shape(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
         raise ValueError(f"layer: expected one integer, got {layer}")
-    if not isinstance(layer, Tracer) and not 0 <= int(layer) < layers:
+    if isinstance(layer, Tracer):
+        return layer.astype(jnp.int32)
+    if not 0 <= int(layer) < layers:
         raise ValueError(f"layer: expected 0 to {layers - 1}, got {int(layer)}")
+    return int(layer)
 
 
 def check_implementation(name: str, known: tuple[str, ...], reason: str | None) -> str:

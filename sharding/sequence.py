@@ -79,10 +79,10 @@ def _borders(
     if segments is None:
         counts = lax.all_gather(lengths, over)
         return jnp.zeros(counts.shape, bool), jnp.exp(log_decay * counts[..., None])
-    valid = (segments > 0) & (jnp.arange(segments.shape[1]) < lengths[:, None])
-    inside = jnp.any(starts(segments), axis=1)
+    segments = jnp.where(jnp.arange(segments.shape[1]) < lengths[:, None], segments, 0)
+    inside, valid = jnp.any(starts(segments), axis=1), jnp.sum(segments > 0, axis=1)
     first, last, count, inside = lax.all_gather(
-        jnp.stack([segments[:, 0], segments[:, -1], jnp.sum(valid, axis=1), inside.astype(jnp.int32)]), over, axis=1
+        jnp.stack([segments[:, 0], segments[:, -1], valid, inside.astype(jnp.int32)]), over, axis=1
     )
     previous = jnp.roll(last, 1, axis=0)
     begins = (first != previous) & (first > 0) & (jnp.arange(first.shape[0]) > 0)[:, None]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from m1jax.kernels.experts import api as experts
@@ -79,6 +80,19 @@ def test_a_kernel_that_fails_is_not_skipped(tmp_path: Path, monkeypatch: pytest.
     assert outcome("decode", memory, 5e-6) == "skipped" and report.bandwidth < 3.35e12
     report.timed("decode", 1e-3, must=5e-6)
     assert "reached" not in report.rows[-1]
+
+
+def test_a_kernel_that_gives_nan_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from gpu_bench import correctness  # pyright: ignore[reportMissingImports]
+    from gpu_bench.report import Report  # pyright: ignore[reportMissingImports]
+
+    report, ones = Report(tmp_path / "out.json", False, "NVIDIA H200"), np.ones(4)
+    report.stage = "check"
+    for broken in range(3):
+        got = [ones * np.nan if n == broken else ones for n in range(2)]
+        correctness._compare(report, f"{broken}", "bfloat16", got, [ones, ones])
+    assert [row["wrong"] for row in report.rows] == [True, True, False]
 
 
 def test_what_broke_off_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,25 @@ def test_lightning_attention_of_packed_rows_goes_on_with_a_state() -> None:
         assert rms_error(last, end) < 2e-6
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla", "triton_interpreted"])
+def test_a_segment_past_the_length_leaves_the_state_alone(implementation: Any) -> None:
+    """Whole, or cut off where it ends: the same state, and the same gradient of it."""
+    qkv, decay, into = normal(0, 2, 40, 2, 3, 32), jnp.asarray([-0.1, -0.01]), normal(1, 2, 2, 32, 32)
+    segments = jnp.asarray([[1] * 20 + [2] * 20, [1] * 5 + [2] * 20 + [3] * 15])
+
+    def gradient(T: int) -> Any:
+        named: dict[str, Any] = {"segments": segments[:, :T], "lengths": jnp.asarray([20, 18])}
+
+        def fn(qkv: jax.Array) -> jax.Array:
+            return jnp.vdot(lightning_attention(qkv, decay, implementation=implementation, **named)[1], into)
+
+        return jax.jit(jax.value_and_grad(fn))(qkv[:, :T])
+
+    (value, whole), (want, cut) = gradient(40), gradient(20)
+    assert value == pytest.approx(float(want), rel=1e-5) and abs(value) > 1
+    assert rms_error(whole[:, :20], cut) < 1e-5 and not np.any(whole[:, 20:])
+
+
 @pytest.mark.parametrize("form", ["reference", "direct", "blocked"])
 def test_softmax_attention_of_packed_rows(form: str) -> None:
     H, K, D = 4, 2, 8

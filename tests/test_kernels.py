@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m1jax.kernels import lightning_attention as lightning_package
 from m1jax.kernels.experts import experts
 from m1jax.kernels.gpu.case import reduced
 from m1jax.kernels.lightning_attention import lightning_attention, log_decay
@@ -90,20 +89,26 @@ def test_decay_of_each_head() -> None:
     assert log_decay(64, 79, 80)[63] == pytest.approx(-(2**-8) * 1e-5, rel=1e-2)
 
 
-def test_state_survives_ten_thousand_single_steps() -> None:
-    """A bias in λ would grow with the number of steps; the slowest head forgets nothing to speak of."""
-    H, D, T = 2, 4, 10_000
+@pytest.mark.parametrize(("T", "in_chunks", "limit"), [(10_000, False, 2e-5), (100_000, True, 2e-6)])
+def test_the_state_survives_many_steps(T: int, in_chunks: bool, limit: float) -> None:
+    """A bias in λ or its power would grow with the number of steps; the slowest head forgets nothing to speak of."""
+    H, D = 2, 4
     qkv = normal(0, 1, T, H, 3, D)
     decay = jnp.asarray([-1e-6, -1e-3], jnp.float32)
 
     def body(state: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
         return lightning_attention(x[None, None], decay, state=state)[1], None
 
-    stepped, _ = jax.jit(lambda: jax.lax.scan(body, jnp.zeros((1, H, D, D)), qkv[0]))()
+    def steps() -> jax.Array:
+        return jax.lax.scan(body, jnp.zeros((1, H, D, D)), qkv[0])[0]
+
+    def chunks() -> jax.Array:
+        return lightning_attention(qkv, decay, implementation="xla")[1]
+
     k, v = np.asarray(jax.nn.silu(qkv[0]), np.float64)[:, :, 1], np.asarray(jax.nn.silu(qkv[0]), np.float64)[:, :, 2]
     age = np.arange(T)[::-1, None]
     want = np.einsum("th,thd,the->hde", np.exp(np.asarray(decay, np.float64) * age), k, v)
-    assert rms_error(stepped[0], want) < 2e-5
+    assert rms_error(jax.jit(chunks if in_chunks else steps)()[0], want) < limit
 
 
 # --- softmax attention
@@ -216,6 +221,7 @@ def test_a_negative_length_under_jit_spoils_no_other_row() -> None:
 
 def test_bad_arguments_are_named() -> None:
     qkv, decay, picks = normal(0, 1, 4, 2, 3, 8), jnp.zeros(2), routing(0, 2, 1, 2, False)
+    weights = jnp.zeros((1, 2, 2, 5, 4)), jnp.zeros((1, 2, 4, 5))
     bad: list[tuple[str, Any]] = [
         ("qkv", lambda: lightning_attention(qkv[:, :, :, :2], decay)),
         ("log_decay", lambda: lightning_attention(qkv, decay[:1])),
@@ -225,14 +231,32 @@ def test_bad_arguments_are_named() -> None:
         ("lengths", lambda: lightning_attention(qkv[:, :1], decay, lengths=jnp.asarray([-1]), implementation="xla")),
         ("implementation", lambda: lightning_attention(qkv, decay, implementation="none")),  # pyright: ignore
         ("implementation", lambda: linear(decay[None], decay[None, None], 0, implementation="none")),  # pyright: ignore
-        ("dtype", lambda: linear(jnp.zeros((1, 2), jnp.bfloat16), jnp.zeros((1, 3, 2)), 0)),
+        ("^stack: dtype", lambda: linear(jnp.zeros((1, 2), jnp.bfloat16), jnp.zeros((1, 3, 2)), 0)),
+        ("^x: .*int32", lambda: linear(decay[None].astype(int), decay[None, None].astype(int), 0)),
+        ("^x: .*each 1 or more", lambda: linear(decay[None, :0], decay[None, None, :0], 0)),
         ("^x: ", lambda: linear(decay, decay[None, None], 0)),
         ("^stack: ", lambda: linear(decay[None], decay[None], 0)),
         ("^layer: ", lambda: linear(decay[None], decay[None, None], 1)),
-        ("x", lambda: experts(jnp.zeros((2, 3)), jnp.zeros((1, 2, 2, 5, 4)), jnp.zeros((1, 2, 4, 5)), *picks)),
-        ("k", lambda: softmax_attention(jnp.zeros((1, 2, 3, 4)), jnp.zeros((1, 2, 5, 4)), jnp.zeros((1, 2, 5, 4)))),
+        ("^x: ", lambda: experts(jnp.zeros((2, 3)), *weights, *picks)),
+        ("^x: .*each 1 or more", lambda: experts(jnp.zeros((0, 4)), *weights, picks[0][:0], picks[1][:0])),
+        ("^weights: .*k ≥ 1", lambda: experts(jnp.zeros((2, 4)), *weights, picks[0][:, :0], picks[1][:, :0])),
+        ("^qkv: .*each 1 or more", lambda: lightning_attention(qkv[:0], decay)),
+        ("^k: ", lambda: softmax_attention(jnp.zeros((1, 2, 3, 4)), jnp.zeros((1, 2, 5, 4)), jnp.zeros((1, 2, 5, 4)))),
     ]
     for name, call in bad:
         with pytest.raises(ValueError, match=name):
             call()
-    assert lightning_package.__all__
+
+
+@pytest.mark.parametrize("kind", [jnp.uint8, jnp.int16, jnp.uint32])
+def test_a_layer_of_any_integer_type(kind: Any) -> None:
+    x, stack = normal(0, 3, 8), normal(1, 3, 4, 8)
+    gate_up, down, (chosen, weights) = normal(2, 3, 2, 2, 6, 8), normal(3, 3, 2, 8, 6), routing(0, 3, 1, 2, False)
+    ops = (
+        lambda layer: linear(x, stack, layer),
+        lambda layer: experts(x, gate_up, down, chosen, weights, layer=layer),
+        lambda layer: lightning_attention(x.reshape(1, 1, 1, 3, 8), jnp.zeros(1), state=stack2, layer=layer)[1],
+    )
+    stack2 = normal(4, 3, 1, 1, 8, 8)
+    for op in ops:
+        assert rms_error(jax.jit(op)(kind(2)), op(2)) < 1e-6

@@ -91,9 +91,18 @@ def test_cudnn_gives_its_sums_unrounded(monkeypatch: pytest.MonkeyPatch) -> None
 def test_one_token(N: int, offset: tuple[int, int], dtype: str) -> None:
     arrays, at = inputs(1, N, dtype), jnp.asarray(offset)
     run: Any = jax.jit(functools.partial(softmax_attention, implementation="pallas_interpreted"))
-    got = run(*arrays, offset=at)
-    assert got.dtype == arrays[2].dtype
-    assert rms_error(got, reference(*arrays, offset=at)) < TOLERANCE[dtype]
+    want = reference(*arrays, offset=at)
+    for kind in (jnp.int32, jnp.uint8)[: 1 + (N == 256)]:
+        got = run(*arrays, offset=at.astype(kind))
+        assert got.dtype == arrays[2].dtype
+        assert rms_error(got, want) < TOLERANCE[dtype]
+
+
+def test_one_token_of_float32_is_exact() -> None:
+    """No TF32, which is what Triton takes where a product does not say how exact it is to be."""
+    run = functools.partial(gpu.pallas, interpreted=True)
+    traced = str(jax.make_jaxpr(run)(*inputs(1, 256), jnp.zeros(2, jnp.int32)))
+    assert traced.count("dot_general") == traced.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0
 
 
 def test_bad_arguments_are_named() -> None:
@@ -111,6 +120,7 @@ def test_bad_arguments_are_named() -> None:
         ("offset: expected integers", lambda: softmax_attention(q, k, v, offset=[0, 1])),  # pyright: ignore
         ("q: 9 tokens", lambda: softmax_attention(inputs(9, 8)[0], k, v)),
         (r"q: expected \[B", lambda: softmax_attention(q[0], k, v)),
+        ("q: .* each 1 or more", lambda: softmax_attention(q[..., :0], k[..., :0], v[..., :0])),
         ("v: expected the shape of k", lambda: softmax_attention(q, k, v[:, :1])),
         ("segments: expected integers", lambda: softmax_attention(q, k, v, segments=ones.astype(jnp.float32))),
         ("segments: expected integers", lambda: softmax_attention(q, k, v, segments=ones[:, :4])),
@@ -129,6 +139,7 @@ def test_what_cannot_run_says_why() -> None:
         ("cudnn", inputs(4, 8), {}, "bfloat16"),
         ("cudnn", narrow, {}, "multiple of 8"),
         ("cudnn", (q, k, v), {"segments": segments}, "packed rows"),
+        ("cudnn", (q, k, v), {"segments": segments, "offset": segments[:, 0]}, "without an offset"),
         ("pallas", (q[:, :1], k, v), {}, "CUDA device"),
         ("pallas_interpreted", (q, k, v), {}, "one token"),
         ("pallas_interpreted", inputs(1, 40), {}, "cache length"),
@@ -154,9 +165,14 @@ def test_the_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice(1, 256, offset=at) == "pallas" and choice(8, 256, offset=at) == choice(8, 8) == "cudnn"
     assert choice(256, 256, segments=jnp.ones((2, 256), jnp.int32)) == "cudnn"
     assert choice(255, 255, segments=segments) == "xla"
+    assert choice(256, 256, segments=jnp.ones((2, 256), jnp.int32), offset=at) == "xla"
     with pytest.raises(ValueError, match="even number"):
         softmax_attention(*inputs(255, 255, "bfloat16"), segments=segments, implementation="cudnn")
     monkeypatch.setattr(gpu, "_DECODE", "jax.nowhere.decode_attention")
     assert choice(1, 256, offset=at) == "cudnn"
     monkeypatch.setattr(gpu, "_FUSED", "jax._src.nowhere")
     assert choice(8, 256, offset=at) == "xla" and choice(8, 8) == "cudnn"
+    q = jnp.zeros((1, 8, 2, 256), jnp.bfloat16)
+    for device, wide, narrow in ((75, "xla", "xla"), (80, "xla", "cudnn"), (90, "cudnn", "cudnn")):
+        monkeypatch.setattr(gpu, "capability", lambda device=device: device)
+        assert api._choose(None, q, q.swapaxes(1, 2), None, None) == wide and choice(8, 8) == narrow

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from m1jax.kernels.checks import check_implementation, check_integers, check_layer
+from m1jax.kernels.checks import check_implementation, check_integers, checked_layer
 from m1jax.kernels.experts import gpu, gradient, reference, xla
 from m1jax.kernels.experts.quantized import Quantized, Weights
 from m1jax.kernels.gpu import refusal
@@ -51,13 +51,13 @@ def experts(
     if len(gate_up.shape) != 5 or gate_up.shape[2] != 2:
         raise ValueError(f"gate_up: expected [L, E, 2, F, M], got {gate_up.shape}")
     L, E, _, F, M = gate_up.shape
-    if x.ndim != 2 or x.shape[1] != M:
-        raise ValueError(f"x: expected [N, {M}], got {x.shape}")
+    if x.ndim != 2 or x.shape[1] != M or 0 in x.shape:
+        raise ValueError(f"x: expected [N, {M}], each 1 or more, got {x.shape}")
     if down.shape != (L, E, M, F):
         raise ValueError(f"down: expected {(L, E, M, F)}, got {down.shape}")
-    check_layer(layer, L)
-    if weights.ndim != 2 or weights.shape[0] != x.shape[0] or weights.dtype != jnp.float32:
-        raise ValueError(f"weights: expected float32 [{x.shape[0]}, k], got {weights.dtype} {weights.shape}")
+    layer = checked_layer(layer, L)
+    if weights.ndim != 2 or weights.shape[0] != x.shape[0] or not weights.shape[1] or weights.dtype != jnp.float32:
+        raise ValueError(f"weights: expected float32 [{x.shape[0]}, k ≥ 1], got {weights.dtype} {weights.shape}")
     check_integers("chosen", chosen, weights.shape)
     # A number that is no expert's would be written to the place of another token.
     chosen = chosen.astype(jnp.promote_types(chosen.dtype, jnp.int32))

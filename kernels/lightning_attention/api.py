@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from m1jax.kernels.checks import check_implementation, check_integers, check_layer
+from m1jax.kernels.checks import check_implementation, check_integers, checked_layer
 from m1jax.kernels.gpu import refusal
 from m1jax.kernels.lightning_attention import gpu, gradient, reference, xla
 
@@ -51,7 +51,8 @@ def lightning_attention(
     """Decaying linear attention of `silu(qkv)`; no scaling, no positions.
 
     Args:
-      qkv: `[B, T, H, 3, D]`, the projection as it comes: for each head q, then k, then v, before the activation.
+      qkv: `[B, T, H, 3, D]`, the projection as it comes: for each head q, then k, then v, before the activation;
+        finite, also where it is padding.
       log_decay: float32 `[H]`, log λ ≤ 0; a constant, which no gradient reaches.
       state: float32 `[B, H, D, D]`; None is zero. With `layer` the states of all layers, `[P, B, H, D, D]`.
       lengths: int32 `[B]`, from 0 to T, valid tokens of each row (the rest is padding on the right); None is T.
@@ -122,8 +123,10 @@ def _check(
     segments: jax.Array | None,
     layer: jax.Array | int | None,
 ) -> None:
-    if qkv.ndim != 5 or qkv.shape[3] != 3 or qkv.shape[1] < 1 or qkv.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"qkv: expected float32 or bfloat16 [B, T ≥ 1, H, 3, D], got {qkv.dtype} {qkv.shape}")
+    if qkv.ndim != 5 or qkv.shape[3] != 3 or 0 in qkv.shape or qkv.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(
+            f"qkv: expected float32 or bfloat16 [B, T, H, 3, D], each 1 or more, got {qkv.dtype} {qkv.shape}"
+        )
     B, T, H, _, D = qkv.shape
     if log_decay.shape != (H,) or log_decay.dtype != jnp.float32:
         raise ValueError(f"log_decay: expected float32 {(H,)}, got {log_decay.dtype} {log_decay.shape}")
@@ -134,7 +137,7 @@ def _check(
         if state.shape != wanted or state.dtype != jnp.float32:
             raise ValueError(f"state: expected float32 {wanted}, got {state.dtype} {state.shape}")
         if layer is not None:
-            check_layer(layer, state.shape[0])
+            checked_layer(layer, state.shape[0])
     if lengths is not None:
         check_integers("lengths", lengths, (B,))
         if not isinstance(lengths, Tracer) and np.any((np.asarray(lengths) < 0) | (np.asarray(lengths) > T)):

@@ -6,7 +6,7 @@ With P the weights inside a chunk, S the state before it and G the gradient of t
     forward sweep (S):    dq_i += before_i dO_i Sᵀ
     backward sweep (G):   dq_i += Σ_j P_ij (dO_i·v_j) k_j       dk_j = Σ_i P_ij (dO_i·v_j) q_i + after_j v_j Gᵀ
                           dv_j = Σ_i P_ij (q_i·k_j) dO_i + after_j k_j G
-                          G = keep G + Σ_i before_i q_iᵀ dO_i
+                          G = G + loss G + Σ_i before_i q_iᵀ dO_i
 """
 
 import functools
@@ -72,7 +72,7 @@ def _bwd(
         (_, k, v), d_o, tokens = inputs
         w = xla.weights(log_decay, powers, tokens)
         d_q = w.before * jnp.einsum("bhie,bhde->bhid", d_o, s, precision="highest")
-        s = w.keep * s + jnp.einsum("bhjd,bhje->bhde", k * w.after, v, precision="highest")
+        s = s + w.loss * s + jnp.einsum("bhjd,bhje->bhde", k * w.after, v, precision="highest")
         return s, d_q
 
     def rest(g: jax.Array, inputs: tuple[jax.Array, jax.Array, jax.Array, xla.Chunk]) -> tuple[jax.Array, jax.Array]:
@@ -85,7 +85,7 @@ def _bwd(
         d_k += w.after * jnp.einsum("bhje,bhde->bhjd", v, g, precision="highest")
         d_v = jnp.einsum("bhij,bhie->bhje", scores, d_o, precision="highest")
         d_v += w.after * jnp.einsum("bhjd,bhde->bhje", k, g, precision="highest")
-        g = w.keep * g + jnp.einsum("bhid,bhie->bhde", q * w.before, d_o, precision="highest")
+        g = g + w.loss * g + jnp.einsum("bhid,bhie->bhde", q * w.before, d_o, precision="highest")
         return g, jnp.stack([d_q, d_k, d_v])
 
     _, d_q = lax.scan(from_state, state, (qkv_chunks, d_o, tokens))

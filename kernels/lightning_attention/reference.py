@@ -25,7 +25,8 @@ def lightning_attention(
     valid = jnp.arange(T) < lengths[:, None]  # [B, T]
     start = jnp.zeros((B, T), bool)
     if segments is not None:
-        valid, start = valid & (segments > 0), starts(segments)
+        valid &= segments > 0
+        start = starts(jnp.where(valid, segments, 0))
 
     def token(s: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         reads, resets, activated = inputs

@@ -39,7 +39,7 @@ class Weights(NamedTuple):
     inside: jax.Array  # [H, C, C] or [B, H, C, C]: what o_i takes of k_j v_j
     before: jax.Array  # [H, C, 1] or [B, H, C, 1]: what o_i takes of the state before the chunk
     after: jax.Array  # [B, H, C, 1]: what the state after the chunk takes of k_j v_j
-    keep: jax.Array  # [B, H, 1, 1]: what it takes of the state before
+    loss: jax.Array  # [B, H, 1, 1]: what it takes of the state before, less 1: a factor near 1 is a rounded number
 
 
 class Chunk(NamedTuple):
@@ -69,7 +69,7 @@ def chunked(
         scores = jnp.einsum("bhid,bhjd->bhij", q, k, precision="highest") * w.inside
         out = jnp.einsum("bhij,bhje->bhie", scores, v, precision="highest")
         out += jnp.einsum("bhid,bhde->bhie", q * w.before, s, precision="highest")
-        s = w.keep * s + jnp.einsum("bhjd,bhje->bhde", k * w.after, v, precision="highest")
+        s = s + w.loss * s + jnp.einsum("bhjd,bhje->bhde", k * w.after, v, precision="highest")
         return s, out
 
     state, out = lax.scan(body, state, (activated(qkv, C), chunks(lengths, segments, T, C)))  # out [n, B, H, C, D]
@@ -113,7 +113,8 @@ def chunks(lengths: jax.Array, segments: jax.Array | None, T: int, C: int) -> Ch
     def by_chunk(x: jax.Array) -> jax.Array:  # [B, T] to [n, B, C]
         return jnp.pad(x, ((0, 0), (0, n * C - T))).reshape(x.shape[0], n, C).swapaxes(0, 1)
 
-    valid, start = by_chunk(valid), by_chunk(starts(segments))
+    start = by_chunk(starts(jnp.where(valid, segments, 0)))
+    valid = by_chunk(valid)
     count = jnp.max(jnp.where(valid, 1 + jnp.arange(C), 0), axis=-1)
     return Chunk(count, valid, jnp.cumsum(start, axis=-1, dtype=jnp.int32))
 
@@ -131,13 +132,13 @@ def weights(log_decay: jax.Array, powers: tuple[jax.Array, jax.Array], chunk: Ch
     inside, before = powers
     count = chunk.read
     left = count.astype(jnp.float32)[:, None] - 1 - jnp.arange(inside.shape[1])  # [B, C], tokens still to come
-    last, keep = left >= 0, jnp.exp(log_decay * count[:, None])
+    last, loss = left >= 0, jnp.expm1(log_decay * count[:, None])
     if chunk.valid is not None and chunk.run is not None:
         run = chunk.run
         inside = inside * (run[:, None, :, None] == run[:, None, None, :])
         before = before * (run == 0)[:, None, :, None]
         # Padding starts no segment: the last run holds the last valid token.
         last &= chunk.valid & (run == run[:, -1:])
-        keep *= run[:, -1:] == 0
+        loss = jnp.where(run[:, -1:] == 0, loss, -1.0)
     after = jnp.where(last, 1.0, 0.0)[:, None] * jnp.exp(log_decay[:, None] * jnp.maximum(left, 0)[:, None])
-    return Weights(inside, before, after[..., None], keep[..., None, None])
+    return Weights(inside, before, after[..., None], loss[..., None, None])

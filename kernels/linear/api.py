@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from m1jax.kernels.checks import check_implementation, check_layer
+from m1jax.kernels.checks import check_implementation, checked_layer
 from m1jax.kernels.gpu import refusal
 from m1jax.kernels.linear import gpu, gradient, reference
 
@@ -31,11 +31,11 @@ def linear(
       ValueError: a shape, a dtype or (where its value is known) the layer does not fit, or a named implementation
         cannot run; says which and why.
     """
-    if x.ndim != 2:
-        raise ValueError(f"x: expected [N, I], got {x.shape}")
+    if x.ndim != 2 or 0 in x.shape or x.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"x: expected float32 or bfloat16 [N, I], each 1 or more, got {x.dtype} {x.shape}")
     if stack.ndim != 3 or x.shape[1] != stack.shape[2]:
         raise ValueError(f"stack: expected [L, O, {x.shape[1]}], got {stack.shape}")
-    check_layer(layer, stack.shape[0])
+    layer = checked_layer(layer, stack.shape[0])
     if x.dtype != stack.dtype and (x.dtype, stack.dtype) != (jnp.float32, jnp.bfloat16):
         raise ValueError(f"stack: dtype {stack.dtype} differs from that of x, {x.dtype}")
     form = _choose(implementation, x, stack)

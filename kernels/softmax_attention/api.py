@@ -30,7 +30,8 @@ def softmax_attention(
 
     Args:
       q: `[B, T, H, D]`, rotated; float32, bfloat16 or float16, as k and v are.
-      k, v: `[B, K, N, D]`, the cache with the new tokens in it. What lies past a query's position is not read.
+      k, v: `[B, K, N, D]`, the cache with the new tokens in it. What lies past a query's position, if finite, is
+        as nothing.
       offset: integers `[B]` from 0 to N - 1, position of each row's first query; None is 0. Queries past the end of
         the cache, which a padded chunk has, are padding.
       segments: integers `[B, N]` of packed rows, by position: the same id ≥ 1 for consecutive tokens that belong
@@ -47,6 +48,8 @@ def softmax_attention(
     """
     _check(q, k, v, offset, segments)
     B, T, H, _ = q.shape
+    if offset is not None:
+        offset = offset.astype(jnp.int32)  # narrower ones have no room for the sums made of them
     form = _choose(implementation, q, k, offset, segments)
     if form == "cudnn":
         return gpu.cudnn(q, k, v, offset, segments)
@@ -79,8 +82,8 @@ def _choose(
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array | None, segments: jax.Array | None) -> None:
-    if q.ndim != 4:
-        raise ValueError(f"q: expected [B, T, H, D], got {q.shape}")
+    if q.ndim != 4 or 0 in q.shape:
+        raise ValueError(f"q: expected [B, T, H, D], each 1 or more, got {q.shape}")
     B, T, H, D = q.shape
     if k.ndim != 4 or k.shape[0] != B or k.shape[3] != D or not k.shape[1] or H % k.shape[1]:
         raise ValueError(f"k: {k.shape} does not fit q {q.shape}: want [{B}, K, N, {D}] with K dividing {H}")

@@ -16,6 +16,7 @@ from m1jax.kernels.gpu import capability, refusal
 Library = Literal["cudnn", "xla"]  # behind `jax.nn.dot_product_attention`; "xla" is for tests
 
 LONGEST_MASK = 16_384  # tokens of a packed row: cuDNN takes segments as a mask, in memory
+OLDEST = 80  # compute capability with flash attention in cuDNN
 _SPLITS, _BLOCK = 16, 128  # of the keys in a decode step: programs, and keys at a time at most
 _DECODE = "jax.experimental.pallas.ops.gpu.decode_attention"
 _FUSED = "jax._src.cudnn.fused_attention_stablehlo"
@@ -27,14 +28,19 @@ def refusal_of_cudnn(q: jax.Array, k: jax.Array, offset: jax.Array | None, segme
         return f"it takes bfloat16 or float16, q is {q.dtype} and k {k.dtype}"
     if q.shape[3] % 8 or q.shape[3] > 256:
         return f"it takes a head_dim of a multiple of 8 up to 256, not {q.shape[3]}"
+    if segments is not None and offset is not None:
+        return "it takes packed rows without an offset only"
     if segments is not None and (q.shape[1] != k.shape[2] or q.shape[1] > LONGEST_MASK):
         return f"packed rows need T = N ≤ {LONGEST_MASK} tokens, got T {q.shape[1]} and N {k.shape[2]}"
     if segments is not None and q.shape[1] % 2:
         return f"packed rows need an even number of tokens for a gradient, got {q.shape[1]}"
     if offset is not None and not _exists(_FUSED):
         return f"attention into a cache needs {_FUSED}, which this jax does not have"
-    if capability() is None or jax.default_backend() != "gpu":
+    device = capability()
+    if device is None or jax.default_backend() != "gpu":
         return "needs a machine with a CUDA device"
+    if 0 < device < OLDEST or (0 < device < 90 and q.shape[3] > 128):
+        return f"it takes compute capability 8.0 or later, and 9.0 for a head_dim above 128, not {device / 10}"
     return None
 
 
@@ -139,7 +145,8 @@ def pallas(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, interpre
     """One query a row, keys split among programs; shapes as in `reference.softmax_attention`."""
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array) -> jax.Array:
-        with warnings.catch_warnings():
+        # Products of float32 would be of TF32.
+        with warnings.catch_warnings(), jax.default_matmul_precision("highest"):
             # Pallas' Triton backend is deprecated; this is the one kernel of its kind that jax has.
             warnings.simplefilter("ignore", DeprecationWarning)
             kernel: Any = importlib.import_module(_DECODE)
