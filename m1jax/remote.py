@@ -62,6 +62,8 @@ class Remote:
             key = "" if key_file is None else key_file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{key_file} cannot be read: {error}") from None
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise UserError(f"{key_file} holds more than a key: it must be one word on one line")
         remote = cls(url.rstrip("/"), name or "", key, instruction, max_tokens, connections)
         if name is None:
             listed = remote._ask("GET", "/models", None).get("data")
@@ -88,8 +90,8 @@ class Remote:
         try:
             choice = answer["choices"][0]
             message, finish = choice["message"], choice["finish_reason"]
-            text = message.get("content") or ""
-            thought = message.get("reasoning_content") or message.get("reasoning")
+            text = _text(message.get("content"))
+            thought = _text(message.get("reasoning_content") or message.get("reasoning"))
         except (KeyError, IndexError, TypeError, AttributeError):
             raise UserError(f"{self.url} gave no chat completion, but {json.dumps(answer)[:_SHOWN]}") from None
         # Some servers hand over the thinking apart from the answer.
@@ -132,6 +134,15 @@ class Remote:
             text = response.read().decode("utf-8", errors="replace")
             return response.status, response.reason, text, response.getheader("Retry-After", "")
         except ValueError as error:
-            raise UserError(f"{self.url} or its key cannot be sent ({error}): correct them") from None
+            raise UserError(f"{self.url} cannot be sent ({error}): correct it") from None
         finally:
             connection.close()
+
+
+def _text(content: Any) -> str:
+    """A message's text, which may come in parts. Raises `TypeError` or `KeyError` if it is none."""
+    if isinstance(content, list):
+        return "".join(_text(part["text"]) for part in content)
+    if not isinstance(content, str | None):
+        raise TypeError
+    return content or ""

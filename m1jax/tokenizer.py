@@ -72,12 +72,17 @@ class Tokenizer:
         """One more than the largest token id."""
         return max(self._backend.get_vocab_size(), max(self._added, default=-1) + 1)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of the text as it stands: nothing is added, special tokens written in it are recognised."""
+    @staticmethod
+    def check(text: str) -> None:
+        """Raises `UserError` if the text cannot be encoded."""
         try:
             text.encode()
         except UnicodeEncodeError:
             raise UserError("the text is not valid UTF-8: save it as UTF-8") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text as it stands: nothing is added, special tokens written in it are recognised."""
+        self.check(text)
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], keep: Iterable[str] | None = ()) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from m1jax.errors import main_guard
+from m1jax.errors import UserError, main_guard
 from m1jax.nano.training import BALANCE, LENGTH, PLANS, WINDOWS, claim
 from m1jax.rl import stage
 from m1jax.runtime import use_compilation_cache
@@ -121,6 +121,9 @@ def main() -> None:
     parser.add_argument("--task", action="append", metavar="NAME")
     parser.add_argument("--difficulty", type=float, default=1.0, help="as a fraction of the tasks' shipped one (1)")
     args = parser.parse_args()
+    for name in ("steps", "seeds", "every", "problems"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be 1 or more")
     use_compilation_cache()
     same = {name: getattr(args, name) for name in vars(args) if name not in ("model", "out", "seeds")}
     claim(args.out, {"model": str(args.model), **same})

@@ -9,6 +9,7 @@ bfloat16 and the official layout, where the package ships it from. `--scale` sho
 
 import argparse
 import json
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import jax
 
-from m1jax.errors import main_guard
+from m1jax.errors import UserError, main_guard
 from m1jax.evaluate import Score, open_local, score
 from m1jax.nano.recipe import LONGEST, TAUGHT
 from m1jax.nano.training import (
@@ -25,6 +26,7 @@ from m1jax.nano.training import (
     STAGES,
     WINDOWS,
     claim,
+    fingerprint,
     install,
     prepare,
     scaled,
@@ -95,9 +97,11 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=400, help="per task, of the evaluations (400)")
     parser.add_argument("--install", action="store_true")
     args = parser.parse_args()
+    if args.problems < 1 or not 0 < args.scale < math.inf:
+        raise UserError("--problems must be 1 or more, --scale a number above 0")
     use_compilation_cache()
     plan, tasks = scaled(PLANS[args.machine], args.scale), args.task or ["all"]
-    claim(args.out, {"machine": args.machine, "scale": args.scale, "tasks": tasks})
+    claim(args.out, {"machine": args.machine, "scale": args.scale, "tasks": tasks, "recipe": fingerprint(plan)})
     prepare(args.out, plan, tasks)
     file = args.out / "results.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -118,6 +118,10 @@ class Handler(BaseHTTPRequestHandler):
         words = body["messages"][0]["content"].split("\n")[0].replace("?", " ").replace(".", " ").split()
         total = sum(int(word) for word in words if word.isdigit())
         message: dict[str, Any] = {"role": "assistant", "content": f"**{total}**"}
+        if self.server.mode == "parts":
+            message["content"] = [{"type": "text", "text": f"{total}"[:1]}, {"type": "text", "text": f"{total}"[1:]}]
+        if self.server.mode == "number":
+            message["content"] = total
         if self.server.mode == "reasoning":
             message["reasoning_content"] = "I add."
         finish = "length" if self.server.mode == "cut" else "stop"
@@ -163,6 +167,9 @@ def test_a_server_of_somebody_elses(server: Fake, tmp_path: Path, capsys: pytest
     assert run(*flags, "--name", "other") == 0
     (found,) = json.loads(capsys.readouterr().out)["scores"]
     assert found["well_formed"] == found["correct"] == 30 and server.seen[-1]["model"] == "other"
+    server.mode = "parts"
+    assert run(*flags) == 0
+    assert json.loads(capsys.readouterr().out)["scores"][0]["correct"] == 30
     server.mode = "cut"
     assert run(*flags) == 0
     captured = capsys.readouterr()
@@ -193,6 +200,7 @@ def test_a_busy_server_is_asked_again(server: Fake, monkeypatch: pytest.MonkeyPa
         ("broken", 'answers 500 Internal Server Error: {"error": "out of memory"}'),
         ("html", "answers no JSON object"),
         ("odd", "gave no chat completion"),
+        ("number", "gave no chat completion"),
         ("empty", "lists no model"),
         ("names", "lists no model"),
     ],
@@ -231,6 +239,13 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_remote_names_the_key_file_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         Remote.open("http://localhost/v1", "x", tmp_path / "none", "", 8, 1)
+
+
+def test_a_key_is_never_shown(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("first-secret\nsecond-secret\n")
+    with pytest.raises(UserError, match="keys holds more than a key: it must be one word on one line") as error:
+        Remote.open("http://127.0.0.1:9/v1", "x", tmp_path / "keys", "", 8, 1)
+    assert "secret" not in str(error.value)
 
 
 def test_the_table() -> None:

@@ -6,6 +6,7 @@ import random
 import re
 import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -49,9 +50,14 @@ def test_the_architecture_is_m1s() -> None:
     assert recipe.config(periods=2).layer_types == config.layer_types * 2
 
 
-def test_what_ships_is_what_the_recipe_makes() -> None:
+def test_what_ships_is_what_the_recipe_makes(tmp_path: Path) -> None:
     assert M1Config.from_file(nano.FOLDER) == recipe.config()
     assert Tokenizer.load(nano.FOLDER).size == recipe.VOCABULARY
+    recipe.train_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (nano.FOLDER / name).read_bytes() == (tmp_path / name).read_bytes(), name
+    results = json.loads((Path(__file__).parents[1] / "scripts" / "results" / "nano.json").read_text())
+    assert {stage: found["steps"] for stage, found in results.items()} == training.PLANS["cpu"]["steps"]
 
 
 def test_the_first_queries_are_the_keys_and_layers_add_little() -> None:
@@ -174,6 +180,33 @@ def test_settings_of_every_stage(machine: str) -> None:
             assert set(rl.tasks) == set(own["tasks"])
     for tasks, left in ((["sorting", "addition"], ["sorting"]), (["addition"], ["addition"])):
         assert training.settings("surer", Path("out"), training.PLANS[machine], tasks).rl["tasks"] == left
+
+
+def test_another_recipe_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = training.PLANS["cpu"]
+    found = [training.fingerprint(plan), training.fingerprint(training.scaled(plan, 0.5))]
+    monkeypatch.setitem(training.OFTEN, "sorting", 1)
+    assert len({*found, training.fingerprint(plan)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("train_nano", "--machine cpu --problems 0"),
+        ("train_nano", "--machine cpu --scale nan"),
+        ("compare_policy_losses", "--model none --every 0"),
+        ("compare_policy_losses", "--model none --seeds 0"),
+    ],
+)
+def test_bad_flags_are_found_before_the_work(
+    script: str, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script", *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(Path(__file__).parents[1] / "scripts" / f"{script}.py"), run_name="__main__")
+    assert end.value.code == 2 and "must be 1 or more" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_rl_goes_further_than_worked_solutions() -> None:

@@ -75,10 +75,10 @@ def test_gradient_by_finite_differences(name: str) -> None:
                 # Every other loss is -weight · A · log π, so that the weight is the loss of log π = 1 at these ratios.
                 weight = LOSSES[name].per_token(logp, old, advantage) / logp
                 per_token = weight * x
-            return losses.token_mean(per_token, mask)
+            return losses.weighted_mean(per_token, mask)
 
         def loss(x: jax.Array) -> jax.Array:
-            return losses.token_mean(LOSSES[name].per_token(x, old, advantage), mask)
+            return losses.weighted_mean(LOSSES[name].per_token(x, old, advantage), mask)
 
         gradient, step = jax.grad(loss)(logp), 1e-6
         numeric = np.zeros(logp.shape)
@@ -138,17 +138,24 @@ def test_group_advantages_by_hand() -> None:
     expected = np.asarray([0.75, -0.25, -0.25, -0.25]) / math.sqrt(0.1875)
     rewards = jnp.asarray([[1.0, 0, 0, 0], [0.1, 0.1, 0.1, 0.1]])
     np.testing.assert_allclose(losses.group_advantages(rewards), [expected, np.zeros(4)], rtol=1e-6)
-    assert losses.informative(rewards).tolist() == [True, False]
+
+
+def test_groups_that_teach_have_right_and_wrong_answers() -> None:
+    """Whatever their rewards: all wrong at different lengths, or all right with one in a bad format, teach nothing."""
+    correct = jnp.asarray([[True, False, False], [False] * 3, [True] * 3])
+    assert losses.informative(correct).tolist() == [True, False, False]
 
 
 def test_token_level_normalisation_by_hand() -> None:
     values = jnp.asarray([[1.0, 2.0, 3.0], [10.0, 99.0, 99.0]])
     mask = jnp.asarray([[True, True, True], [True, False, False]])
-    assert float(losses.token_mean(values, mask)) == 4.0  # (1 + 2 + 3 + 10) / 4, not (2 + 10) / 2
-    assert float(losses.token_mean(values, mask, tokens=8)) == 2.0
-    assert float(losses.token_mean(values, jnp.zeros_like(mask))) == 0.0
+    assert float(losses.weighted_mean(values, mask)) == 4.0  # (1 + 2 + 3 + 10) / 4, not (2 + 10) / 2
+    assert float(losses.weighted_mean(values, mask, total=8)) == 2.0
+    assert float(losses.weighted_mean(values, jnp.zeros_like(mask))) == 0.0
     nan = jnp.where(mask, values, jnp.nan)  # padding never matters
-    assert float(losses.token_mean(nan, mask)) == 4.0
+    assert float(losses.weighted_mean(nan, mask)) == 4.0
+    each = jnp.asarray([[1 / 3, 1 / 3, 1 / 3], [1.0, 0, 0]])  # the mean of the replies' means
+    assert float(losses.weighted_mean(nan, each)) == 6.0  # (2 + 10) / 2
 
 
 def test_overlong_penalty_by_hand() -> None:
@@ -165,3 +172,5 @@ def test_bounds_are_those_of_the_ratio_itself() -> None:
         PolicyLoss("ppo", floor=0.2, cap=0.28)  # a reader of the papers might write ε
     with pytest.raises(UserError, match="unknown"):
         PolicyLoss("pppo")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="mean_over 'words' is unknown: choose from tokens, replies"):
+        PolicyLoss(mean_over="words")  # pyright: ignore[reportArgumentType]

@@ -299,6 +299,18 @@ def test_reinforces_as_one_process(tmp_path: Path, address: str, monkeypatch: py
         assert all(rms_error(weights[0][name], weights[1][name]) < 1e-4 for name in weights[0])
 
 
+def test_processes_that_do_not_do_the_same_are_told(tmp_path: Path, address: str) -> None:
+    """Other settings, or a task that draws by the hash of a string, which every process has its own of."""
+    task = "Task('own', 1, lambda rng, d: {'n': hash(str(rng.random()))}, ('{n}?',), lambda i: Solution('a', 'b'))"
+    (tmp_path / "own.py").write_text(f"from m1jax.tasks import Solution, Task\nTASK = {task}\n")
+    tables = [test_rl.table(tmp_path / "out", 1, tasks=[str(tmp_path / "own.py")]) for _ in range(2)]
+    for seed, message in ((7, "another settings or data than"), (0, "another draw of problems, which the seed alone")):
+        for i, table in enumerate(tables):
+            test_train_run.write_toml(table | {"mesh": "fsdp=2", "seed": seed * i}, tmp_path / f"{i}.toml")
+        ended = several(address, 2, "train", "--config", tmp_path / "{index}.toml")
+        assert all(e.code == 2 for e in ended) and message in ended[0].err, ended
+
+
 @pytest.mark.parametrize(("given", "mesh"), [([], "fsdp=2"), (["--mesh", "auto"], "auto")])
 def test_a_mesh_on_the_command_line_overrules_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], mesh: str

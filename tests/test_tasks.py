@@ -332,6 +332,14 @@ def test_bad_input(tmp_path: Path) -> None:
         own.write_text(OWN_TASK.replace(old, new).replace(', "Add the digits of {n}."', ","))
         with pytest.raises(UserError, match=rf"^task digit-sum \({re.escape(str(own))}\): {message}"):
             tasks.find([str(own)])[0].problems(1, seed=0)
+    for phrasings in ("What is {n}?", (), ("What is {n}?", 3)):
+        with pytest.raises(UserError, match="task x: phrasings must be one or more strings, such as"):
+            Task("x", 1, TASKS["addition"].draw, phrasings, TASKS["addition"].solve)  # pyright: ignore
+    own = tmp_path / "own.py"
+    own.write_text(OWN_TASK.replace("digit-sum", "sorting"))
+    assert [task.file for task in tasks.find([str(own), str(own)])] == [str(own)]
+    with pytest.raises(UserError, match=r"own\.py defines a second task 'sorting': give it a name of its own"):
+        tasks.find(["all", str(own)])
     nothing = Task("nothing", 1, lambda rng, d: {"x": 1}, ("{x}",), TASKS["addition"].solve)
     empty_split = "train" if split_of("nothing [('x', 1)]") == "held-out" else "held-out"
     with pytest.raises(UserError, match=f"no {empty_split} problem"):

@@ -195,13 +195,24 @@ def test_a_bad_validation_document_is_found_before_the_training(folder: Path, tm
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-def test_a_conversation_that_is_too_long_is_found_before_the_training(folder: Path, tmp_path: Path) -> None:
-    """The last of all documents, which the first epoch would reach late."""
-    lines = [{"prompt": "Hello!", "response": "One."}] * 60 + [{"prompt": "Hello!", "response": "One. " * 90}]
+@pytest.mark.parametrize(
+    ("stage", "bad", "message"),
+    [
+        ("sft", {"prompt": "Hello!", "response": "One. " * 90}, r"the conversation has \d+ tokens: raise data.length"),
+        ("pretrain", {"text": 3}, "text is not a string"),
+        ("pretrain", {"tokens": [1, 512]}, "token 512 is outside the model's vocabulary"),
+        ("pretrain", {"text": "a\ud800b"}, "the text is not valid UTF-8"),
+    ],
+)
+def test_a_bad_document_is_found_before_the_training(
+    folder: Path, tmp_path: Path, stage: str, bad: dict[str, Any], message: str
+) -> None:
+    """The last of all, which the first epoch would reach late: without it the run could not go on."""
+    lines = [{"prompt": "Hello!", "response": "One."}] * 60 + [bad]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = {"files": [str(tmp_path / "chat.jsonl")], "length": 64}
-    with pytest.raises(UserError, match=r"line 61: the conversation has \d+ tokens: raise data.length or remove it"):
-        loop.Supervised(loop.prepare(settings(folder, tmp_path / "out", stage="sft", data=data)))
+    with pytest.raises(UserError, match=f"line 61: {message}"):
+        loop.Supervised(loop.prepare(settings(folder, tmp_path / "out", stage=stage, data=data)))
 
 
 def test_the_utilisation_is_flops_over_what_the_devices_can_do(

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from m1jax.errors import UserError
 
-# config.json, model.safetensors, tokenizer. Trained in sittings (README, "M1-nano"), with a tokenizer from an earlier
-# form of the recipe: not what scripts/train_nano.py makes at once, though of the same shape.
+# config.json, model.safetensors, tokenizer: what scripts/train_nano.py --machine cpu --install puts there.
 FOLDER = Path(__file__).parent / "model"
 
 

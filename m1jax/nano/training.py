@@ -1,5 +1,6 @@
 """The stages that make M1-nano: their data and settings for a CPU and for a GPU, and the form in which it ships."""
 
+import hashlib
 import itertools
 import json
 import random
@@ -81,6 +82,12 @@ def claim(out: Path, made_by: dict[str, Any]) -> None:
     if other:
         name = other[0]
         raise UserError(f"{out} was made with {name} {found.get(name)}, not {made_by[name]}: choose another --out")
+
+
+def fingerprint(plan: dict[str, Any]) -> str:
+    """Digest of what the stages up to the last are made by, beside the tasks: data and models of another are kept."""
+    parts = (plan, LENGTH, RECALL, FOUND, WINDOWS, SHARPER, BALANCE, OFTEN, REINFORCED, recipe.TAUGHT, recipe.LONGEST)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from m1jax.errors import UserError
+from m1jax.rl.losses import MeanOver
 from m1jax.tasks import Problem, verify
 
 
@@ -30,7 +31,7 @@ class Experience(NamedTuple):
     targets: np.ndarray  # int32
     old_logp: np.ndarray  # float32
     advantage: np.ndarray  # float32
-    weights: np.ndarray  # float32, 1 where the target was generated
+    weights: np.ndarray  # float32, 0 but where the target was generated: what it counts for in the mean
     routes: np.ndarray | None  # [B, T, L, k], where the tokens themselves went
 
 
@@ -44,8 +45,10 @@ def reward(problem: Problem, reply: str, ended: bool, format_reward: float) -> t
     return float(correct) + format_reward * float(verdict.well_formed and ended), correct
 
 
-def pack(replies: Sequence[Reply], row_tokens: int) -> Experience:
+def pack(replies: Sequence[Reply], row_tokens: int, mean_over: MeanOver = "tokens") -> Experience:
     """Packs replies, the longest first, each into the first row with room.
+
+    A token's weight is 1, or 1 / n of a reply of n tokens where the mean is over replies.
 
     Raises:
       UserError: a reply with its prompt is longer than `row_tokens`.
@@ -72,18 +75,18 @@ def pack(replies: Sequence[Reply], row_tokens: int) -> Experience:
     for row, content in enumerate(contents):
         end = 0
         for segment, reply in enumerate(content, 1):
-            _write(out, row, segment, end, reply)
+            _write(out, row, segment, end, reply, 1.0 if mean_over == "tokens" else 1.0 / len(reply.tokens))
             end += len(reply.prompt) + len(reply.tokens)
     return out
 
 
-def _write(out: Experience, row: int, segment: int, start: int, reply: Reply) -> None:
+def _write(out: Experience, row: int, segment: int, start: int, reply: Reply, weight: float) -> None:
     first, end = start + len(reply.prompt), start + len(reply.prompt) + len(reply.tokens)
     out.tokens[row, start:first], out.tokens[row, first:end] = reply.prompt, reply.tokens
     out.segments[row, start:end] = segment
     predicts = slice(first - 1, end - 1)
     out.targets[row, predicts], out.old_logp[row, predicts] = reply.tokens, reply.logp
-    out.advantage[row, predicts], out.weights[row, predicts] = reply.advantage, 1.0
+    out.advantage[row, predicts], out.weights[row, predicts] = reply.advantage, weight
     if out.routes is not None:
         out.routes[row, start:end] = reply.routes
 

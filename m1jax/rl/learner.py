@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m1jax.distributed import check_same
 from m1jax.errors import UserError
 from m1jax.evaluate import Local, score
 from m1jax.model import M1
@@ -18,7 +19,7 @@ from m1jax.rl.losses import group_advantages, informative, overlong_penalty
 from m1jax.rl.policy import correlation
 from m1jax.rl.rollout import Rollout, padded_prompts, rollout, sampling_rows
 from m1jax.rl.settings import RLSettings
-from m1jax.tasks import Problem, find, mixture
+from m1jax.tasks import Problem, Task, find, mixture
 from m1jax.train.step import TrainState, computing
 
 Metrics = dict[str, Any]
@@ -69,14 +70,18 @@ class Learner:
         self._seed, self._steps = seed, steps
         self._accumulate, self._ways = accumulate, ways
 
-    def check_lengths(self, context: int) -> None:
-        """Raises `UserError` if a row or the model's context does not hold a prompt and the longest window.
+    def check_problems(self, context: int) -> None:
+        """Raises `UserError` if there are none, or a row or the model's context does not hold one and its reply.
 
-        As far as a sample of the problems tells; before the first rollout rather than at the first long reply.
+        As far as a sample of the problems tells, and those of the evaluations; before the first rollout rather than at
+        the first long reply or the first evaluation.
         """
         settings, window = self.settings, self.settings.windows[-1]
         problems = self._problems(self._seed)
-        prompts = self._prompts([next(problems) for _ in range(SAMPLE)])
+        asked = [next(problems) for _ in range(SAMPLE)]
+        if settings.evaluate_every:
+            asked += [problem for _, _, held_out in self._held_out(0) for problem in held_out]
+        prompts = self._prompts(asked)
         longest, padded = max(map(len, prompts)), padded_prompts(prompts)[0].shape[1]
         if longest + window > settings.row_tokens:
             raise UserError(
@@ -136,6 +141,8 @@ class Learner:
     ) -> tuple[list[list[Reply]], list[bool], Metrics]:
         """One rollout of all problems: the groups, which of them to learn from, and what the replies were like."""
         settings, G = self.settings, self.settings.replies
+        # Every process draws and judges for itself.
+        check_same("draw of problems, which the seed alone should decide,", problems)
         window = settings.window(number, self._steps)
         prompts = self._prompts(problems)
         seeds = random.Random(f"{self._seed} {number} {attempt}")
@@ -163,8 +170,9 @@ class Learner:
         rewards = np.asarray([value for value, _ in judged], np.float32)
         if settings.overlong_margin:
             rewards += np.asarray(overlong_penalty(out.lengths, window, settings.overlong_margin))
-        grouped = jnp.asarray(rewards.reshape(-1, G))
-        advantages, useful = np.asarray(group_advantages(grouped)), np.asarray(informative(grouped))
+        correct = np.asarray([right for _, right in judged])
+        advantages = np.asarray(group_advantages(jnp.asarray(rewards.reshape(-1, G))))
+        useful = np.asarray(informative(jnp.asarray(correct.reshape(-1, G))))
         groups = [
             [_reply(prompts[q], q, row, out, advantage) for row, advantage in enumerate(advantages[q].tolist(), q * G)]
             for q in range(len(problems))
@@ -174,7 +182,7 @@ class Learner:
             (useful | (not settings.dynamic_sampling)).tolist(),
             {
                 "reward": float(rewards.mean()),
-                "accuracy": float(np.mean([correct for _, correct in judged])),
+                "accuracy": float(correct.mean()),
                 "reply_tokens": float(out.lengths.mean()),
                 "ended": float(out.ended.mean()),
                 "looped": float(out.looped.mean()),
@@ -200,18 +208,22 @@ class Learner:
         random.Random(f"shuffle {self._seed} {number}").shuffle(order)
         updates = self.settings.updates
         parts = [[replies[n] for n in part] for k in range(updates) if (part := order[k::updates])]
-        return [pack(part, self.settings.row_tokens) for part in parts]
+        mean_over = self.settings.policy_loss.mean_over
+        return [pack(part, self.settings.row_tokens, mean_over) for part in parts]
 
     def evaluate(self, model: M1, seed: int = 0) -> Metrics:
         """Greedy accuracy on held-out problems of each task at its full difficulty here, and the mean of all."""
         settings = self.settings
         answers = Local(computing(model, self.dtype), self.prompter, settings.windows[-1], EVALUATION_ROWS)
         out: Metrics = {}
-        for task in self.tasks:
-            level = task.level(settings.difficulty)
-            problems = task.problems(settings.evaluate_problems, seed, level)
+        for task, level, problems in self._held_out(seed):
             out[f"held_out/{task.name}"] = score(task, problems, level, answers).accuracy
         return out | {"held_out": float(np.mean(list(out.values())))}
+
+    def _held_out(self, seed: int) -> list[tuple[Task, int, list[Problem]]]:
+        """Each task's level and problems in an evaluation."""
+        levels = [(task, task.level(self.settings.difficulty)) for task in self.tasks]
+        return [(task, level, task.problems(self.settings.evaluate_problems, seed, level)) for task, level in levels]
 
 
 def _reply(prompt: tuple[int, ...], q: int, row: int, out: Rollout, advantage: float) -> Reply:

@@ -4,18 +4,19 @@ With r = π(o) / π_old(o) of a token, A its advantage, sg a stopped gradient, a
 (arXiv 2506.13585 for CISPO and the unified form, 2402.03300 for GRPO, 2503.14476 for DAPO):
 
     REINFORCE   -Σ sg(r) A log π / Σ 1
-    PPO, GRPO   -Σ min(r A, clip(r, floor, cap) A) / Σ 1
-    DAPO        the same with a cap further from 1 than the floor
+    PPO, GRPO   -Σ w min(r A, clip(r, floor, cap) A) / Σ w,  w = 1 / |o| of a token of reply o
+    DAPO        the same with w = 1 and a cap further from 1 than the floor
     CISPO       -Σ sg(clip(r, floor, cap)) A log π / Σ 1
     unified     -Σ sg(clip(r, floor, cap)) A log π · M / Σ 1,  M = 0 where PPO's clip would stop the gradient
 
-Bounds are absolute values of r: the papers' 1 - ε_low is `floor`, their 1 + ε_high is `cap`.
+Bounds are absolute values of r: the papers' 1 - ε_low is `floor`, their 1 + ε_high is `cap`. GRPO's KL term, which DAPO
+and CISPO do without, is left out.
 
 Letters: B replies, T tokens, G replies of a group.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jax import lax
 from m1jax.errors import UserError
 
 Kind = Literal["reinforce", "ppo", "cispo", "unified"]
+MeanOver = Literal["tokens", "replies"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +36,10 @@ class PolicyLoss:
       kind: "reinforce", "ppo" (GRPO and DAPO are its settings), "cispo" or "unified".
       floor, cap: bounds of the weight; "reinforce" has none.
       mask_floor, mask_cap: bounds outside which "unified" masks a token.
+      mean_over: "tokens", so that long replies count for more, or "replies", which count alike.
 
     Raises:
-      UserError: an unknown kind, or bounds in the wrong order.
+      UserError: an unknown kind or mean, or bounds in the wrong order.
     """
 
     kind: Kind = "cispo"
@@ -44,10 +47,13 @@ class PolicyLoss:
     cap: float = 5.0
     mask_floor: float = 0.8
     mask_cap: float = 1.2
+    mean_over: MeanOver = "tokens"
 
     def __post_init__(self) -> None:
         if self.kind not in ("reinforce", "ppo", "cispo", "unified"):
             raise UserError(f"policy loss {self.kind!r} is unknown: choose from {', '.join(NAMED)}, ppo, unified")
+        if self.mean_over not in get_args(MeanOver):
+            raise UserError(f"mean_over {self.mean_over!r} is unknown: choose from {', '.join(get_args(MeanOver))}")
         for name, low, high in (("", self.floor, self.cap), ("mask_", self.mask_floor, self.mask_cap)):
             if not 0 <= low <= 1 <= high:
                 raise UserError(f"{name}floor {low} and {name}cap {high} must lie on either side of 1 (of r itself)")
@@ -73,7 +79,7 @@ class PolicyLoss:
 
 NAMED = {
     "reinforce": PolicyLoss("reinforce"),
-    "grpo": PolicyLoss("ppo", floor=0.8, cap=1.2),
+    "grpo": PolicyLoss("ppo", floor=0.8, cap=1.2, mean_over="replies"),
     "dapo": PolicyLoss("ppo", floor=0.8, cap=1.28),
     "cispo": PolicyLoss("cispo", floor=0.0, cap=5.0),
 }
@@ -107,16 +113,17 @@ def trust_mask(logp: jax.Array, old_logp: jax.Array, advantage: jax.Array, floor
     return lax.stop_gradient(jnp.where(outside, 0.0, 1.0))
 
 
-def token_mean(values: jax.Array, mask: jax.Array, tokens: jax.Array | float | None = None) -> jax.Array:
-    """Σ values · mask / `tokens`: token-level normalisation, in which long replies count for more.
+def weighted_mean(values: jax.Array, weights: jax.Array, total: jax.Array | float | None = None) -> jax.Array:
+    """Σ values · weights / `total`.
 
     Args:
       values: `[B, T]`.
-      mask: `[B, T]`, true at generated tokens.
-      tokens: how many tokens the whole batch has, where this is a part of it; None is Σ mask.
+      weights: `[B, T]`, 0 but at generated tokens, whatever the values there. Of 1 (or true) they are token-level
+        normalisation, in which long replies count for more; of 1/|o| the mean over replies.
+      total: of the weights of the whole batch, where this is a part of it; None is Σ weights.
     """
-    total = jnp.sum(jnp.where(mask, values, 0.0))
-    return total / jnp.maximum(jnp.sum(mask) if tokens is None else tokens, 1)
+    out = jnp.sum(jnp.where(weights > 0, values, 0.0) * weights)
+    return out / jnp.maximum(jnp.sum(weights) if total is None else total, 1)
 
 
 def group_advantages(rewards: jax.Array) -> jax.Array:
@@ -126,16 +133,16 @@ def group_advantages(rewards: jax.Array) -> jax.Array:
     """
     centred = rewards - jnp.mean(rewards, axis=-1, keepdims=True)
     std = jnp.std(rewards, axis=-1, keepdims=True)
-    return jnp.where(_differ(rewards)[..., None], centred / jnp.where(std > 0, std, 1.0), 0.0)
+    differ = jnp.max(rewards, axis=-1, keepdims=True) > jnp.min(rewards, axis=-1, keepdims=True)
+    return jnp.where(differ, centred / jnp.where(std > 0, std, 1.0), 0.0)
 
 
-def informative(rewards: jax.Array) -> jax.Array:
-    """Dynamic sampling (DAPO): bool `[...]`, which groups `[..., G]` have different rewards and so a gradient."""
-    return _differ(rewards)
+def informative(correct: jax.Array) -> jax.Array:
+    """Dynamic sampling (DAPO, eq. 11): bool `[...]`, which groups, bool `[..., G]`, have right and wrong answers.
 
-
-def _differ(rewards: jax.Array) -> jax.Array:
-    return jnp.max(rewards, axis=-1) > jnp.min(rewards, axis=-1)
+    Other groups' rewards may differ, too, by format or length; their advantages would make much of it.
+    """
+    return jnp.any(correct, axis=-1) & ~jnp.all(correct, axis=-1)
 
 
 def overlong_penalty(lengths: jax.Array, window: int, margin: int) -> jax.Array:

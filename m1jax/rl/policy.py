@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m1jax.model import M1
-from m1jax.rl.losses import PolicyLoss, ratio, token_mean
+from m1jax.rl.losses import PolicyLoss, ratio, weighted_mean
 from m1jax.train.forward import Remat, hidden_states
 from m1jax.train.loss import Balance, head_weight, token_log_probs
 from m1jax.train.step import KEPT, Batch, Loss, Metrics, computing
@@ -16,24 +16,24 @@ from m1jax.train.step import KEPT, Batch, Loss, Metrics, computing
 
 @KEPT
 def policy_gradient(policy_loss: PolicyLoss, temperature: float, dtype: str, remat: Remat, balance: Balance) -> Loss:
-    """The loss of a batch with the arrays of `m1jax.rl.experience.Experience`, averaged over the generated tokens."""
+    """The loss of a batch with the arrays of `m1jax.rl.experience.Experience`, its mean by their weights."""
 
     def loss(model: M1, batch: Batch, total: Metrics) -> tuple[jax.Array, Metrics]:
-        hidden, routing = hidden_states(
-            computing(model, dtype), batch["tokens"], batch["segments"], remat, routes=batch.get("routes")
-        )
-        logp, entropy = token_log_probs(hidden, head_weight(model), batch["targets"], temperature)
+        # The policy is the model as it computes, which wrote the replies: where embeddings are tied, so is its head.
+        policy = computing(model, dtype)
+        hidden, routing = hidden_states(policy, batch["tokens"], batch["segments"], remat, routes=batch.get("routes"))
+        logp, entropy = token_log_probs(hidden, head_weight(policy), batch["targets"], temperature)
         generated = batch["weights"] > 0
 
         def mean(values: jax.Array) -> jax.Array:
-            return token_mean(values, generated, total["weights"])
+            return weighted_mean(values, batch["weights"], total["weights"])
 
         old = batch["old_logp"]
-        policy = mean(policy_loss.per_token(logp, old, batch["advantage"]))
+        objective = mean(policy_loss.per_token(logp, old, batch["advantage"]))
         balancing = balance(routing) * jnp.sum(batch["segments"] > 0) / total["tokens"]
         r = jnp.where(generated, ratio(logp, old), 1.0)
         metrics = {
-            "policy": policy,
+            "policy": objective,
             "balance": balancing,
             "entropy": mean(entropy),
             "ratio": mean(r),
@@ -42,7 +42,7 @@ def policy_gradient(policy_loss: PolicyLoss, temperature: float, dtype: str, rem
             "router_entropy": routing.entropy / total["tokens"],
             "agreement": agreement(logp, old, generated),
         }
-        return policy + balance.weight * balancing, metrics
+        return objective + balance.weight * balancing, metrics
 
     return loss
 

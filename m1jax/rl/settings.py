@@ -16,11 +16,12 @@ class RLSettings:
       hardest_share: of the problems, those of that difficulty; the others are of any difficulty up to it.
       loss: "cispo", "dapo", "grpo" or "reinforce".
       floor, cap: other bounds on r than the loss's own, as values of r itself.
+      mean_over: "tokens" or "replies", in place of the loss's own: of replies with "grpo", else of tokens.
       unified_mask: adds the mask of the unified form, with these bounds (floor, cap) on r; empty is none.
       updates: optimizer updates on each generation batch.
       questions: of a generation batch, after dynamic sampling.
       replies: to each question, the group that advantages are normalised in.
-      dynamic_sampling: leave out groups whose rewards are all equal, and ask more questions instead.
+      dynamic_sampling: leave out groups that are all right or all wrong, and ask more questions instead.
       attempts: at most so many rollouts for one generation batch.
       windows: the most tokens of a reply; raised in stages of equal length.
       overlong_margin: tokens before the window's end over which a reply's reward sinks by up to 1; 0 is off.
@@ -40,6 +41,7 @@ class RLSettings:
     loss: str = "cispo"
     floor: float | None = None
     cap: float | None = None
+    mean_over: str = ""
     unified_mask: tuple[float, ...] = ()
     updates: int = 16
     questions: int = 64
@@ -76,8 +78,9 @@ class RLSettings:
             raise UserError(f"rl.overlong_margin = {self.overlong_margin} must be from 0 to the window")
         if self.temperature <= 0:
             raise UserError(f"rl.temperature = {self.temperature} must be above 0: greedy replies are all alike")
-        if self.format_reward < 0:
-            raise UserError(f"rl.format_reward = {self.format_reward} must be 0 or more")
+        for name in ("format_reward", "evaluate_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"rl.{name} = {getattr(self, name)} must be 0 or more")
         self._check_problems()
         if self.loss not in NAMED:
             raise UserError(f"rl.loss = {self.loss!r} is unknown: choose from {', '.join(NAMED)}")
@@ -98,6 +101,7 @@ class RLSettings:
         """The loss with its bounds."""
         loss = NAMED[self.loss]
         given = {name: getattr(self, name) for name in ("floor", "cap") if getattr(self, name) is not None}
+        given |= {"mean_over": self.mean_over} if self.mean_over else {}
         if self.unified_mask:
             given |= {"kind": "unified", "mask_floor": self.unified_mask[0], "mask_cap": self.unified_mask[1]}
         return dataclasses.replace(loss, **given)

@@ -1,7 +1,9 @@
 """Stage `rl` of `python -m m1jax.train`: steps of `m1jax.rl.learner`, with the trainer's checkpoints and report."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from m1jax.rl.learner import Learner
 from m1jax.rl.policy import policy_gradient
 from m1jax.rl.settings import RLSettings
 from m1jax.sharding.rules import shards
+from m1jax.tasks import find
 from m1jax.train.data import fingerprint
 from m1jax.train.loop import Guard, Parts, drive, fetched, figures, prepare, size, to_devices
 from m1jax.train.loss import Balance
@@ -20,7 +23,7 @@ from m1jax.train.report import Report
 from m1jax.train.settings import Settings, parse
 from m1jax.train.step import TrainState, make_step, measuring, schedule
 
-# What may be changed when a run goes on: it says how, not what is learnt.
+# What may be changed when a run goes on: how long a batch may take, not what is asked and learnt.
 CHANGEABLE = ("row_tokens", "attempts", "evaluate_every", "evaluate_problems")
 
 
@@ -44,6 +47,10 @@ def run(settings: Settings, profile: bool = False) -> None:
     drive(parts, Reinforced(parts, rl), profile)
 
 
+def _digest(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+
+
 class Reinforced:
     """Steps of `Learner`, each a generation batch and its updates.
 
@@ -62,6 +69,7 @@ class Reinforced:
         self.identity: Mapping[str, Any] = {
             "seed": settings.seed,
             "tokenizer": fingerprint(parts.tokenizer),
+            "rl.own_tasks": [_digest(task.file) for task in find(rl.tasks) if task.file],
             **{f"rl.{name}": own[name] for name in own},
         }
         balance = Balance.of(settings.optimizer, parts.config)
@@ -80,7 +88,7 @@ class Reinforced:
             settings.data.accumulate,
             shards(parts.mesh, "batch"),
         )
-        self._learner.check_lengths(parts.config.max_position_embeddings)
+        self._learner.check_problems(parts.config.max_position_embeddings)
 
     def position(self) -> Any:
         """Nothing: all randomness follows from the step's number."""

@@ -55,7 +55,8 @@ def find(names: Sequence[str]) -> list[Task]:
     out: dict[str, Task] = {}
     for name in names:
         for task in TASKS.values() if name == "all" else (_one(name),):
-            out[task.name] = task
+            if out.setdefault(task.name, task).file != task.file:
+                raise UserError(f"{name} defines a second task {task.name!r}: give it a name of its own")
     if not out:
         raise UserError(f"no task is given: name some of {', '.join(TASKS)}, or all")
     return list(out.values())
@@ -72,6 +73,8 @@ def _one(name: str) -> Task:
         raise UserError(f"{name} does not exist: give a file that defines TASK")
     try:
         found = runpy.run_path(name).get("TASK")
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     except Exception as error:  # whatever the user's file raises
         raise UserError(f"{name} cannot be run: {type(error).__name__}: {error}") from error
     if not isinstance(found, Task):

@@ -75,6 +75,11 @@ class Task:
     identity: Callable[[Instance], Any] = lambda instance: sorted(instance.items())
     file: str = ""
 
+    def __post_init__(self) -> None:
+        good = not isinstance(self.phrasings, str) and all(isinstance(phrasing, str) for phrasing in self.phrasings)
+        if not good or not self.phrasings:
+            raise UserError(f'task {self.name}: phrasings must be one or more strings, such as ("What is {{n}}?",)')
+
     def level(self, fraction: float) -> int:
         """The difficulty that is this fraction of the shipped one, from the easiest to the hardest there is."""
         level = max(1, round(self.difficulty * fraction))

@@ -4,12 +4,14 @@ A document is a text file, a line of a JSONL file, or an array of tokens. A samp
 token with the one after it as its target and a weight. Samples share rows; each is a segment there.
 """
 
+import contextlib
 import dataclasses
 import functools
 import glob
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,12 +82,31 @@ class Documents:
     def __getitem__(self, index: Any) -> tuple[Place, Any]:
         """A document: text, the object of a JSONL line, or tokens."""
         place = self.places[int(index)]
-        if place.kind == "tokens":
-            return place, np.asarray(np.load(place.file, mmap_mode="r")[place.first : place.last])
-        with place.file.open("rb") as stream:
+        with _reader(place.file, place.kind) as read:
+            return place, read(place)
+
+    def __iter__(self) -> Iterator[tuple[Place, Any]]:
+        """All documents in order; a file is opened once."""
+        for (file, kind), places in itertools.groupby(self.places, lambda place: (place.file, place.kind)):
+            with _reader(file, kind) as read:
+                yield from ((place, read(place)) for place in places)
+
+
+@contextlib.contextmanager
+def _reader(file: Path, kind: Kind) -> Iterator[Callable[[Place], Any]]:
+    """Reads what lies at places of an opened file."""
+    if kind == "tokens":
+        tokens = np.load(file, mmap_mode="r")
+        yield lambda place: np.asarray(tokens[place.first : place.last])
+        return
+    with file.open("rb") as stream:
+
+        def read(place: Place) -> Any:
             stream.seek(place.first)
             text = stream.read(place.last - place.first).decode("utf-8")
-        return place, _json(text, place) if place.kind == "jsonl" else text
+            return _json(text, place) if kind == "jsonl" else text
+
+        yield read
 
 
 def _digest(value: Any) -> str:
@@ -166,6 +187,15 @@ def _text_places(file: Path, kind: Kind) -> Iterator[Place]:
         yield Place(file, kind, first, at, 0)
 
 
+@contextlib.contextmanager
+def _blamed(place: Place) -> Iterator[None]:
+    """Puts the document's place into a `UserError` that does not name it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}" if str(place) not in str(error) else str(error)) from None
+
+
 class Encoder:
     """Documents to samples.
 
@@ -181,13 +211,20 @@ class Encoder:
 
     def __call__(self, document: tuple[Place, Any]) -> list[Sample]:
         """Samples of a document; empty for one of fewer than two tokens. Raises `UserError` naming its place."""
-        place, value = document
-        try:
-            return self._samples(value, place)
-        except UserError as error:
-            raise UserError(f"{place}: {error}" if str(place) not in str(error) else str(error)) from None
+        with _blamed(document[0]):
+            return self._samples(document[1])
 
-    def _samples(self, value: Any, place: Place) -> list[Sample]:
+    def check(self, document: tuple[Place, Any]) -> None:
+        """Raises the `UserError` that the call would, without encoding texts, which takes long."""
+        place, value = document
+        with _blamed(place):
+            text = value.get("text") if isinstance(value, dict) else value
+            if isinstance(text, str):
+                self._need_tokenizer().check(text)
+            else:
+                self._samples(value)
+
+    def _samples(self, value: Any) -> list[Sample]:
         if isinstance(value, np.ndarray):
             return self._cut(value, np.ones(len(value), np.float32))
         if isinstance(value, str):
@@ -326,9 +363,9 @@ def batches(documents: Documents, encoder: Encoder, settings: DataSettings, seed
     processes, and a process may hold any rows.
 
     Raises:
-      UserError: no document has two tokens.
+      UserError: a document is not as it should be, or none has two tokens.
     """
-    _check_any(documents, encoder)
+    check(documents, encoder)
     shuffled = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()  # pyright: ignore
     shaped = (
         _packed(shuffled, encoder, settings)
@@ -358,20 +395,16 @@ def _packed(documents: Any, encoder: Encoder, settings: DataSettings) -> Any:
     )
 
 
-def check_all(documents: Documents, encoder: Encoder) -> None:
-    """Raises `UserError` if a document is not as it should be, or none has two tokens."""
-    if not sum(len(encoder(documents[index])) for index in range(len(documents))):
-        raise _too_short(documents)
+def check(documents: Documents, encoder: Encoder) -> None:
+    """Raises `UserError` if a document is not as it should be, or none has two tokens.
 
-
-def _check_any(documents: Documents, encoder: Encoder) -> None:
-    """Without a single sample grain would look for one forever."""
-    if not any(encoder(documents[index]) for index in range(len(documents))):
-        raise _too_short(documents)
-
-
-def _too_short(documents: Documents) -> UserError:
-    return UserError(f"{documents.name}: no document has two tokens or more")
+    A bad one, found late, would end the run and every one after it: without it the data would not be the same.
+    """
+    for document in documents:
+        encoder.check(document)
+    # Without a single sample grain would look for one forever.
+    if not any(encoder(document) for document in documents):
+        raise UserError(f"{documents.name}: no document has two tokens or more")
 
 
 def _shape(packed: Mapping[str, Any], accumulate: int) -> dict[str, NDArray[Any]]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m1jax.config import M1Config
+from m1jax.distributed import check_same
 from m1jax.errors import UserError
 from m1jax.loading import Source, open_parameters
 from m1jax.model import M1, abstract, build, init_params
-from m1jax.params import ParamSpec, flatten
+from m1jax.params import ParamSpec, flatten, param_table
 from m1jax.saving import save
 from m1jax.sharding import sizes
 from m1jax.sharding.mesh import MeshShape, make_mesh, parsed_mesh
@@ -156,6 +158,18 @@ def _require_room(name: str, shapes: TrainState, mesh: Mesh) -> None:
         )
 
 
+def _some_of(source: Source | None) -> str:
+    """Digest of a few numbers of every parameter, by which to know other weights; empty for random ones."""
+    if source is None:
+        return ""
+    digest = hashlib.sha256()
+    for path, spec in param_table(source.config).items():
+        if 0 not in spec.shape:
+            block = (*(slice(0, 1) for _ in spec.shape[1:]), slice(0, min(spec.shape[-1], 64)))
+            digest.update(source.read(path, spec, block, np.dtype(np.float32)).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def fresh(parts: Parts) -> TrainState:
     """The state before the first step, each array made where it lies. Raises `UserError`."""
     config, source = parts.config, parts.source
@@ -199,7 +213,9 @@ def drive(parts: Parts, stage: Stage, profile: bool) -> None:
     with disk_errors(out), contextlib.ExitStack() as stack:
         stack.callback(stage.close)
         out.mkdir(parents=True, exist_ok=True)
-        checkpoints = saving.Checkpoints(out, settings.checkpoint.keep, saving.identity(parts.config, stage.identity))
+        identity = saving.identity(parts.config, {**stage.identity, "model.weights": _some_of(parts.source)})
+        check_same("settings or data", (settings, identity))
+        checkpoints = saving.Checkpoints(out, settings.checkpoint.keep, identity)
         if jax.process_count() == 1:  # of several, one that fails ends without waiting for the others
             stack.callback(checkpoints.close)
         state, first = None, checkpoints.latest or 0
@@ -227,7 +243,11 @@ def _steps(
     first: int,
     profile: bool,
 ) -> TrainState:
-    """All steps from number `first`. Ctrl-C, SIGTERM and the guard leave a checkpoint of the last good step."""
+    """All steps from number `first`.
+
+    Ctrl-C, SIGTERM and the guard leave a checkpoint of the last good step; the guard not in stage rl, where a batch is
+    half learnt by then, and the signals not with several processes, which would hear them in different steps.
+    """
     settings = parts.settings
     traced = profiled(first, settings.steps) if profile else range(0)
     if profile and not traced:
@@ -302,12 +322,10 @@ class Supervised:
         documents = data.Documents(d.files, d.length)
         end = _end_token(settings, parts.tokenizer)
         self._encoder = data.Encoder(parts.tokenizer, d.length, parts.config.vocab_size, end)
-        if settings.stage == "sft":  # one that is too long, found late, would end the run, and every one after it
-            data.check_all(documents, self._encoder)
         self._source = data.batches(documents, self._encoder, d, settings.seed)
         self._validation = data.Documents(d.validation, d.length, "data.validation") if d.validation else None
         if self._validation is not None:
-            data.check_all(self._validation, self._encoder)
+            data.check(self._validation, self._encoder)
         self.identity: Mapping[str, Any] = {
             "data": documents.fingerprint,
             "data.contents": documents.contents,

@@ -18,7 +18,8 @@ from m1jax.errors import UserError
 from m1jax.workplace import check_space, disk_errors
 
 FOLDER = "checkpoints"
-LATER = ("data.contents", "tokenizer")  # parts of the identity that older checkpoints lack: those pass without
+# Parts of the identity that older checkpoints lack: those pass without.
+LATER = ("data.contents", "tokenizer", "model.weights", "rl.own_tasks", "rl.mean_over")
 
 
 class Checkpoints:
