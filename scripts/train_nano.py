@@ -1,7 +1,7 @@
 """python scripts/train_nano.py --machine cpu|gpu [--out runs/nano] [--until sft] [--scale 1.0] [--task all] [--install]
 
 Makes M1-nano from nothing but this repository: tokenizer, synthesized data, lists to recall, pretraining, SFT with
-chain of thought, sharper queries, CISPO in two stages, and the weights between those before and after it. Killed at any
+chain of thought, sharper queries, CISPO in two stages, and the weights between those after the two. Killed at any
 moment, the same command goes on. After SFT and each step from there it is evaluated on held-out problems;
 OUT/results.json and OUT/results.md say what came out, how long it took and on what. `--install` puts the model, in
 bfloat16 and the official layout, where the package ships it from. `--scale` shortens every stage, to try things out.

@@ -232,7 +232,8 @@ def test_a_run_on_a_mesh_is_that_of_one_device(tmp_path: Path) -> None:
 
 def test_a_run_in_bfloat16_with_evaluation(tmp_path: Path) -> None:
     """The log-probabilities agree, and what is saved are the float32 weights, not what they are rounded to."""
-    mixed: dict[str, Any] = {"tasks": ["all"], "difficulty": 1.0, "questions": 32, "windows": [160], "row_tokens": 512}
+    mixed: dict[str, Any] = {"tasks": ["all"], "difficulty": 1.0, "temperature": 1.5}  # at 1 it is too sure of itself
+    mixed |= {"questions": 32, "windows": [160], "row_tokens": 512}
     run = settings(tmp_path, 1, "bfloat16", evaluate_every=1, evaluate_problems=1, **mixed)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, path=str(nano.FOLDER)))
     stage.run(run)

@@ -15,7 +15,7 @@ from safetensors import numpy as safetensors
 
 from m1jax.errors import UserError
 from m1jax.loading import load
-from m1jax.model import build
+from m1jax.model import M1, build
 from m1jax.nano import FOLDER, recipe
 from m1jax.params import flatten, param_table
 from m1jax.saving import save
@@ -31,17 +31,23 @@ LENGTH = 512  # tokens of a row; the longest conversation of the shipped difficu
 RECALL = 6  # rows of a stage's own for each list to recall
 FOUND = 2  # weight of a number found again: there are few among the tokens of replies
 WINDOWS = (136, 160)  # tokens of a reply, in stages of RL
-SHARPER = 1.3  # factor of the queries after SFT, so that among eight times as many items one still stands out
-KEPT = 0.75  # of RL's change of the weights: with all of it, what it was not about suffers
+SHARPER = 1.4  # factor of the queries after SFT, so that among eight times as many items one still stands out
+# What ships lies between the models after the two stages of RL, this far from the first, its queries sharper once more:
+# the second stage makes replies surer and needles in the longest lists harder to find.
+KEPT = 0.5
+SHARPER_AGAIN = 1.1
 # With M1's own 0.001 experts of so few die; each layer's own, or layers come to use few of theirs.
 BALANCE = {"balance": 0.01, "balance_over": "layer"}
 # How often the tasks that are learnt last come in SFT, in place of once.
-OFTEN = {"sorting": 3, "sequence": 2, "multiplication": 2, "cipher": 2}
+OFTEN = {"sorting": 6, "sequence": 2, "multiplication": 2, "cipher": 2}
 # The two stages of RL. First what SFT has not shown: what solves it is rare, and among slips it would go unseen. Then
-# what SFT leaves unsure: at temperature 1 replies of such a small and sure model hardly differ.
+# what SFT leaves unsure and longer words have unlearnt: at temperature 1 replies of so sure a model hardly differ.
 REINFORCED: dict[str, dict[str, Any]] = {
     "longer": {"tasks": tuple(recipe.TAUGHT), "temperature": 1.0},
-    "surer": {"tasks": ("subtraction", "sorting", "cipher", "sequence"), "temperature": 1.5},
+    "surer": {
+        "tasks": ("subtraction", "sorting", "counting", "reversal", "cipher", "sequence"),
+        "temperature": 1.5,
+    },
 }
 
 # Of each machine: dtype, rows of a batch, steps and learning rates, passes over the data, what RL does in a step.
@@ -49,7 +55,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "dtype": "float32",
         "rows": 4,
-        "steps": {"recall": 350, "pretrain": 600, "sft": 11000, "longer": 60, "surer": 80},
+        "steps": {"recall": 350, "pretrain": 600, "sft": 13000, "longer": 60, "surer": 100},
         "rate": {"recall": 1e-3, "pretrain": 1e-3, "sft": 1e-3, "longer": 1e-4, "surer": 1e-4},
         "passes": 1,
         "rl": {"questions": 32, "replies": 8, "updates": 4, "attempts": 3},  # 16 updates of so few replies are noise
@@ -183,19 +189,21 @@ def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]
 def sharpen(out: Path) -> None:
     """Writes what RL begins with, unless it is there: SFT's model with softmax attention's queries times `SHARPER`."""
     if not (out / "sharpened").exists():
-        model = load(out / "sft" / "model")
-        weights = flatten(model)
-        weights["softmax.q_proj"] *= SHARPER
-        sharper = build(model.config, lambda path, _: weights[path])
-        save(sharper, out / "sharpened", "float32", out / "tokenizer")
+        save(_sharper(load(out / "sft" / "model"), SHARPER), out / "sharpened", "float32", out / "tokenizer")
+
+
+def _sharper(model: M1, factor: float) -> M1:
+    weights = flatten(model)
+    weights["softmax.q_proj"] *= factor
+    return build(model.config, lambda path, _: weights[path])
 
 
 def settle(out: Path) -> None:
-    """Writes what ships, unless it is there: of the way that RL went from its start, `KEPT` (arXiv 2109.01903)."""
+    """Writes what ships, unless it is there: a model between those after RL's stages (arXiv 2109.01903), sharper."""
     if not (out / "settled").exists():
-        before, after = load(out / "sharpened"), load(out / STAGES[-1] / "model")
+        before, after = (load(out / stage / "model") for stage in REINFORCED)
         between = jax.tree.map(lambda a, b: a * (1 - KEPT) + b * KEPT, before, after)
-        save(between, out / "settled", "float32", out / "tokenizer")
+        save(_sharper(between, SHARPER_AGAIN), out / "settled", "float32", out / "tokenizer")
 
 
 def install(model: Path, tokenizer: Path, folder: Path = FOLDER) -> None:
