@@ -1,6 +1,5 @@
 """The stages that make M1-nano: their data and settings for a CPU and for a GPU, and the form in which it ships."""
 
-import hashlib
 import itertools
 import json
 import random
@@ -21,6 +20,7 @@ from m1jax.params import flatten, param_table
 from m1jax.saving import save
 from m1jax.tasks import Problem, find, mixture
 from m1jax.tokenizer import Tokenizer
+from m1jax.train.data import digest
 from m1jax.train.settings import Settings, parse
 from m1jax.weights import expected
 
@@ -93,7 +93,7 @@ def claim(out: Path, made_by: dict[str, Any]) -> None:
 def fingerprint(plan: dict[str, Any]) -> str:
     """Digest of what the stages up to the last are made by, beside the tasks: data and models of another are kept."""
     parts = (plan, LENGTH, RECALL, FOUND, WINDOWS, SHARPER, BALANCE, OFTEN, REINFORCED, recipe.TAUGHT, recipe.LONGEST)
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return digest(parts)
 
 
 def prepare(out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:

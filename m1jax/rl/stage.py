@@ -1,7 +1,6 @@
 """Stage `rl` of `python -m m1jax.train`: steps of `m1jax.rl.learner`, with the trainer's checkpoints and report."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from m1jax.rl.learner import Learner
 from m1jax.rl.policy import policy_gradient
 from m1jax.rl.settings import RLSettings
 from m1jax.sharding.rules import shards
-from m1jax.tasks import find
-from m1jax.train.data import fingerprint
+from m1jax.train.data import digest, fingerprint
 from m1jax.train.loop import Guard, Parts, drive, fetched, figures, prepare, size, to_devices
 from m1jax.train.loss import Balance
 from m1jax.train.report import Report
@@ -47,10 +45,6 @@ def run(settings: Settings, profile: bool = False) -> None:
     drive(parts, Reinforced(parts, rl), profile)
 
 
-def _digest(file: str) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-
-
 class Reinforced:
     """Steps of `Learner`, each a generation batch and its updates.
 
@@ -65,13 +59,6 @@ class Reinforced:
         if parts.tokenizer is None:
             raise UserError(f"{settings.model.path} has no tokenizer: add its files, or set model.tokenizer")
         self._parts, self._rl = parts, rl
-        own = {name: value for name, value in dataclasses.asdict(rl).items() if name not in CHANGEABLE}
-        self.identity: Mapping[str, Any] = {
-            "seed": settings.seed,
-            "tokenizer": fingerprint(parts.tokenizer),
-            "rl.own_tasks": [_digest(task.file) for task in find(rl.tasks) if task.file],
-            **{f"rl.{name}": own[name] for name in own},
-        }
         balance = Balance.of(settings.optimizer, parts.config)
         loss = policy_gradient(rl.policy_loss, rl.temperature, settings.model.dtype, settings.model.remat, balance)
         self._step = make_step(loss, parts.optimizer, settings.guard, settings.optimizer.rates)
@@ -89,6 +76,13 @@ class Reinforced:
             shards(parts.mesh, "batch"),
         )
         self._learner.check_problems(parts.config.max_position_embeddings)
+        own = {name: value for name, value in dataclasses.asdict(rl).items() if name not in CHANGEABLE}
+        self.identity: Mapping[str, Any] = {
+            "seed": settings.seed,
+            "tokenizer": fingerprint(parts.tokenizer),
+            "rl.own_tasks": [digest(Path(task.file).read_bytes()) for task in self._learner.tasks if task.file],
+            **{f"rl.{name}": own[name] for name in own},
+        }
 
     def position(self) -> Any:
         """Nothing: all randomness follows from the step's number."""

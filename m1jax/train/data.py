@@ -73,8 +73,8 @@ class Documents:
             raise UserError(f"{name} is empty: name the files to train on")
         self.name = name
         self.places = [place for file in files for place in _places(file, length, name)]
-        self.fingerprint = _digest([(file.name, file.stat().st_size) for file in files])
-        self.contents = _digest([_ends(file) for file in files])
+        self.fingerprint = digest([(file.name, file.stat().st_size) for file in files])
+        self.contents = digest([_ends(file) for file in files])
 
     def __len__(self) -> int:
         return len(self.places)
@@ -109,7 +109,8 @@ def _reader(file: Path, kind: Kind) -> Iterator[Callable[[Place], Any]]:
         yield read
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """16 hexadecimal digits of a hash of the value's `repr`."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
@@ -127,7 +128,7 @@ def fingerprint(tokenizer: Tokenizer | None) -> str:
     if tokenizer is None:
         return ""
     files = [tokenizer.folder / name for name in _TOKENIZER]
-    return _digest([(file.name, file.read_bytes()) for file in files if file.is_file()])
+    return digest([(file.name, file.read_bytes()) for file in files if file.is_file()])
 
 
 def _json(text: str, place: Place) -> Mapping[str, Any]:
