@@ -6,6 +6,7 @@ heartbeats and ends all of them when one is missing, naming it. Only process 0 p
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -123,6 +124,19 @@ def of_first(rows: "NDArray[Any]") -> "NDArray[Any]":
     if jax.process_index():
         rows = np.zeros((n, *rows.shape[1:]), rows.dtype)
     return np.asarray(multihost_utils.broadcast_one_to_all(rows)) if n else rows
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, JSON, in every process."""
+    if errors.alone():
+        return [value]
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(text.size)))
+    rows = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - text.size)))
+    return [json.loads(bytes(row[:size])) for row, size in zip(np.asarray(rows), sizes, strict=True)]
 
 
 def check_same(name: str, value: object) -> None:

@@ -242,7 +242,8 @@ def test_a_file_of_lines_is_continued(tmp_path: Path, address: str) -> None:
 def test_trains_as_one_process(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The losses of one process with two devices, also gone on from after a kill; one process writes, any loads.
 
-    The run is split by rows and computes in bfloat16, then goes on from step 2 split by heads, in float32.
+    The run is split by rows, of which each process reads its own, and computes in bfloat16, then goes on from step 2
+    split by heads, in float32, where each reads all.
     """
     path = tmp_path / "data"
     path.mkdir()
@@ -250,7 +251,7 @@ def test_trains_as_one_process(tmp_path: Path, address: str, monkeypatch: pytest
     lines = [json.dumps({"text": f"{i} + {i} = {2 * i}. " * (1 + i % 2)}) for i in range(64)]
     (path / "corpus.jsonl").write_text("\n".join(lines))
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    data = {"validation": [str(path / "corpus.jsonl")], "validate_every": 2}
+    data = {"validation": [str(path / "corpus.jsonl")], "validate_every": 2, "streams": 2}
     test_train_run.on_two_devices(monkeypatch)
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     for mesh, dtype, first in (("fsdp=2", "bfloat16", 0), ("tensor=2", "float32", 2)):

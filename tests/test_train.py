@@ -1,5 +1,6 @@
 """The trainer's parts: settings, data, the step. Runs of the command are in `test_train_run.py`."""
 
+import dataclasses
 import io
 import json
 import re
@@ -194,7 +195,7 @@ def test_data_that_gives_nothing_is_refused(tmp_path: Path) -> None:
         data.Documents([], 8)
     documents = data.Documents([write(tmp_path / "a.jsonl", {"text": "a"})], 8)
     with pytest.raises(UserError, match="no document has two tokens"):
-        data.batches(documents, encoder(), DataSettings(rows=1), 0)
+        data.Batches(documents, encoder(), DataSettings(rows=1), 0)
     with pytest.raises(UserError, match="outside the model's vocabulary of 9"):
         encoder(vocab=9)(data.Documents([write(tmp_path / "b.jsonl", {"text": "Hello there"})], 8)[0])
 
@@ -207,11 +208,12 @@ def corpus(tmp_path: Path, count: int = 40) -> data.Documents:
     return data.Documents([write(tmp_path / "corpus.jsonl", *lines)], 12)
 
 
-def test_batches_are_the_same_again_and_go_on_from_a_saved_position(tmp_path: Path) -> None:
-    documents = corpus(tmp_path)
+@pytest.mark.parametrize("streams", [1, 2])
+def test_batches_are_the_same_again_and_go_on_from_a_saved_position(tmp_path: Path, streams: int) -> None:
+    documents, settings = corpus(tmp_path), dataclasses.replace(SETTINGS, streams=streams)
 
     def some(n: int, seed: int = 0, position: Any = None) -> list[dict[str, np.ndarray]]:
-        source = data.batches(documents, encoder(12), SETTINGS, seed)
+        source = data.Batches(documents, encoder(12), settings, seed)
         if position is not None:
             source.set_state(position)
         out = [next(source) for _ in range(n)]
@@ -221,7 +223,7 @@ def test_batches_are_the_same_again_and_go_on_from_a_saved_position(tmp_path: Pa
     def same(a: Any, b: Any) -> bool:
         return all(np.array_equal(x[name], y[name]) for x, y in zip(a, b, strict=True) for name in x)
 
-    source, first, positions = data.batches(documents, encoder(12), SETTINGS, 0), [], []
+    source, first, positions = data.Batches(documents, encoder(12), settings, 0), [], []
     for _ in range(12):  # two epochs
         positions.append(json.loads(json.dumps(source.get_state())))
         first.append(next(source))
@@ -235,6 +237,28 @@ def test_batches_are_the_same_again_and_go_on_from_a_saved_position(tmp_path: Pa
         inside = (batch["segments"] > 0) & ~starts
         assert np.array_equal(batch["tokens"][inside], np.roll(batch["targets"], 1, -1)[inside])
         assert not batch["weights"][batch["segments"] == 0].any()
+
+
+def test_streams_fill_rows_of_their_own_and_leave_out_no_document(tmp_path: Path) -> None:
+    """Whoever reads a stream gets the same rows of it; all streams together read an epoch's documents once each."""
+    lines = [{"tokens": [i] * 13} for i in range(40)]  # each fills a row: an epoch is ten batches
+    documents = data.Documents([write(tmp_path / "corpus.jsonl", *lines)], 12)
+    settings = DataSettings(length=12, rows=4, bins=1, streams=2)
+
+    def some(*own: slice) -> tuple[set[str], np.ndarray]:
+        source = data.Batches(documents, encoder(12), settings, 0, own)
+        read, tokens = set(source.get_state()), [next(source)["tokens"][0, :, 0] for _ in range(11)]
+        source.close()
+        return read, np.stack(tokens)
+
+    read, whole = some(slice(0, 2), slice(2, 4))
+    assert read == {"0", "1"} and sorted(whole[:10].flat) == list(range(40)) and (whole[10] != whole[0]).any()
+    for own, stream in ((slice(0, 2), 0), (slice(1, 2), 0), (slice(2, 4), 1)):
+        read, part = some(own)
+        rows = slice(2 * stream, 2 * stream + 2)
+        assert read == {str(stream)} and np.array_equal(part[:, rows], whole[:, rows])
+        part[:, rows] = 0
+        assert not part.any()
 
 
 # --- the step

@@ -406,16 +406,16 @@ import jax.numpy as jnp
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 out, state = Path(sys.argv[1]), {"w": jnp.arange(200_000.0)}
 checkpoints = saving.Checkpoints(out, 2, {})
-assert checkpoints.save(1, state, 0) is None and checkpoints.wait() is None
+assert checkpoints.save(1, state, {"at": 1}) is None and checkpoints.wait() is None
 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
-problem = checkpoints.save(2, state, 0) or checkpoints.wait()
+problem = checkpoints.save(2, state, {}) or checkpoints.wait()
 assert "step 2 was not written" in problem and "last good one is that of step 1" in problem, problem
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 assert checkpoints.latest == 1
 loaded, position = checkpoints.load(state)
-assert (loaded["w"] == state["w"]).all() and position == 0
-assert checkpoints.save(3, state, 0) is None and checkpoints.close() is None
+assert (loaded["w"] == state["w"]).all() and position == {"at": 1}
+assert checkpoints.save(3, state, {}) is None and checkpoints.close() is None
 assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["1", "3"]
 """
     done = subprocess.run(
@@ -450,9 +450,9 @@ def test_a_checkpoint_from_before_contents_were_noted_is_read(tmp_path: Path) ->
     noted = {"data": "a", "data.contents": "b", "tokenizer": "c"}
     state = {"w": jnp.ones(3)}
     old = saving.Checkpoints(tmp_path, 1, {"data": "a"})
-    assert old.save(1, state, 5) is None and old.close() is None
+    assert old.save(1, state, {"at": 5}) is None and old.close() is None
     new = saving.Checkpoints(tmp_path, 1, noted)
-    assert new.load(state)[1] == 5 and new.save(2, state, 6) is None and new.close() is None
+    assert new.load(state)[1] == {"at": 5} and new.save(2, state, {"at": 6}) is None and new.close() is None
     with pytest.raises(UserError, match="tokenizer 'c', not 'd'"):
         saving.Checkpoints(tmp_path, 1, noted | {"tokenizer": "d"}).load(state)
 
@@ -466,9 +466,9 @@ def test_a_model_of_one_kind_of_layer_is_written_too(tmp_path: Path) -> None:
     for where in (jax.devices()[0], jax.sharding.NamedSharding(mesh, jax.P())):
         state, out = jax.device_put(model, where), tmp_path / str(isinstance(where, jax.Device))
         checkpoints = saving.Checkpoints(out, 1, {})
-        assert checkpoints.save(1, state, 5) is None and checkpoints.close() is None
+        assert checkpoints.save(1, state, {"at": 5}) is None and checkpoints.close() is None
         found, position = saving.Checkpoints(out, 1, {}).load(state)
-        assert position == 5 and jax.tree.structure(found) == jax.tree.structure(state)
+        assert position == {"at": 5} and jax.tree.structure(found) == jax.tree.structure(state)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
             assert a.sharding == b.sharding and a.dtype == b.dtype
             np.testing.assert_array_equal(a, b)

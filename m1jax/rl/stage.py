@@ -84,11 +84,11 @@ class Reinforced:
             **{f"rl.{name}": own[name] for name in own},
         }
 
-    def position(self) -> Any:
+    def position(self) -> Mapping[str, Any]:
         """Nothing: all randomness follows from the step's number."""
-        return None
+        return {}
 
-    def go_on(self, position: Any) -> None:
+    def go_on(self, position: Mapping[str, Any]) -> None:
         """Does nothing: see `position`."""
 
     def step(self, state: TrainState, number: int, report: Report) -> TrainState:
@@ -97,8 +97,8 @@ class Reinforced:
         sizes: list[tuple[int, float]] = []
 
         def update(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Mapping[str, Any]]:
-            sizes.append(size(batch))
             arrays = to_devices(batch, self._parts.mesh)
+            sizes.append(size(arrays))
             state, metrics = self._step(state, arrays)
             values = fetched(metrics)
             self._guard.look(number, state, arrays, values, report)

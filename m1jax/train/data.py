@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import grain
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from m1jax import distributed
 from m1jax.chat_template import ChatTemplate
 from m1jax.errors import UserError
 from m1jax.tokenizer import Tokenizer
@@ -79,17 +81,18 @@ class Documents:
     def __len__(self) -> int:
         return len(self.places)
 
+    def part(self, first: int, step: int) -> Iterator[tuple[Place, Any]]:
+        """Every so many of the documents, in their order; a file is opened once."""
+        places = self.places[first::step]
+        for (file, kind), some in itertools.groupby(places, lambda place: (place.file, place.kind)):
+            with _reader(file, kind) as read:
+                yield from ((place, read(place)) for place in some)
+
     def __getitem__(self, index: Any) -> tuple[Place, Any]:
         """A document: text, the object of a JSONL line, or tokens."""
         place = self.places[int(index)]
         with _reader(place.file, place.kind) as read:
             return place, read(place)
-
-    def __iter__(self) -> Iterator[tuple[Place, Any]]:
-        """All documents in order; a file is opened once."""
-        for (file, kind), places in itertools.groupby(self.places, lambda place: (place.file, place.kind)):
-            with _reader(file, kind) as read:
-                yield from ((place, read(place)) for place in places)
 
 
 @contextlib.contextmanager
@@ -356,24 +359,74 @@ class _Split(grain.experimental.FlatMapTransform):
         return self._encoder(element)
 
 
-def batches(documents: Documents, encoder: Encoder, settings: DataSettings, seed: int) -> grain.DatasetIterator:
+class Batches:
     """Endless batches: `tokens`, `targets`, `weights`, `segments`, each `[A, rows, length]`.
 
-    Every epoch has an order of its own, which `seed` fixes. `get_state()` and `set_state()` give and take the
-    position, as JSON. Several processes all read all of it: batches and position then depend on no number of
-    processes, and a process may hold any rows.
+    Every epoch has an order of its own, which `seed` fixes. Its documents are dealt out to `settings.streams` streams,
+    and stream s of S fills the rows from s · rows / S on: no row depends on who reads which.
+
+    Args:
+      documents: what is read.
+      encoder: makes samples of them.
+      settings: shapes, and how rows are filled.
+      seed: of the order.
+      own: the rows that are asked for; the streams of others are not read, and their rows hold zeros.
 
     Raises:
-      UserError: a document is not as it should be, or none has two tokens.
+      UserError: a document is not as it should be, or none has two tokens; in every process, whichever finds it.
     """
-    check(documents, encoder)
-    shuffled = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()  # pyright: ignore
-    shaped = (
-        _packed(shuffled, encoder, settings)
-        .batch(settings.accumulate * settings.rows, drop_remainder=True)
-        .map(functools.partial(_shape, accumulate=settings.accumulate))
-    )
-    return iter(grain.experimental.ThreadPrefetchIterDataset(shaped, prefetch_buffer_size=2))  # pyright: ignore
+
+    def __init__(
+        self,
+        documents: Documents,
+        encoder: Encoder,
+        settings: DataSettings,
+        seed: int,
+        own: Sequence[slice] = (slice(None),),
+    ) -> None:
+        check(documents, encoder)
+        self._settings, self._each = settings, settings.rows // settings.streams
+        rows = {row for part in own for row in range(*part.indices(settings.rows))}
+        shuffled = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()  # pyright: ignore
+        self._streams = {
+            str(s): self._stream(shuffled[s :: settings.streams], encoder)
+            for s in sorted({row // self._each for row in rows})
+        }
+
+    def _stream(self, documents: Any, encoder: Encoder) -> grain.DatasetIterator:
+        accumulate = self._settings.accumulate
+        shaped = (
+            _packed(documents, encoder, self._settings)
+            .batch(accumulate * self._each, drop_remainder=True)
+            .map(functools.partial(_shape, accumulate=accumulate))
+        )
+        return iter(grain.experimental.ThreadPrefetchIterDataset(shaped, prefetch_buffer_size=2))  # pyright: ignore
+
+    def __next__(self) -> dict[str, NDArray[Any]]:
+        found = {int(s): next(stream) for s, stream in self._streams.items()}
+        if self._settings.streams == 1:
+            return found[0]
+        some = next(iter(found.values()))
+        shape = (self._settings.accumulate, self._settings.rows, self._settings.length)
+        out = {name: np.zeros(shape, x.dtype) for name, x in some.items()}
+        for s, part in found.items():
+            for name, x in part.items():
+                out[name][:, s * self._each : (s + 1) * self._each] = x
+        return out
+
+    def get_state(self) -> dict[str, Any]:
+        """The position of each stream that is read here, JSON."""
+        return {s: stream.get_state() for s, stream in self._streams.items()}
+
+    def set_state(self, position: Mapping[str, Any]) -> None:
+        """Goes on from the positions of all streams."""
+        for s, stream in self._streams.items():
+            stream.set_state(position[s])
+
+    def close(self) -> None:
+        """Ends the threads that read ahead."""
+        for stream in self._streams.values():
+            stream.close()
 
 
 def one_pass(documents: Documents, encoder: Encoder, settings: DataSettings) -> Iterator[dict[str, NDArray[Any]]]:
@@ -400,11 +453,19 @@ def check(documents: Documents, encoder: Encoder) -> None:
     """Raises `UserError` if a document is not as it should be, or none has two tokens.
 
     A bad one, found late, would end the run and every one after it: without it the data would not be the same.
+    Several processes divide the documents among themselves.
     """
-    for document in documents:
-        encoder.check(document)
+    problem = None
+    try:
+        for document in documents.part(jax.process_index(), jax.process_count()):
+            encoder.check(document)
+    except UserError as error:
+        problem = str(error)
+    for found in distributed.gathered(problem):
+        if found is not None:
+            raise UserError(found)
     # Without a single sample grain would look for one forever.
-    if not any(encoder(document) for document in documents):
+    if not any(encoder(document) for document in documents.part(0, 1)):
         raise UserError(f"{documents.name}: no document has two tokens or more")
 
 

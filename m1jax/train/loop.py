@@ -25,6 +25,7 @@ from m1jax.sharding.mesh import MeshShape, make_mesh, parsed_mesh
 from m1jax.sharding.placing import place
 from m1jax.sharding.region import everywhere
 from m1jax.sharding.rules import check, rules_of, shardings, shards
+from m1jax.stack import positions
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import data, saving
 from m1jax.train.interruption import Interruption
@@ -73,12 +74,12 @@ class Stage(Protocol):
     identity: Mapping[str, Any]
     judged_by: str
 
-    def position(self) -> Any:
-        """Where the data stands, JSON."""
+    def position(self) -> Mapping[str, Any]:
+        """Where the data stands, as far as this process reads it, JSON."""
         ...
 
-    def go_on(self, position: Any) -> None:
-        """Goes on from a position."""
+    def go_on(self, position: Mapping[str, Any]) -> None:
+        """Goes on from a position: what all processes knew."""
         ...
 
     def step(self, state: TrainState, number: int, report: Report) -> TrainState:
@@ -321,7 +322,9 @@ class Supervised:
         documents = data.Documents(d.files, d.length)
         end = _end_token(settings, parts.tokenizer)
         self._encoder = data.Encoder(parts.tokenizer, d.length, parts.config.vocab_size, end)
-        self._source = data.batches(documents, self._encoder, d, settings.seed)
+        place = by_rows(parts.mesh).addressable_devices_indices_map((d.accumulate, d.rows, d.length))
+        own = [index[1] for index in place.values() if index is not None]
+        self._source = data.Batches(documents, self._encoder, d, settings.seed, own)
         self._validation = data.Documents(d.validation, d.length, "data.validation") if d.validation else None
         if self._validation is not None:
             data.check(self._validation, self._encoder)
@@ -335,6 +338,7 @@ class Supervised:
             "data.length": d.length,
             "data.rows": d.rows,
             "data.accumulate": d.accumulate,
+            "data.streams": d.streams,
         }
         balance = Balance.of(settings.optimizer, parts.config)
         loss = cross_entropy(settings.model.dtype, settings.model.remat, balance, settings.model.capacity or None)
@@ -343,22 +347,21 @@ class Supervised:
         self._rate = schedule(settings.optimizer, settings.steps)
         self._guard = Guard(settings, loss)
 
-    def position(self) -> Any:
-        """Where the data stands, JSON."""
+    def position(self) -> Mapping[str, Any]:
+        """Where the data stands."""
         return self._source.get_state()
 
-    def go_on(self, position: Any) -> None:
+    def go_on(self, position: Mapping[str, Any]) -> None:
         """Goes on from a position."""
         self._source.set_state(position)
 
     def step(self, state: TrainState, number: int, report: Report) -> TrainState:
         """Does and reports one update."""
-        rows = next(self._source)
-        batch = to_devices(rows, self._parts.mesh)
+        batch = to_devices(next(self._source), self._parts.mesh)
         rate = float(np.asarray(self._rate(int(state.accepted))))
         state, metrics = self._step(state, batch)
         values = figures(fetched(metrics))
-        report.step(number, values | {"learning_rate": rate}, *size(rows))
+        report.step(number, values | {"learning_rate": rate}, *size(batch))
         try:
             self._guard.look(number, state, batch, values, report)
         except Stopped as stopped:
@@ -400,7 +403,7 @@ def _end_token(settings: Settings, tokenizer: Tokenizer | None) -> int | None:
 
 
 def to_devices(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch `[A, rows, T]`, which every process has as a whole, as arrays of the mesh, split by rows."""
+    """A batch `[A, rows, T]`, of which every process has the rows of its devices, as arrays of the mesh."""
     place = by_rows(mesh)
     return {name: jax.make_array_from_callback(x.shape, place, x.__getitem__) for name, x in batch.items()}
 
@@ -432,14 +435,17 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def size(batch: Mapping[str, Any]) -> tuple[int, float]:
+def size(batch: Mapping[str, jax.Array]) -> tuple[int, float]:
     """Tokens of a batch, and the mean number of tokens that a query sees in its segment."""
-    segments = batch["segments"].reshape(-1, batch["segments"].shape[-1])
-    start = np.diff(segments, axis=1, prepend=-1) != 0
-    index = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
-    seen = index - np.maximum.accumulate(np.where(start, index, 0), axis=1) + 1
+    found = fetched(_size(batch["segments"]))
+    return int(found["tokens"]), float(found["seen"] / max(found["tokens"], 1))
+
+
+@jax.jit
+def _size(segments: jax.Array) -> dict[str, jax.Array]:
     valid = segments > 0
-    return int(valid.sum()), float(seen[valid].mean()) if valid.any() else 0.0
+    seen = positions(segments.reshape(-1, segments.shape[-1])).reshape(segments.shape) + 1
+    return {"tokens": jnp.sum(valid), "seen": jnp.sum(jnp.where(valid, seen, 0).astype(jnp.float32))}
 
 
 class Guard:

@@ -14,6 +14,7 @@ from orbax.checkpoint import v1 as ocp
 
 from m1jax import checkpoint
 from m1jax.config import M1Config
+from m1jax.distributed import gathered
 from m1jax.errors import UserError
 from m1jax.workplace import check_space, disk_errors
 
@@ -58,12 +59,18 @@ class Checkpoints:
     def save(self, step: int, state: Any, position: Any) -> str | None:
         """Starts writing a checkpoint; waits for the one before.
 
+        Args:
+          step: its number.
+          state: arrays.
+          position: where the data stands, a table in JSON; of several processes each gives what it knows.
+
         Returns:
           Why the one before, or the start of this one, failed; None if all is well. The newest whole checkpoint stays.
         """
         problem = self.wait()
         self._step, self._problem = step, None
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        position = {name: value for known in gathered(position) for name, value in known.items()}
         note = {"identity": self._identity, "position": position}
         with _quiet() as quiet:
             try:

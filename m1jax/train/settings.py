@@ -40,6 +40,9 @@ class DataSettings:
     accumulate: int = 1  # batches whose gradients make one step
     end_token: str = ""  # name of the token after each document; the tokenizer's eos by default
     bins: int = 32  # rows that are being filled at a time; more leave less padding
+    # Documents are dealt out to so many streams, each of which fills an equal part of the rows: of several processes
+    # each reads the streams of its own rows alone. Batches follow from this number, whatever that of the processes is.
+    streams: int = 1
     validation: tuple[str, ...] = ()  # files or patterns that are not trained on: their cross-entropy is reported
     validate_every: int = 500  # steps, and at the end
 
@@ -110,7 +113,7 @@ class Settings:
     rl: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # read by the stage itself
 
     def __post_init__(self) -> None:
-        o, data = self.optimizer, ("length", "rows", "accumulate", "bins", "validate_every")
+        o, data = self.optimizer, ("length", "rows", "accumulate", "bins", "streams", "validate_every")
         positive = [f"data.{name}" for name in data]
         for name in ("steps", *positive, "checkpoint.keep", "guard.skips", "log.every"):
             value: Any = self
@@ -137,6 +140,8 @@ class Settings:
         for name, (value, good, wanted) in ranges.items():
             if not good:
                 raise UserError(f"{name} = {value} must be {wanted}")
+        if self.data.rows % self.data.streams:
+            raise UserError(f"data.rows = {self.data.rows} does not divide among data.streams = {self.data.streams}")
         if self.stage == "rl":
             self._check_rl()
         elif self.rl:
