@@ -21,18 +21,21 @@ from m1jax.errors import UserError, main_guard
 from m1jax.evaluate import Score, open_local, score
 from m1jax.nano.recipe import LONGEST, TAUGHT
 from m1jax.nano.training import (
+    CHANGES,
+    JUDGED,
     PLANS,
     REINFORCED,
-    STAGES,
+    STEPS,
     WINDOWS,
+    Step,
+    change,
     claim,
     fingerprint,
     install,
+    model_of,
     prepare,
     scaled,
     settings,
-    settle,
-    sharpen,
 )
 from m1jax.rl import stage as rl_stage
 from m1jax.runtime import use_compilation_cache
@@ -52,31 +55,39 @@ def accuracies(model: Path, tasks: Sequence[str], problems: int) -> dict[str, Sc
     return {name: score(task, task.problems(problems, 0, level), level, local) for name, task, level in levels}
 
 
-def results(stage: str, out: Path, tasks: Sequence[str], problems: int) -> dict[str, Any]:
-    """What a finished stage came to."""
-    rows = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    judged = {stage: f"{stage}/model"} if stage == "sft" or stage in REINFORCED else {}
-    judged |= {"sft": {"sharpened": "sharpened"}, STAGES[-1]: {"settled": "settled"}}.get(stage, {})
-    scores = {name: accuracies(out / model, tasks, problems) for name, model in judged.items()}
-    return {
-        "steps": rows[-1]["step"],
-        "loss": rows[-1]["loss"],
-        "tokens": sum(row["tokens"] for row in rows),
-        "minutes": sum(row["seconds"] for row in rows) / 60,  # of the steps, without evaluation and saving
-        "accuracy": {
-            model: {name: [s.accuracy, *s.interval] for name, s in found.items()} for model, found in scores.items()
-        },
-        "machine": f"{jax.devices()[0].device_kind}, {platform.machine()}",
-    }
+def make(step: Step, out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> None:
+    """Does a step, unless its model is there."""
+    if model_of(step, out).exists():
+        return
+    if step in CHANGES:
+        change(step, out)
+    else:
+        (rl_stage.run if step in REINFORCED else loop.run)(settings(step, out, plan, tasks))
+
+
+def results(step: Step, out: Path, tasks: Sequence[str], problems: int) -> dict[str, Any]:
+    """What a finished step came to."""
+    found: dict[str, Any] = {"machine": f"{jax.devices()[0].device_kind}, {platform.machine()}"}
+    if step not in CHANGES:
+        rows = [json.loads(line) for line in (out / step / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        found |= {
+            "steps": rows[-1]["step"],
+            "loss": rows[-1]["loss"],
+            "tokens": sum(row["tokens"] for row in rows),
+            "minutes": sum(row["seconds"] for row in rows) / 60,  # without evaluation and saving
+        }
+    if step in JUDGED:
+        scores = accuracies(model_of(step, out), tasks, problems)
+        found["accuracy"] = {name: [score.accuracy, *score.interval] for name, score in scores.items()}
+    return found
 
 
 def table(found: dict[str, Any]) -> str:
-    """The results for the README: what each stage took, and how accurate the models after it are."""
-    stages = [stage for stage in STAGES if stage in found]
+    """The results for the README: what each stage took, and how accurate the models are."""
     lines = ["| | steps | tokens | loss | minutes | machine |", "|---|---|---|---|---|---|"]
     form = "| {} | {steps} | {tokens} | {loss:.4f} | {minutes:.1f} | {machine} |"
-    lines += [form.format(stage, **found[stage]) for stage in stages]
-    models = {model: scores for stage in stages for model, scores in found[stage]["accuracy"].items()}
+    lines += [form.format(step, **values) for step, values in found.items() if "steps" in values]
+    models = {step: values["accuracy"] for step, values in found.items() if "accuracy" in values}
     if models:
         lines += ["", f"| | {' | '.join(models)} |", f"|---|{'---|' * len(models)}"]
         for task in next(iter(models.values())):
@@ -91,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machine", choices=PLANS, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/nano"))
-    parser.add_argument("--until", choices=STAGES, default=STAGES[-1])
+    parser.add_argument("--until", choices=STEPS, default=STEPS[-1])
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--task", action="append", metavar="NAME", help="train on these alone (all)")
     parser.add_argument("--problems", type=int, default=400, help="per task, of the evaluations (400)")
@@ -105,22 +116,16 @@ def main() -> None:
     prepare(args.out, plan, tasks)
     file = args.out / "results.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    for stage in STAGES[: STAGES.index(args.until) + 1]:
-        if stage in found:
+    for step in STEPS[: STEPS.index(args.until) + 1]:
+        if step in found:
             continue
-        if not (args.out / stage / "model").exists():
-            (rl_stage.run if stage in REINFORCED else loop.run)(settings(stage, args.out, plan, tasks))
-        if stage == "sft":
-            sharpen(args.out)
-        if stage == STAGES[-1]:
-            settle(args.out)
-        found[stage] = results(stage, args.out, tasks, args.problems)
+        make(step, args.out, plan, tasks)
+        found[step] = results(step, args.out, tasks, args.problems)
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         (args.out / "results.md").write_text(table(found), encoding="utf-8")
     print(table(found))
     if args.install:
-        last = args.out / ("settled" if args.until == STAGES[-1] else f"{args.until}/model")
-        install(last, args.out / "tokenizer")
+        install(model_of(step, args.out), args.out / "tokenizer")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,12 @@ from m1jax.train.data import digest
 from m1jax.train.settings import Settings, parse
 from m1jax.weights import expected
 
-Stage = Literal["recall", "pretrain", "sft", "longer", "surer"]
-STAGES: tuple[Stage, ...] = ("recall", "pretrain", "sft", "longer", "surer")
+# What makes the model, each from the one before: stages that train, and between them changes of the weights.
+Step = Literal["recall", "pretrain", "sft", "sharpened", "longer", "surer", "settled"]
+STEPS: tuple[Step, ...] = ("recall", "pretrain", "sft", "sharpened", "longer", "surer", "settled")
+CHANGES: tuple[Step, ...] = ("sharpened", "settled")
+STAGES: tuple[Step, ...] = tuple(step for step in STEPS if step not in CHANGES)
+JUDGED = STEPS[STEPS.index("sft") :]  # the models that speak
 
 LENGTH = 512  # tokens of a row; the longest conversation of the shipped difficulties and lists to recall fit
 RECALL = 6  # rows of a stage's own for each list to recall
@@ -153,11 +157,16 @@ def _write(file: Path, values: Iterable[Any]) -> None:
         part.replace(file)
 
 
-def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> Settings:
+def model_of(step: Step, out: Path) -> Path:
+    """Where the model is that a step makes."""
+    return out / step if step in CHANGES else out / step / "model"
+
+
+def settings(stage: Step, out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> Settings:
     """The settings of a stage, as a TOML file would give them. Raises `UserError`."""
     steps = plan["steps"][stage]
     reinforced = REINFORCED.get(stage)
-    before = {"recall": "start", "longer": "sharpened"}.get(stage) or f"{STAGES[STAGES.index(stage) - 1]}/model"
+    at = STEPS.index(stage)
     common: dict[str, Any] = {
         "stage": "rl" if reinforced else "sft" if stage == "recall" else stage,
         "out": str(out / stage),
@@ -166,7 +175,7 @@ def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]
             "dtype": plan["dtype"],
             "remat": "none",
             "tokenizer": str(out / "tokenizer"),
-            "path": str(out / before),
+            "path": str(model_of(STEPS[at - 1], out) if at else out / "start"),
         },
         "guard": {"action": "skip"},
         "log": {"tensorboard": False},
@@ -186,24 +195,25 @@ def settings(stage: Stage, out: Path, plan: dict[str, Any], tasks: Sequence[str]
     return parse(Settings, common | {"optimizer": optimizer, "checkpoint": every, "data": data})
 
 
-def sharpen(out: Path) -> None:
-    """Writes what RL begins with, unless it is there: SFT's model with softmax attention's queries times `SHARPER`."""
-    if not (out / "sharpened").exists():
-        save(_sharper(load(out / "sft" / "model"), SHARPER), out / "sharpened", "float32", out / "tokenizer")
+def change(step: Step, out: Path) -> None:
+    """Writes the model of a step that does not train.
+
+    "sharpened" is what RL begins with: SFT's model with softmax attention's queries times `SHARPER`. "settled" is what
+    ships: a model between those after RL's stages (arXiv 2109.01903), its queries times `SHARPER_AGAIN`.
+    """
+    if step == "sharpened":
+        model = _sharper(load(model_of("sft", out)), SHARPER)
+    else:
+        before, after = (load(model_of(stage, out)) for stage in ("longer", "surer"))
+        between = jax.tree.map(lambda a, b: a * (1 - KEPT) + b * KEPT, before, after)
+        model = _sharper(between, SHARPER_AGAIN)
+    save(model, model_of(step, out), "float32", out / "tokenizer")
 
 
 def _sharper(model: M1, factor: float) -> M1:
     weights = flatten(model)
     weights["softmax.q_proj"] *= factor
     return build(model.config, lambda path, _: weights[path])
-
-
-def settle(out: Path) -> None:
-    """Writes what ships, unless it is there: a model between those after RL's stages (arXiv 2109.01903), sharper."""
-    if not (out / "settled").exists():
-        before, after = (load(out / stage / "model") for stage in REINFORCED)
-        between = jax.tree.map(lambda a, b: a * (1 - KEPT) + b * KEPT, before, after)
-        save(_sharper(between, SHARPER_AGAIN), out / "settled", "float32", out / "tokenizer")
 
 
 def install(model: Path, tokenizer: Path, folder: Path = FOLDER) -> None:
