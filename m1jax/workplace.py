@@ -83,11 +83,7 @@ def open_workplace(dst: Path, what: dict[str, Any], overwrite: bool) -> Iterator
     if partial.exists() and not (partial / LOCK).exists() and any(partial.iterdir()):
         raise UserError(f"{partial} is in the way and not an unfinished run's: move it")
     partial.mkdir(parents=True, exist_ok=True)
-    with (partial / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{partial} is being written by another process: wait for it") from None
+    with alone(partial, partial / LOCK):
         steps = _resume(partial, what, overwrite)
         with (partial / PROGRESS).open("a", encoding="utf-8") as stream:
             place = Workplace(partial, steps[1:], stream)
@@ -101,6 +97,20 @@ def open_workplace(dst: Path, what: dict[str, Any], overwrite: bool) -> Iterator
                     shutil.rmtree(partial)
                 raise
         _finish(partial, dst, overwrite)
+
+
+@contextmanager
+def alone(folder: Path, lock: Path) -> Iterator[None]:
+    """Holds a lock while this process writes in a folder. Raises `UserError` if another one does."""
+    with lock.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is being written by another process: wait for it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # file systems that have no locks
+                raise
+        yield
 
 
 def _resume(partial: Path, what: dict[str, Any], overwrite: bool) -> list[Any]:

@@ -125,7 +125,7 @@ def main() -> None:
         (args.out / "results.md").write_text(table(found), encoding="utf-8")
     print(table(found))
     if args.install:
-        install(model_of(step, args.out), args.out / "tokenizer")
+        install(model_of(args.until, args.out), args.out / "tokenizer")
 
 
 if __name__ == "__main__":

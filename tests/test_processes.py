@@ -251,7 +251,8 @@ def test_trains_as_one_process(tmp_path: Path, address: str, monkeypatch: pytest
     lines = [json.dumps({"text": f"{i} + {i} = {2 * i}. " * (1 + i % 2)}) for i in range(64)]
     (path / "corpus.jsonl").write_text("\n".join(lines))
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    data = {"validation": [str(path / "corpus.jsonl")], "validate_every": 2, "streams": 2}
+    shutil.copy(path / "corpus.jsonl", path / "held.jsonl")
+    data = {"validation": [str(path / "held.jsonl")], "validate_every": 2, "streams": 2}
     test_train_run.on_two_devices(monkeypatch)
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     for mesh, dtype, first in (("fsdp=2", "bfloat16", 0), ("tensor=2", "float32", 2)):

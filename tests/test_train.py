@@ -139,6 +139,11 @@ def test_only_the_assistants_turns_are_learnt(tmp_path: Path) -> None:
     # Who speaks first has said nothing of what the template puts before it; tools on offer are read, not learnt.
     alone = chat({"messages": messages[1:2], "tools": [{"name": "add", "parameters": {}}]})
     assert alone[0] == "One.<end_of_sentence>" and "add" in alone[1] and alone[1].count("One.") == 1
+    # What an assistant has thought is learnt, in M1's tags; a turn of weight 0 is only read.
+    thought = {"role": "assistant", "reasoning_content": "Hm.", "content": "Two."}
+    line = {"messages": [messages[0], messages[1] | {"weight": 0}, messages[2], thought]}
+    learnt, whole = chat(line)
+    assert learnt == "<think>\nHm.\n</think>\nTwo.<end_of_sentence>" and "One.<end_of_sentence>" in whole
     # The weight stands with the token that is predicted, not with the one that is read.
     assert tokenizer.decode([int(t) for t in one["targets"][one["weights"] > 0]], keep=None) == "One.<end_of_sentence>"
 
@@ -167,6 +172,13 @@ def file_of(save: Any, array: np.ndarray) -> bytes:
         ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}\n', "no assistant's message"),
         ("a.jsonl", b'{"prompt": "x", "response": "y", "tools": {"a": 1}}\n', "line 1: tools is not a list"),
         ("a.jsonl", b'{"prompt": "x", "response": "far too long for eight"}\n', "tokens: raise data.length"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "assistant", "content": "x", "weight": "1"}]}\n',
+            "weight '1' of a message",
+        ),
+        ("a.jsonl", b'{"messages": [{"role": "assistant", "reasoning": 1}]}\n', "reasoning_content is not a string"),
+        ("a.jsonl", b"\xef\xbb\xbf", "a.jsonl is empty"),
         ("a.csv", b"x", "unknown kind '.csv'"),
         ("a.npy", b"x", "is not a NumPy file"),
         ("a.npy", b"", "is not a NumPy file"),
@@ -195,9 +207,29 @@ def test_data_that_gives_nothing_is_refused(tmp_path: Path) -> None:
         data.Documents([], 8)
     documents = data.Documents([write(tmp_path / "a.jsonl", {"text": "a"})], 8)
     with pytest.raises(UserError, match="no document has two tokens"):
-        data.Batches(documents, encoder(), DataSettings(rows=1), 0)
+        data.check(documents, encoder())
     with pytest.raises(UserError, match="outside the model's vocabulary of 9"):
         encoder(vocab=9)(data.Documents([write(tmp_path / "b.jsonl", {"text": "Hello there"})], 8)[0])
+
+
+def test_files_of_a_byte_order_mark_and_links(tmp_path: Path) -> None:
+    """The mark is no text; a file that several names lead to is read once, and one of `without` not at all."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "Hello"}\n\n{"text": "there"}\n')
+    (folder / "b.txt").write_bytes(b"\xef\xbb\xbfHello there")
+    write(folder / "c.jsonl", {"text": "held out"})
+    np.save(folder / "d.npy", np.arange(20))
+    (folder / "loop").symlink_to(folder)
+    documents = data.Documents([f"{folder}/**/*.*", f"{folder}/../corpus/a.jsonl"], 8, without=[f"{folder}/loop/c*"])
+    found = [(str(place), value) for place, value in documents.part(0, 1)]
+    assert [value for _, value in found[:3]] == [{"text": "Hello"}, {"text": "there"}, "Hello there"]
+    assert found[1][0].endswith("/a.jsonl, line 3") and len(documents) == 6
+    assert [value.tolist() for _, value in found[3:]] == [[*range(9)], [*range(8, 17)], [*range(16, 20)]]
+    assert [str(documents[i][0]) for i in range(6)] == [place for place, _ in found]
+    assert [place for place, _ in documents.part(1, 2)] == [documents.place(i) for i in (1, 3, 5)]
+    with pytest.raises(UserError, match=r"matches nothing but files of data\.validation"):
+        data.Documents([f"{folder}/c*"], 8, without=[f"{folder}/*"])
 
 
 SETTINGS = DataSettings(length=12, rows=2, accumulate=2, bins=4)
@@ -231,6 +263,8 @@ def test_batches_are_the_same_again_and_go_on_from_a_saved_position(tmp_path: Pa
     assert same(some(12), first) and not same(some(12, seed=1), first)
     for at in (1, 5, 9):
         assert same(some(12 - at, position=positions[at]), first[at:])
+    if streams == 1:  # positions from before there were streams
+        assert same(some(11, position=positions[1]["0"]), first[1:])
     for batch in first:
         assert batch["tokens"].shape == (2, 2, 12)
         starts = np.diff(batch["segments"], axis=-1, prepend=-1) != 0

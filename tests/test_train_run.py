@@ -29,9 +29,10 @@ from m1jax.sharding import sizes
 from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import __main__ as command
-from m1jax.train import loop, saving
+from m1jax.train import data, loop, saving
 from m1jax.train import settings as s
 from m1jax.train.report import Report, _peak_tflops
+from m1jax.workplace import LOCK, alone
 from tests.checkpoints import run as run_command
 from tests.tools import DATA, rms_error, variant
 
@@ -447,7 +448,7 @@ def test_a_checkpoint_of_another_model_or_of_other_data_is_refused(folder: Path,
 
 
 def test_a_checkpoint_from_before_contents_were_noted_is_read(tmp_path: Path) -> None:
-    noted = {"data": "a", "data.contents": "b", "tokenizer": "c"}
+    noted = {"data": "a", "data.contents": "b", "tokenizer": "c", "data.streams": 1}
     state = {"w": jnp.ones(3)}
     old = saving.Checkpoints(tmp_path, 1, {"data": "a"})
     assert old.save(1, state, {"at": 5}) is None and old.close() is None
@@ -455,6 +456,35 @@ def test_a_checkpoint_from_before_contents_were_noted_is_read(tmp_path: Path) ->
     assert new.load(state)[1] == {"at": 5} and new.save(2, state, {"at": 6}) is None and new.close() is None
     with pytest.raises(UserError, match="tokenizer 'c', not 'd'"):
         saving.Checkpoints(tmp_path, 1, noted | {"tokenizer": "d"}).load(state)
+    older = saving.Checkpoints(tmp_path / "older", 1, {"data": "a"})
+    assert older.save(1, state, {}) is None and older.close() is None
+    with pytest.raises(UserError, match=r"data\.streams 1, not 2"):
+        saving.Checkpoints(tmp_path / "older", 1, noted | {"data.streams": 2}).load(state)
+
+
+def test_one_run_at_a_time_and_never_backwards(
+    folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with alone(whole, whole / LOCK), pytest.raises(UserError, match="is being written by another process: wait"):
+        loop.run(settings(folder, whole))
+    before = (whole / "model" / "config.json").stat().st_mtime_ns
+    with pytest.raises(UserError, match="is at step 8 of its run already: steps = 2 is less"):
+        loop.run(settings(folder, whole, steps=2, optimizer={"warmup": 0, "decay": 0}))
+    assert (whole / "model" / "config.json").stat().st_mtime_ns == before
+    loop.run(settings(folder, tmp_path / "out", steps=1, optimizer={"warmup": 2, "decay": 0}))
+    assert "warning: optimizer.warmup = 2 is not over when the run is" in capsys.readouterr().err
+
+
+def test_data_is_looked_at_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large corpus the check takes long: runs that go on from a kill, with the same data, leave it out."""
+    looked: list[str] = []
+    monkeypatch.setattr(data, "check", lambda documents, encoder: looked.append(documents.name))
+    (tmp_path / "held.jsonl").write_text('{"text": "This one is fine."}\n')
+    held = {"data": {"validation": [str(tmp_path / "held.jsonl")]}}
+    for changes, times in (({}, 1), ({}, 1), ({"data": {"length": 20}}, 2), (held, 4)):
+        loop.Supervised(loop.prepare(settings(folder, tmp_path / "out", **changes))).close()
+        assert len(looked) == times
+    assert looked[-1] == "data.validation"
 
 
 def test_a_model_of_one_kind_of_layer_is_written_too(tmp_path: Path) -> None:

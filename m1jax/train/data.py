@@ -4,6 +4,9 @@ A document is a text file, a line of a JSONL file, or an array of tokens. A samp
 token with the one after it as its target and a weight. Samples share rows; each is a segment there.
 """
 
+import array
+import bisect
+import codecs
 import contextlib
 import dataclasses
 import functools
@@ -11,7 +14,8 @@ import glob
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +23,12 @@ import grain
 import jax
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from m1jax import distributed
 from m1jax.chat_template import ChatTemplate
 from m1jax.errors import UserError
+from m1jax.reply import CLOSE, OPEN
 from m1jax.tokenizer import Tokenizer
 from m1jax.train.settings import DataSettings
 
@@ -42,6 +48,7 @@ _TOKENIZER = (
     "chat_template.jinja",
     "generation_config.json",
 )
+PATIENCE = 5  # seconds after which a bar shows how far the check is
 _LOOKED_AT = 1 << 20  # bytes at either end of a file that its fingerprint is about
 
 
@@ -62,37 +69,92 @@ class Place:
 class Documents:
     """The documents of some files, by number; the files are read when they are asked for.
 
+    Args:
+      patterns: names of files, or patterns of them; a file that several fit, or links lead to, counts once.
+      length: tokens of a row.
+      name: of the setting, for messages.
+      without: patterns of files to leave out.
+
     Raises:
       UserError: no file matches, or one is empty, unreadable, of another kind or not UTF-8.
     """
 
-    def __init__(self, patterns: Sequence[str], length: int, name: str = "data.files") -> None:
-        files = sorted({Path(found) for pattern in patterns for found in glob.glob(pattern, recursive=True)})
+    def __init__(
+        self, patterns: Sequence[str], length: int, name: str = "data.files", without: Sequence[str] = ()
+    ) -> None:
         for pattern in patterns:
             if not glob.glob(pattern, recursive=True):
                 raise UserError(f"{name}: {pattern} matches no file")
-        if not files:
+        if not patterns:
             raise UserError(f"{name} is empty: name the files to train on")
+        left_out = _matching(without)
+        files = [file for real, file in _matching(patterns).items() if real not in left_out]
+        if not files:
+            raise UserError(f"{name} matches nothing but files of data.validation, which are not trained on")
         self.name = name
-        self.places = [place for file in files for place in _places(file, length, name)]
+        self._shelves = [_shelf(file, length, name) for file in files]
+        self._ends = list(itertools.accumulate(map(len, self._shelves)))
         self.fingerprint = digest([(file.name, file.stat().st_size) for file in files])
         self.contents = digest([_ends(file) for file in files])
 
     def __len__(self) -> int:
-        return len(self.places)
+        return self._ends[-1]
+
+    def place(self, index: int) -> Place:
+        """Where document number `index` is."""
+        number = bisect.bisect_right(self._ends, index)
+        shelf = self._shelves[number]
+        return shelf[index - self._ends[number] + len(shelf)]
 
     def part(self, first: int, step: int) -> Iterator[tuple[Place, Any]]:
         """Every so many of the documents, in their order; a file is opened once."""
-        places = self.places[first::step]
+        places = map(self.place, range(first, len(self), step))
         for (file, kind), some in itertools.groupby(places, lambda place: (place.file, place.kind)):
             with _reader(file, kind) as read:
                 yield from ((place, read(place)) for place in some)
 
     def __getitem__(self, index: Any) -> tuple[Place, Any]:
         """A document: text, the object of a JSONL line, or tokens."""
-        place = self.places[int(index)]
+        place = self.place(int(index))
         with _reader(place.file, place.kind) as read:
             return place, read(place)
+
+
+def _matching(patterns: Sequence[str]) -> dict[Path, Path]:
+    """Files that the patterns fit, in the order of their names; by where links lead, which may be one place."""
+    found = sorted({Path(name) for pattern in patterns for name in glob.glob(pattern, recursive=True)}, reverse=True)
+    return dict(sorted({file.resolve(): file for file in found}.items(), key=lambda item: item[1]))
+
+
+class _Texts(Sequence[Place]):
+    """Documents of a text or JSONL file: a corpus has many, and as numbers they are small."""
+
+    def __init__(self, file: Path, kind: Kind, bounds: Iterable[tuple[int, int, int]]) -> None:
+        self._kind: Kind = kind
+        flat = array.array("q", itertools.chain.from_iterable(bounds))
+        self._file = file
+        self._bounds = np.frombuffer(flat, np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self._bounds)
+
+    def __getitem__(self, index: Any) -> Any:
+        first, last, line = self._bounds[index].tolist()
+        return Place(self._file, self._kind, first, last, line)
+
+
+class _Tokens(Sequence[Place]):
+    """Stretches of `length` + 1 tokens of an array, each beginning with the last token of the one before."""
+
+    def __init__(self, file: Path, size: int, length: int) -> None:
+        self._file, self._size, self._length = file, size, length
+
+    def __len__(self) -> int:
+        return -(-max(self._size - 1, 0) // self._length)
+
+    def __getitem__(self, index: Any) -> Any:
+        first = index * self._length
+        return Place(self._file, "tokens", first, min(first + self._length + 1, self._size), 0)
 
 
 @contextlib.contextmanager
@@ -144,12 +206,15 @@ def _json(text: str, place: Place) -> Mapping[str, Any]:
     return value
 
 
-def _places(file: Path, length: int, name: str) -> list[Place]:
+def _shelf(file: Path, length: int, name: str) -> Sequence[Place]:
     kind = _SUFFIXES.get(file.suffix)
     if kind is None:
         raise UserError(f"{file}: unknown kind {file.suffix!r}: known are {', '.join(_SUFFIXES)}")
     try:
-        places = _token_places(file, length) if kind == "tokens" else list(_text_places(file, kind))
+        if kind == "tokens":
+            places = _Tokens(file, _size(file), length)
+        else:
+            places = _Texts(file, kind, _text_bounds(file, kind))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     if not places:
@@ -157,8 +222,8 @@ def _places(file: Path, length: int, name: str) -> list[Place]:
     return places
 
 
-def _token_places(file: Path, length: int) -> list[Place]:
-    """Stretches of `length` + 1 tokens, each beginning with the last token of the one before."""
+def _size(file: Path) -> int:
+    """How many tokens an array holds."""
     try:
         tokens = np.load(file, mmap_mode="r")
     except (ValueError, EOFError) as error:
@@ -167,14 +232,17 @@ def _token_places(file: Path, length: int) -> list[Place]:
         raise UserError(f"{file} is an archive of arrays: save one array with numpy.save")
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"{file} holds {tokens.dtype} {tokens.shape}: expected integers of one dimension")
-    return [Place(file, "tokens", at, min(at + length + 1, len(tokens)), 0) for at in range(0, len(tokens) - 1, length)]
+    return len(tokens)
 
 
-def _text_places(file: Path, kind: Kind) -> Iterator[Place]:
-    """Lines of a JSONL file, or parts of a text file; all of it is checked to be UTF-8."""
+def _text_bounds(file: Path, kind: Kind) -> Iterator[tuple[int, int, int]]:
+    """First and last byte and line of each document: lines of a JSONL file, parts of a text; all must be UTF-8."""
     at = first = 0
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
+            if number == 1 and line.startswith(codecs.BOM_UTF8):
+                at = first = len(codecs.BOM_UTF8)
+                line = line[first:]
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -182,13 +250,13 @@ def _text_places(file: Path, kind: Kind) -> Iterator[Place]:
             at += len(line)
             if kind == "jsonl":
                 if line.strip():
-                    yield Place(file, kind, first, at, number)
+                    yield first, at, number
                 first = at
             elif at - first >= _PART:
-                yield Place(file, kind, first, at, number)
+                yield first, at, number
                 first = at
     if at > first:
-        yield Place(file, kind, first, at, 0)
+        yield first, at, 0
 
 
 @contextlib.contextmanager
@@ -302,15 +370,18 @@ def chat_tokens(
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Tokens `[n]` of a conversation and weights: 1 for what the assistant says, to the end of its turn, else 0.
 
-    Each turn is encoded by itself, as generation sees it: the prompt is tokens before the answer begins. `tools` are
-    the functions on offer, as the chat template takes them.
+    Each turn is encoded by itself, as generation sees it: the prompt is tokens before the answer begins. A message's
+    own `weight` takes the place of the 1, its `reasoning_content` or `reasoning` comes before its content, in the tags
+    that M1 thinks in. `tools` are the functions on offer, as the chat template takes them.
 
     Raises:
-      UserError: there is no chat template or no assistant, or the template changes earlier turns.
+      UserError: there is no chat template or no assistant, the template changes earlier turns, or a message is not as
+        it should be.
     """
     if tokenizer.template is None:
         raise UserError(f"{tokenizer.folder} has no chat template: conversations need one")
     template = _template(tokenizer)
+    messages = [_with_reasoning(message) for message in messages]
     ids: list[int] = []
     weights: list[float] = []
     done = ""
@@ -324,11 +395,30 @@ def chat_tokens(
         prompt, answer = tokenizer.encode(before[len(done) :]), tokenizer.encode(after[len(before) :])
         last = next((n + 1 for n, token in enumerate(answer) if token in tokenizer.eos_ids), len(answer))
         ids += prompt + answer
-        weights += [0.0] * len(prompt) + [1.0] * last + [0.0] * (len(answer) - last)
+        weights += [0.0] * len(prompt) + [_weight(message)] * last + [0.0] * (len(answer) - last)
         done = after
     if not done:
         raise UserError("the conversation has no assistant's message to learn")
     return np.asarray(ids, np.int32), np.asarray(weights, np.float32)
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with its reasoning at the head of its content."""
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    if message.get("role") != "assistant" or not reasoning:
+        return message
+    if not isinstance(reasoning, str):
+        raise UserError("reasoning_content is not a string")
+    thought, content = f"{OPEN}\n{reasoning.strip()}\n{CLOSE}\n", message.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+    return {**message, "content": [{"type": "text", "text": thought}, *parts]}
+
+
+def _weight(message: Mapping[str, Any]) -> float:
+    weight = message.get("weight", 1)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise UserError(f"weight {weight!r} of a message must be a number, 0 or more")
+    return float(weight)
 
 
 def _opened(template: ChatTemplate, message: Mapping[str, Any], after: str, tools: Sequence[Mapping[str, Any]]) -> str:
@@ -371,9 +461,6 @@ class Batches:
       settings: shapes, and how rows are filled.
       seed: of the order.
       own: the rows that are asked for; the streams of others are not read, and their rows hold zeros.
-
-    Raises:
-      UserError: a document is not as it should be, or none has two tokens; in every process, whichever finds it.
     """
 
     def __init__(
@@ -384,7 +471,6 @@ class Batches:
         seed: int,
         own: Sequence[slice] = (slice(None),),
     ) -> None:
-        check(documents, encoder)
         self._settings, self._each = settings, settings.rows // settings.streams
         rows = {row for part in own for row in range(*part.indices(settings.rows))}
         shuffled = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()  # pyright: ignore
@@ -421,7 +507,7 @@ class Batches:
     def set_state(self, position: Mapping[str, Any]) -> None:
         """Goes on from the positions of all streams."""
         for s, stream in self._streams.items():
-            stream.set_state(position[s])
+            stream.set_state(position.get(s, position))  # before there were several, it was that of the only one
 
     def close(self) -> None:
         """Ends the threads that read ahead."""
@@ -450,14 +536,22 @@ def _packed(documents: Any, encoder: Encoder, settings: DataSettings) -> Any:
 
 
 def check(documents: Documents, encoder: Encoder) -> None:
-    """Raises `UserError` if a document is not as it should be, or none has two tokens.
+    """Raises `UserError`, in every process, if a document is not as it should be, or none has two tokens.
 
     A bad one, found late, would end the run and every one after it: without it the data would not be the same.
     Several processes divide the documents among themselves.
     """
-    problem = None
+    problem, first, step = None, jax.process_index(), jax.process_count()
+    own = tqdm(
+        documents.part(first, step),
+        f"checking {documents.name}",
+        len(range(first, len(documents), step)),
+        leave=False,
+        delay=PATIENCE,
+        disable=None,
+    )
     try:
-        for document in documents.part(jax.process_index(), jax.process_count()):
+        for document in own:
             encoder.check(document)
     except UserError as error:
         problem = str(error)

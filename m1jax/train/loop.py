@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m1jax.config import M1Config
-from m1jax.distributed import check_same
+from m1jax.distributed import check_same, gathered
 from m1jax.errors import UserError
 from m1jax.loading import Source, open_parameters
 from m1jax.model import M1, abstract, build, init_params
@@ -43,9 +43,10 @@ from m1jax.train.step import (
     measuring,
     schedule,
 )
-from m1jax.workplace import disk_errors
+from m1jax.workplace import LOCK, alone, disk_errors
 
 MODEL = "model"  # the trained model's folder in `out`
+CHECKED = "data.checked"  # a file there that says which data needs no second look
 COMPILED = 3  # steps after the first, then all is compiled
 PROFILED = 3  # steps in a trace
 
@@ -61,6 +62,7 @@ class Parts:
     optimizer: Any
     source: Source | None  # of the weights; None: random ones
     shapes: TrainState
+    updates: int  # of the weights, in a step
 
 
 class Stage(Protocol):
@@ -127,7 +129,7 @@ def prepare(settings: Settings, updates: int = 1) -> Parts:
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings(config, mesh, shapes)
     )
     _require_room(settings.model.path or settings.model.config, shapes, mesh)
-    return Parts(settings, config, tokenizer, mesh, optimizer, source, shapes)
+    return Parts(settings, config, tokenizer, mesh, optimizer, source, shapes, updates)
 
 
 def _has_tokenizer(folder: Path, settings: Settings) -> bool:
@@ -213,18 +215,24 @@ def drive(parts: Parts, stage: Stage, profile: bool) -> None:
     with disk_errors(out), contextlib.ExitStack() as stack:
         stack.callback(stage.close)
         out.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            stack.enter_context(alone(out, out / LOCK))
         identity = saving.identity(parts.config, {**stage.identity, "model.weights": _some_of(parts.source)})
         check_same("settings or data", (settings, identity))
         checkpoints = saving.Checkpoints(out, settings.checkpoint.keep, identity)
         if jax.process_count() == 1:  # of several, one that fails ends without waiting for the others
             stack.callback(checkpoints.close)
         state, first = None, checkpoints.latest or 0
+        if first > settings.steps:
+            raise UserError(f"{out} is at step {first} of its run already: steps = {settings.steps} is less")
         if first:
             state, position = checkpoints.load(parts.shapes)
             stage.go_on(position)
         report = stack.enter_context(Report(settings, parts.config, parts.mesh.size, first))
         if first:
             report.say(f"going on from step {first} of {settings.steps}")
+        if settings.optimizer.warmup >= settings.steps * parts.updates:
+            report.say(f"warning: optimizer.warmup = {settings.optimizer.warmup} is not over when the run is")
         state = _steps(parts, stage, state or fresh(parts), checkpoints, report, first, profile)
         problem = checkpoints.close()
         if problem:
@@ -319,15 +327,10 @@ class Supervised:
         d, ways = settings.data, shards(parts.mesh, "batch")
         if d.rows % ways:
             raise UserError(f"data.rows = {d.rows} does not divide among {ways} groups of devices: take a multiple")
-        documents = data.Documents(d.files, d.length)
+        documents = data.Documents(d.files, d.length, without=d.validation)
         end = _end_token(settings, parts.tokenizer)
         self._encoder = data.Encoder(parts.tokenizer, d.length, parts.config.vocab_size, end)
-        place = by_rows(parts.mesh).addressable_devices_indices_map((d.accumulate, d.rows, d.length))
-        own = [index[1] for index in place.values() if index is not None]
-        self._source = data.Batches(documents, self._encoder, d, settings.seed, own)
         self._validation = data.Documents(d.validation, d.length, "data.validation") if d.validation else None
-        if self._validation is not None:
-            data.check(self._validation, self._encoder)
         self.identity: Mapping[str, Any] = {
             "data": documents.fingerprint,
             "data.contents": documents.contents,
@@ -340,12 +343,31 @@ class Supervised:
             "data.accumulate": d.accumulate,
             "data.streams": d.streams,
         }
+        sets = [documents] if self._validation is None else [documents, self._validation]
+        self._check(sets, Path(settings.out) / CHECKED)
+        place = by_rows(parts.mesh).addressable_devices_indices_map((d.accumulate, d.rows, d.length))
+        own = [index[1] for index in place.values() if index is not None]
+        self._source = data.Batches(documents, self._encoder, d, settings.seed, own)
         balance = Balance.of(settings.optimizer, parts.config)
         loss = cross_entropy(settings.model.dtype, settings.model.remat, balance, settings.model.capacity or None)
         self._step = make_step(loss, parts.optimizer, settings.guard, settings.optimizer.rates)
         self._measure = measuring(loss)
         self._rate = schedule(settings.optimizer, settings.steps)
         self._guard = Guard(settings, loss)
+
+    def _check(self, sets: Sequence[data.Documents], note: Path) -> None:
+        """Raises `UserError` for a document that is not as it should be, unless a note says that these were checked."""
+        check_same("settings or data", (self._parts.settings, self.identity))
+        found = data.digest(([documents.contents for documents in sets], self.identity, self._parts.config.vocab_size))
+        noted = note.is_file() and note.read_text(encoding="utf-8") == found
+        if all(gathered(noted)):
+            return
+        for documents in sets:
+            data.check(documents, self._encoder)
+        if jax.process_index() == 0:
+            with disk_errors(note):
+                note.parent.mkdir(parents=True, exist_ok=True)
+                note.write_text(found, encoding="utf-8")
 
     def position(self) -> Mapping[str, Any]:
         """Where the data stands."""

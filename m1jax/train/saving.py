@@ -19,8 +19,15 @@ from m1jax.errors import UserError
 from m1jax.workplace import check_space, disk_errors
 
 FOLDER = "checkpoints"
-# Parts of the identity that older checkpoints lack: those pass without.
-LATER = ("data.contents", "tokenizer", "model.weights", "rl.own_tasks", "rl.mean_over")
+# Parts of the identity that older checkpoints lack, and what those had: None passes as anything.
+LATER = {
+    "data.contents": None,
+    "tokenizer": None,
+    "data.streams": 1,
+    "model.weights": None,
+    "rl.own_tasks": None,
+    "rl.mean_over": None,
+}
 
 
 class Checkpoints:
@@ -132,11 +139,11 @@ class Checkpoints:
                 note: Any = self._checkpointer.metadata(self.latest).custom_metadata
             except Exception as error:
                 raise UserError(f"{damaged} ({checkpoint.short(error)}): {remedy}") from error
-        found = note.get("identity", {}) if isinstance(note, dict) else {}
+        found = LATER | (note.get("identity", {}) if isinstance(note, dict) else {})
         differing = [
             f"{name} {found.get(name)!r}, not {value!r}"
             for name, value in self._identity.items()
-            if found.get(name) != value and not (name in LATER and name not in found)
+            if found.get(name) != value and not (name in LATER and found[name] is None)
         ]
         if differing:
             raise UserError(

@@ -43,7 +43,7 @@ class DataSettings:
     # Documents are dealt out to so many streams, each of which fills an equal part of the rows: of several processes
     # each reads the streams of its own rows alone. Batches follow from this number, whatever that of the processes is.
     streams: int = 1
-    validation: tuple[str, ...] = ()  # files or patterns that are not trained on: their cross-entropy is reported
+    validation: tuple[str, ...] = ()  # files or patterns; left out of `files`, their cross-entropy is reported
     validate_every: int = 500  # steps, and at the end
 
 
