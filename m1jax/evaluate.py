@@ -119,8 +119,13 @@ class Local:
                 )
             for row, n in enumerate(part):
                 ids = found.tokens[row, : found.lengths[row]].tolist()
-                out[n] = tokenizer.decode(ids), bool(found.ended[row])
+                out[n] = written(tokenizer, ids, bool(found.ended[row])), bool(found.ended[row])
         return [out[n] for n in range(len(prompts))]
+
+
+def written(tokenizer: Any, ids: Sequence[int], ended: bool) -> str:
+    """A reply as it is judged: every token counts, special ones too, but for that which ended it."""
+    return tokenizer.decode(ids[:-1] if ended else ids, keep=None)
 
 
 def eos_ids(config: Any, tokenizer: Any) -> list[int]:
@@ -225,11 +230,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         answers = open_local(
             args.model or default_model(), args.dtype, args.max_tokens, args.batch_size, args.quantize, args.mesh
         )
-    scores = []
-    for task in tasks:
-        scores.append(score(task, sets[task.name], levels[task.name], answers))
-        if not args.json and sys.stderr.isatty():
-            print(f"{task.name}: {scores[-1].accuracy:.1%} in {scores[-1].seconds:.1f} s", file=sys.stderr)
+    scores: list[Score] = []
+    try:
+        for task in tasks:
+            scores.append(score(task, sets[task.name], levels[task.name], answers))
+            if not args.json and sys.stderr.isatty():
+                print(f"{task.name}: {scores[-1].accuracy:.1%} in {scores[-1].seconds:.1f} s", file=sys.stderr)
+    finally:  # what is judged stays, if the server goes
+        if scores:
+            _print(scores, args)
+    return 0
+
+
+def _print(scores: Sequence[Score], args: argparse.Namespace) -> None:
     cut_off = sum(s.cut_off for s in scores)
     if cut_off:
         asked = sum(s.problems for s in scores)
@@ -242,7 +255,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps({"scores": [{**s._asdict(), "accuracy": s.accuracy, "interval": s.interval} for s in scores]}))
     else:
         print(table(scores))
-    return 0
 
 
 if __name__ == "__main__":

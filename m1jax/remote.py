@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,7 +15,8 @@ from m1jax.errors import UserError
 from m1jax.tasks import Problem
 
 TIMEOUT = 600.0  # seconds that a server may take for one reply
-TRIES = 5
+TRIES = 9  # three minutes, as long as a limit of questions a minute lasts that many ask for at once
+HUNG = 2  # tries of a server that takes a question and is silent
 WAIT = 1.0  # seconds before the second try, twice as many before each further one
 MOST = 60.0  # seconds, whatever the server asks for
 AWAY = 0  # in place of a status: no answer at all
@@ -108,9 +110,11 @@ class Remote:
                 raise UserError(
                     f"{self.url} cannot be reached ({error}): start the server, or correct the URL"
                 ) from None
-            status, reason, text, later = AWAY, "", "", ""
+            status, reason, text, later = AWAY, "", "", None
+            if isinstance(error, TimeoutError):
+                tries = min(tries, HUNG)
         if tries > 1 and status in (AWAY, *BUSY):
-            time.sleep(min(float(later) if later.isdecimal() else wait, MOST))
+            time.sleep(min(wait if later is None else later, MOST))
             return self._ask(method, path, body, tries - 1, 2 * wait)
         if status != 200:
             raise UserError(f"{self.url}{path} answers {status} {reason}: {text[:_SHOWN]}")
@@ -122,7 +126,7 @@ class Remote:
             raise UserError(f"{self.url}{path} answers no JSON object: is this an OpenAI-compatible server?")
         return value
 
-    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, str, str, str]:
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, str, str, float | None]:
         """Status, its reason, the text, and in how many seconds to come back if the server says so."""
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
@@ -132,11 +136,24 @@ class Remote:
             connection.request(method, parts.path + path, None if body is None else json.dumps(body), headers)
             response = connection.getresponse()
             text = response.read().decode("utf-8", errors="replace")
-            return response.status, response.reason, text, response.getheader("Retry-After", "")
+            return response.status, response.reason, text, _seconds(response.getheader("Retry-After", ""))
         except ValueError as error:
             raise UserError(f"{self.url} cannot be sent ({error}): correct it") from None
         finally:
             connection.close()
+
+
+def _seconds(later: str) -> float | None:
+    """How long a `Retry-After` asks to wait, in seconds or until a date; None if it does not."""
+    try:
+        return max(0.0, float(later))
+    except ValueError:
+        pass
+    try:
+        date = parsedate_to_datetime(later)
+    except ValueError:
+        return None
+    return max(0.0, date.timestamp() - time.time())
 
 
 def _text(content: Any) -> str:

@@ -1,6 +1,8 @@
 """`python -m m1jax.evaluate`: intervals, a model of our own, a server of somebody else's, bad input."""
 
+import datetime
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,13 +12,16 @@ from typing import Any
 import pytest
 
 from m1jax import UserError
-from m1jax.evaluate import Score, main, open_local, score, table, wilson
+from m1jax.evaluate import Score, main, open_local, score, table, wilson, written
 from m1jax.remote import Remote
-from m1jax.tasks import TASKS, Problem
+from m1jax.tasks import TASKS, Problem, verify
+from m1jax.tokenizer import Tokenizer
 from tests.tools import DATA
 
 HELLO = DATA / "m1_hello"
+HTTP_DATE = "%a, %d %b %Y %H:%M:%S GMT"
 TASK = TASKS["addition"]
+SUM = Problem("addition", "What is 27 + 58?", "", "85", "")
 
 
 @pytest.mark.parametrize(
@@ -61,12 +66,21 @@ def test_scores_count_what_is_right_and_complete() -> None:
 def test_a_model_here(mesh: str | None) -> None:
     """The test model knows one sum by heart and always answers in the format; a mesh need not divide the problems."""
     local = open_local(HELLO, "float32", window=64, rows=3, mesh=mesh)
-    known = Problem("addition", "What is 27 + 58?", "", "85", "")
     others = [Problem("addition", question, "", "?", "") for question in ("Who are you?", "Hello!", "Tell me a joke.")]
-    replies = local([*others, known, others[0]])
+    replies = local([*others, SUM, others[0]])
     assert replies[3] == ("<think>\n27 + 58: 7 + 8 = 15, write 5, carry 1. 2 + 5 + 1 = 8.\n</think>\n85", True)
     assert replies[4] == replies[0] and "m1-hello" in replies[0][0]
-    assert score(TASK, [known] * 4, 2, local).correct == 4
+    assert score(TASK, [SUM] * 4, 2, local).correct == 4
+
+
+def test_marks_inside_a_reply_count() -> None:
+    """Only the token that ends it is no part of it: a mark in the middle is neither M1's format nor the answer."""
+    tokenizer = Tokenizer.load(HELLO)
+    ids = tokenizer.encode("<think>\nx\n</think>\n85<end_of_sentence>")
+    assert verify(SUM, written(tokenizer, ids, True)) == (True, True)
+    assert written(tokenizer, ids, False).endswith("85<end_of_sentence>")
+    marked = tokenizer.encode("<think>\nx\n</think>\n8<beginning_of_sentence>5<end_of_sentence>")
+    assert not verify(SUM, written(tokenizer, marked, True)).correct
 
 
 # --- a server ------------------------------------------------------------------------------------------------------
@@ -77,6 +91,7 @@ class Fake(ThreadingHTTPServer):
 
     daemon_threads = True
     mode = "right"
+    later = "0"  # what it says then about when to come back
     refusals = 0  # questions that are still to be refused, as by a busy server
     seen: list[dict[str, Any]]
 
@@ -102,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.refusals:
             self.server.refusals -= 1
             self.send_response(429 if self.server.refusals % 2 else 503)
-            self.send_header("Retry-After", "0")
+            self.send_header("Retry-After", self.server.later)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -184,14 +199,36 @@ def test_a_busy_server_is_asked_again(server: Fake, monkeypatch: pytest.MonkeyPa
     server.refusals = 3
     assert Remote.open(url(server), "adder", None, "", 8, 1)(TASK.problems(2, seed=0))[1][1]
     assert waits == [0, 0, 0] and len(server.seen) == 5
+    in_future = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30)).strftime(HTTP_DATE)
+    for later, low, high in (("0.5", 0.5, 0.5), (in_future, 25, 30), ("soon", 1, 1), ("1e9", 60, 60)):
+        server.refusals, server.later = 1, later
+        Remote.open(url(server), "adder", None, "", 8, 1)(TASK.problems(1, seed=0))
+        assert low <= waits[-1] <= high
+    waits.clear()
     server.mode = "broken"
     with pytest.raises(UserError, match="answers 500"):
         Remote.open(url(server), "adder", None, "", 8, 1)(TASK.problems(1, seed=0))
-    assert waits[3:] == [1, 2, 4, 8]
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
     waits.clear()
     with pytest.raises(UserError, match="cannot be reached"):
         Remote.open("http://127.0.0.1:9/v1", "adder", None, "", 8, 1)(TASK.problems(1, seed=0))
-    assert waits == [1, 2, 4, 8]
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
+    waits.clear()
+    monkeypatch.setattr("m1jax.remote.TIMEOUT", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="timed out"):
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        Remote.open(address, "adder", None, "", 8, 1)(TASK.problems(1, seed=0))
+    assert waits == [1]
+
+
+def test_what_is_judged_is_shown_when_the_server_goes(
+    server: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("m1jax.remote.WAIT", 0.0)
+    monkeypatch.setattr(Fake, "mode", property(lambda self: "broken" if len(self.seen) > 5 else "right"))
+    assert run("--against", url(server), "--task", "addition", "--task", "sorting", "--problems", "5") == 2
+    out, err = capsys.readouterr()
+    assert "100.0%" in out and "sorting" not in out and "answers 500" in err
 
 
 @pytest.mark.parametrize(

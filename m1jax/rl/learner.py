@@ -11,7 +11,7 @@ import numpy as np
 
 from m1jax.distributed import check_same
 from m1jax.errors import UserError
-from m1jax.evaluate import Local, score
+from m1jax.evaluate import Local, score, written
 from m1jax.model import M1
 from m1jax.prompt import Options, Prompter
 from m1jax.rl.experience import Experience, Reply, pack, reward, stacked
@@ -161,8 +161,8 @@ class Learner:
                 routes=settings.replay_routes,
             )
         )
-        decode = self.prompter.tokenizer.decode
-        texts = [decode(row[:n].tolist()) for row, n in zip(out.tokens, out.lengths, strict=True)]
+        replies = zip(out.tokens, out.lengths, out.ended, strict=True)
+        texts = [written(self.prompter.tokenizer, row[:n].tolist(), bool(ended)) for row, n, ended in replies]
         judged = [
             reward(problems[row // G], text, bool(out.ended[row]), settings.format_reward)
             for row, text in enumerate(texts)

@@ -4,9 +4,11 @@ A problem is an instance (the numbers or words it is about) in one of several ph
 depends on the instance alone, so that no phrasing of a held-out problem is ever trained on.
 """
 
+import ast
 import contextlib
 import dataclasses
 import hashlib
+import operator
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -165,13 +167,21 @@ _FORMAT = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<answer>.*)", re.DOT
 # What may stand around a whole answer, one thing inside the other.
 _DECORATION = re.compile(
     r"""\*\*([^*]*)\*\*|`([^`]*)`|"([^"]*)"|'([^']*)'|“([^“”]*)”|‘([^‘’]*)’|\[([^][]*)\]|\(([^()]*)\)"""
-    r"""|\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(([^\\]*|\\[a-z]+\{.*\})\\\)|\\(?:boxed|text)\{((?:[^{}]|\{[^{}]*\})*)\}"""
+    r"""|\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(([^\\]*|\\[a-z]+\{.*\})\\\)|\\\[([^\\]*|\\[a-z]+\{.*\})\\\]|\\(?:boxed|text)\{((?:[^{}]|\{[^{}]*\})*)\}"""
 )
-_LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is:?|:) ", re.IGNORECASE)
+_LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is:?|:) |\*\*(?:final )?answer(?:\*\*:|:\*\*) ?", re.IGNORECASE)
 _INTEGER = re.compile(r"-?\d+")
 _INTEGERS = re.compile(r"-?\d+(, -?\d+)+")
 _THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+")
-_SUM = re.compile(r"\A[\d ()*×+-]+= ?")  # what an integer was worked out from
+_THOUSANDS_INSIDE = re.compile(r"(?<![\d,])\d{1,3}(,\d{3})+(?![\d,])")
+_COMPUTABLE = re.compile(r"([-+*() \d]|\b(True|False|and|or|not)\b)+")
+_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+}
+_SIGNS = {"\N{MINUS SIGN}": "-", "×": "*", "·": "*", r"\times": "*", r"\cdot": "*"}
+_WORKED_OUT = 200  # characters of what an answer was worked out from
 
 
 def verify(problem: Problem, reply: str) -> Verdict:
@@ -180,7 +190,7 @@ def verify(problem: Problem, reply: str) -> Verdict:
     answer = reply.rpartition("</think>")[2]
     well_formed = match is not None and match["thought"].strip() != "" and answer.strip() != ""
     well_formed = well_formed and reply.count("<think>") == 1 and reply.count("</think>") == 1
-    return Verdict(well_formed, _says(bare(answer), bare(problem.answer)))
+    return Verdict(well_formed, _says(_result(bare(answer)), bare(problem.answer)))
 
 
 def bare(answer: str) -> str:
@@ -199,12 +209,48 @@ def bare(answer: str) -> str:
             return plain
 
 
+def _result(answer: str) -> str:
+    """Of a bare "27 + 58 = 85" what stands at the end, if all that it is worked out from comes to the same."""
+    *sides, last = answer.split("=")
+    last = bare(last)
+    value = _value(last)
+    return last if sides and value is not None and all(_value(bare(side)) == value for side in sides) else answer
+
+
+def _value(text: str) -> int | None:
+    """What sums, products and truth values come to; None if the text is anything else."""
+    for sign, plain in _SIGNS.items():
+        text = text.replace(sign, plain)
+    text = _THOUSANDS_INSIDE.sub(lambda found: found[0].replace(",", ""), text).strip()
+    if len(text) > _WORKED_OUT or not _COMPUTABLE.fullmatch(text):
+        return None
+    try:
+        return _computed(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _computed(node: ast.expr) -> int:
+    match node:
+        case ast.Constant(value=int() as value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_computed(operand)
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return not _computed(operand)
+        case ast.BoolOp(op=op, values=values):
+            return (all if isinstance(op, ast.And) else any)([_computed(value) for value in values])
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_computed(left), _computed(right))
+    raise ValueError("neither a sum, a product nor a truth value")
+
+
 def _says(answer: str, wanted: str) -> bool:
     """Whether two bare answers are the same; numbers may be written as people write them, else letters decide."""
     if wanted in ("True", "False"):
         return answer.capitalize() == wanted
     if _INTEGER.fullmatch(wanted):
-        answer = _SUM.sub("", answer.replace("\N{MINUS SIGN}", "-"), count=1)
+        answer = answer.replace("\N{MINUS SIGN}", "-")
         return (answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer) == wanted
     answer, wanted = (re.sub(r" ?, ?", ", ", text) for text in (answer, wanted))
     if _INTEGERS.fullmatch(wanted):
