@@ -108,6 +108,20 @@ def test_correlation_where_the_policy_is_sure() -> None:
         assert abs(correlation(sums) - np.corrcoef(a, b)[0, 1]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("even", "sizes"), [(True, {8: [8] * 4, 3: [6, 6], 2: [8], 1: [4]}), (False, {8: [8] * 4, 1: [1] * 4})]
+)
+def test_a_batch_of_few_groups_has_fewer_updates(even: bool, sizes: dict[int, list[int]]) -> None:
+    """Not updates of fewer replies, unless they are asked for."""
+    rl = RLSettings(questions=8, replies=4, updates=4, even_updates=even, row_tokens=16, windows=(8,))
+    learner = Learner(rl, None, [0], "float32", 0, 9)  # pyright: ignore[reportArgumentType]
+    for groups, wanted in sizes.items():
+        replies = [reply(1, 2, first=n + 1) for n in range(4 * groups)]
+        parts = learner._packed(replies, 0)
+        assert [int(part.weights.sum()) // 2 for part in parts] == wanted
+        assert sorted(part.targets[part.weights > 0].min() for part in parts)[0] == 1
+
+
 def test_updates_follow_the_advantages() -> None:
     """After updates, what had a positive advantage is likelier, the rest less likely; the ratio starts at 1."""
     model = init_params(variant(initializer_range=0.2), jax.random.key(0))

@@ -62,7 +62,8 @@ PLANS: dict[str, dict[str, Any]] = {
         "steps": {"recall": 350, "pretrain": 600, "sft": 13000, "longer": 60, "surer": 100},
         "rate": {"recall": 1e-3, "pretrain": 1e-3, "sft": 1e-3, "longer": 1e-4, "surer": 1e-4},
         "passes": 1,
-        "rl": {"questions": 32, "replies": 8, "updates": 4, "attempts": 3},  # 16 updates of so few replies are noise
+        # 16 updates of so few replies are noise. What ships was made when a batch of few groups had four of them, too.
+        "rl": {"questions": 32, "replies": 8, "updates": 4, "even_updates": False, "attempts": 3},
     },
     "gpu": {
         "dtype": "float32",

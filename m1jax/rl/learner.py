@@ -206,10 +206,12 @@ class Learner:
         """The replies, shuffled and split evenly, as what each update reads."""
         order = list(range(len(replies)))
         random.Random(f"shuffle {self._seed} {number}").shuffle(order)
-        updates = self.settings.updates
+        settings, updates = self.settings, self.settings.updates
+        if settings.even_updates:
+            updates = max(1, round(updates * len(replies) / (settings.questions * settings.replies)))
         parts = [[replies[n] for n in part] for k in range(updates) if (part := order[k::updates])]
-        mean_over = self.settings.policy_loss.mean_over
-        return [pack(part, self.settings.row_tokens, mean_over) for part in parts]
+        mean_over = settings.policy_loss.mean_over
+        return [pack(part, settings.row_tokens, mean_over) for part in parts]
 
     def evaluate(self, model: M1, seed: int = 0) -> Metrics:
         """Greedy accuracy on held-out problems of each task at its full difficulty here, and the mean of all."""

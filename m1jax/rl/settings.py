@@ -19,6 +19,8 @@ class RLSettings:
       mean_over: "tokens" or "replies", in place of the loss's own: of replies with "grpo", else of tokens.
       unified_mask: adds the mask of the unified form, with these bounds (floor, cap) on r; empty is none.
       updates: optimizer updates on each generation batch.
+      even_updates: a batch for which dynamic sampling has not found enough groups gets fewer updates, of as many
+        replies each; else as many updates of fewer, which AdamW makes as large as any.
       questions: of a generation batch, after dynamic sampling.
       replies: to each question, the group that advantages are normalised in.
       dynamic_sampling: leave out groups that are all right or all wrong, and ask more questions instead.
@@ -44,6 +46,7 @@ class RLSettings:
     mean_over: str = ""
     unified_mask: tuple[float, ...] = ()
     updates: int = 16
+    even_updates: bool = True
     questions: int = 64
     replies: int = 8
     dynamic_sampling: bool = True

@@ -27,6 +27,7 @@ LATER = {
     "model.weights": None,
     "rl.own_tasks": None,
     "rl.mean_over": None,
+    "rl.even_updates": False,
 }
 
 
