@@ -23,7 +23,7 @@ from m1jax.rl.settings import RLSettings
 from m1jax.saving import save
 from m1jax.tasks import TASKS, find
 from m1jax.tokenizer import Tokenizer
-from m1jax.train.data import chat_tokens
+from m1jax.train.encoder import chat_tokens
 from m1jax.train.settings import parse
 from tests.tools import DATA
 

@@ -18,6 +18,8 @@ from m1jax.params import flatten
 from m1jax.rl.settings import RLSettings
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import data
+from m1jax.train.documents import Documents
+from m1jax.train.encoder import Encoder, chat_tokens
 from m1jax.train.forward import Routing
 from m1jax.train.loss import Balance, balancing_loss
 from m1jax.train.settings import DataSettings, GuardSettings, OptimizerSettings, Settings, parse, read
@@ -99,20 +101,20 @@ def write(path: Path, *lines: Any) -> str:
     return str(path)
 
 
-def encoder(length: int = 8, vocab: int = 512, end: int | None = None) -> data.Encoder:
-    return data.Encoder(Tokenizer.load(HELLO), length, vocab, end)
+def encoder(length: int = 8, vocab: int = 512, end: int | None = None) -> Encoder:
+    return Encoder(Tokenizer.load(HELLO), length, vocab, end)
 
 
 def test_long_documents_are_cut_so_that_every_token_is_predicted_once(tmp_path: Path) -> None:
     text = "The quick brown fox jumps over the lazy dog, again and again. " * 3
     ids = Tokenizer.load(HELLO).encode(text)
-    documents = data.Documents([write(tmp_path / "a.jsonl", {"text": text})], 8)
+    documents = Documents([write(tmp_path / "a.jsonl", {"text": text})], 8)
     samples = encoder(end=3)(documents[0])
     assert [int(t) for s in samples for t in s["targets"]] == [*ids[1:], 3]
     assert all(len(s["tokens"]) <= 8 and np.array_equal(s["tokens"][1:], s["targets"][:-1]) for s in samples)
     tokens = tmp_path / "a.npy"
     np.save(tokens, np.asarray(ids, np.uint16))
-    stored = data.Documents([str(tokens)], 8)
+    stored = Documents([str(tokens)], 8)
     assert [int(t) for i in range(len(stored)) for s in encoder()(stored[i]) for t in s["targets"]] == ids[1:]
 
 
@@ -120,7 +122,7 @@ def test_only_the_assistants_turns_are_learnt(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(HELLO)
     turns = [("user", "Hello!"), ("assistant", "One."), ("user", "And now?"), ("assistant", "Two.")]
     messages = [{"role": role, "content": text} for role, text in turns]
-    tokens, weights = data.chat_tokens(tokenizer, messages)
+    tokens, weights = chat_tokens(tokenizer, messages)
     learnt = tokenizer.decode([int(t) for t, w in zip(tokens, weights, strict=True) if w], keep=None)
     assert learnt == "One.<end_of_sentence>Two.<end_of_sentence>"
     whole = tokenizer.decode(map(int, tokens), keep=None)
@@ -128,12 +130,12 @@ def test_only_the_assistants_turns_are_learnt(tmp_path: Path) -> None:
 
     def chat(line: dict[str, Any]) -> tuple[str, str]:
         """What of the conversation is learnt, and all of it but its first token."""
-        (sample,) = encoder(512)(data.Documents([write(tmp_path / "chat.jsonl", line)], 512)[0])
+        (sample,) = encoder(512)(Documents([write(tmp_path / "chat.jsonl", line)], 512)[0])
         learnt = sample["targets"][sample["weights"] > 0]
         return tokenizer.decode(learnt.tolist(), keep=None), tokenizer.decode(sample["targets"].tolist(), keep=None)
 
     line = {"prompt": "Hello!", "response": "One."}
-    documents = data.Documents([write(tmp_path / "a.jsonl", line, {"messages": messages[:2]})], 64)
+    documents = Documents([write(tmp_path / "a.jsonl", line, {"messages": messages[:2]})], 64)
     one, other = (encoder(64)(documents[i])[0] for i in range(2))
     assert all(np.array_equal(one[name], other[name]) for name in one)
     # Who speaks first has said nothing of what the template puts before it; tools on offer are read, not learnt.
@@ -195,21 +197,21 @@ def file_of(save: Any, array: np.ndarray) -> bytes:
 def test_bad_data_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        documents = data.Documents([str(tmp_path / "*")], 8)
+        documents = Documents([str(tmp_path / "*")], 8)
         for i in range(len(documents)):
             encoder()(documents[i])
 
 
 def test_data_that_gives_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="matches no file"):
-        data.Documents([str(tmp_path / "*.txt")], 8)
+        Documents([str(tmp_path / "*.txt")], 8)
     with pytest.raises(UserError, match="is empty: name the files"):
-        data.Documents([], 8)
-    documents = data.Documents([write(tmp_path / "a.jsonl", {"text": "a"})], 8)
+        Documents([], 8)
+    documents = Documents([write(tmp_path / "a.jsonl", {"text": "a"})], 8)
     with pytest.raises(UserError, match="no document has two tokens"):
         data.check(documents, encoder())
     with pytest.raises(UserError, match="outside the model's vocabulary of 9"):
-        encoder(vocab=9)(data.Documents([write(tmp_path / "b.jsonl", {"text": "Hello there"})], 8)[0])
+        encoder(vocab=9)(Documents([write(tmp_path / "b.jsonl", {"text": "Hello there"})], 8)[0])
 
 
 def test_files_of_a_byte_order_mark_and_links(tmp_path: Path) -> None:
@@ -221,7 +223,7 @@ def test_files_of_a_byte_order_mark_and_links(tmp_path: Path) -> None:
     write(folder / "c.jsonl", {"text": "held out"})
     np.save(folder / "d.npy", np.arange(20))
     (folder / "loop").symlink_to(folder)
-    documents = data.Documents([f"{folder}/**/*.*", f"{folder}/../corpus/a.jsonl"], 8, without=[f"{folder}/loop/c*"])
+    documents = Documents([f"{folder}/**/*.*", f"{folder}/../corpus/a.jsonl"], 8, without=[f"{folder}/loop/c*"])
     found = [(str(place), value) for place, value in documents.part(0, 1)]
     assert [value for _, value in found[:3]] == [{"text": "Hello"}, {"text": "there"}, "Hello there"]
     assert found[1][0].endswith("/a.jsonl, line 3") and len(documents) == 6
@@ -229,15 +231,15 @@ def test_files_of_a_byte_order_mark_and_links(tmp_path: Path) -> None:
     assert [str(documents[i][0]) for i in range(6)] == [place for place, _ in found]
     assert [place for place, _ in documents.part(1, 2)] == [documents.place(i) for i in (1, 3, 5)]
     with pytest.raises(UserError, match=r"matches nothing but files of data\.validation"):
-        data.Documents([f"{folder}/c*"], 8, without=[f"{folder}/*"])
+        Documents([f"{folder}/c*"], 8, without=[f"{folder}/*"])
 
 
 SETTINGS = DataSettings(length=12, rows=2, accumulate=2, bins=4)
 
 
-def corpus(tmp_path: Path, count: int = 40) -> data.Documents:
+def corpus(tmp_path: Path, count: int = 40) -> Documents:
     lines = [{"text": f"{i} and {i + 1} " * (1 + i % 3)} for i in range(count)]
-    return data.Documents([write(tmp_path / "corpus.jsonl", *lines)], 12)
+    return Documents([write(tmp_path / "corpus.jsonl", *lines)], 12)
 
 
 @pytest.mark.parametrize("streams", [1, 2])
@@ -276,7 +278,7 @@ def test_batches_are_the_same_again_and_go_on_from_a_saved_position(tmp_path: Pa
 def test_streams_fill_rows_of_their_own_and_leave_out_no_document(tmp_path: Path) -> None:
     """Whoever reads a stream gets the same rows of it; all streams together read an epoch's documents once each."""
     lines = [{"tokens": [i] * 13} for i in range(40)]  # each fills a row: an epoch is ten batches
-    documents = data.Documents([write(tmp_path / "corpus.jsonl", *lines)], 12)
+    documents = Documents([write(tmp_path / "corpus.jsonl", *lines)], 12)
     settings = DataSettings(length=12, rows=4, bins=1, streams=2)
 
     def some(*own: slice) -> tuple[set[str], np.ndarray]:

@@ -20,7 +20,7 @@ from m1jax.params import flatten, param_table
 from m1jax.saving import save
 from m1jax.tasks import Problem, find, mixture
 from m1jax.tokenizer import Tokenizer
-from m1jax.train.data import digest
+from m1jax.train.documents import digest
 from m1jax.train.settings import Settings, parse
 from m1jax.weights import expected
 

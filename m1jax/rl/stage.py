@@ -14,7 +14,8 @@ from m1jax.rl.learner import Learner
 from m1jax.rl.policy import policy_gradient
 from m1jax.rl.settings import RLSettings
 from m1jax.sharding.rules import shards
-from m1jax.train.data import digest, fingerprint
+from m1jax.train.documents import digest
+from m1jax.train.encoder import fingerprint
 from m1jax.train.loop import Guard, Parts, drive, fetched, figures, prepare, size, to_devices
 from m1jax.train.loss import Balance
 from m1jax.train.report import Report

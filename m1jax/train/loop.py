@@ -28,6 +28,8 @@ from m1jax.sharding.rules import check, rules_of, shardings, shards
 from m1jax.stack import positions
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import data, saving
+from m1jax.train.documents import Documents, digest
+from m1jax.train.encoder import Encoder, fingerprint
 from m1jax.train.interruption import Interruption
 from m1jax.train.loss import Balance
 from m1jax.train.report import Report
@@ -169,7 +171,7 @@ def _some_of(source: Source | None) -> str:
         if 0 not in spec.shape:
             block = (*(slice(0, 1) for _ in spec.shape[1:]), slice(0, min(spec.shape[-1], 64)))
             some.append(source.read(path, spec, block, np.dtype(np.float32)).tobytes())
-    return data.digest(some)
+    return digest(some)
 
 
 def fresh(parts: Parts) -> TrainState:
@@ -327,14 +329,14 @@ class Supervised:
         d, ways = settings.data, shards(parts.mesh, "batch")
         if d.rows % ways:
             raise UserError(f"data.rows = {d.rows} does not divide among {ways} groups of devices: take a multiple")
-        documents = data.Documents(d.files, d.length, without=d.validation)
+        documents = Documents(d.files, d.length, without=d.validation)
         end = _end_token(settings, parts.tokenizer)
-        self._encoder = data.Encoder(parts.tokenizer, d.length, parts.config.vocab_size, end)
-        self._validation = data.Documents(d.validation, d.length, "data.validation") if d.validation else None
+        self._encoder = Encoder(parts.tokenizer, d.length, parts.config.vocab_size, end)
+        self._validation = Documents(d.validation, d.length, "data.validation") if d.validation else None
         self.identity: Mapping[str, Any] = {
             "data": documents.fingerprint,
             "data.contents": documents.contents,
-            "tokenizer": data.fingerprint(parts.tokenizer),
+            "tokenizer": fingerprint(parts.tokenizer),
             "seed": settings.seed,
             "data.bins": d.bins,
             "data.end_token": d.end_token,
@@ -355,10 +357,10 @@ class Supervised:
         self._rate = schedule(settings.optimizer, settings.steps)
         self._guard = Guard(settings, loss)
 
-    def _check(self, sets: Sequence[data.Documents], note: Path) -> None:
+    def _check(self, sets: Sequence[Documents], note: Path) -> None:
         """Raises `UserError` for a document that is not as it should be, unless a note says that these were checked."""
         check_same("settings or data", (self._parts.settings, self.identity))
-        found = data.digest(([documents.contents for documents in sets], self.identity, self._parts.config.vocab_size))
+        found = digest(([documents.contents for documents in sets], self.identity, self._parts.config.vocab_size))
         noted = note.is_file() and note.read_text(encoding="utf-8") == found
         if all(gathered(noted)):
             return
