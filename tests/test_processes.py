@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -276,6 +276,46 @@ def test_trains_as_one_process(tmp_path: Path, address: str, monkeypatch: pytest
             shutil.rmtree(out / "model")
             shutil.rmtree(out / "checkpoints" / "4")
         (shared / "curves.png").unlink()
+
+
+def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path, address: str) -> None:
+    """With a checkpoint of that step, from which the run goes on as if nothing had been."""
+    (tmp_path / "config.json").write_text(json.dumps(test_train_run.CONFIG.to_official()))
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "1 + 1 = 2. " * 40}))
+
+    def start(out: Path, steps: int) -> Callable[[], list[Ended]]:
+        changes: dict[str, Any] = {
+            "steps": steps,
+            "mesh": "fsdp=2",
+            "checkpoint": {"every": 1000},
+            "optimizer": {"decay": 0},
+        }
+        file = test_train_run.write_toml(test_train_run.toml(tmp_path, out, **changes), tmp_path / f"{out.name}.toml")
+        return lambda: several(address, 2, "train", "--config", file)
+
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(start(out, 100_000))
+        while not (out / "metrics.jsonl").exists() or len(test_train_run.rows(out)) < 3:
+            assert not ended.done(), ended.result()
+            time.sleep(0.05)
+        (second,) = children_with("--process-id", "1")
+        os.kill(second, signal.SIGTERM)
+        assert [e.code for e in ended.result()] == [130, 130], ended.result()
+    done = len(test_train_run.rows(out))
+    assert f"the same command goes on from step {done}" in ended.result()[0].err
+    for folder in (out, whole):
+        assert [e.code for e in start(folder, done + 2)()] == [0, 0]
+    assert test_train_run.losses(out) == test_train_run.losses(whole)
+
+
+def children_with(*arguments: str) -> list[int]:
+    """Processes that this one has started with these arguments."""
+    own = [
+        int(child) for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+    lines = {child: Path(f"/proc/{child}/cmdline").read_text().split("\0") for child in own}
+    return [child for child, line in lines.items() if " ".join(arguments) in " ".join(line)]
 
 
 def test_reinforces_as_one_process(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:

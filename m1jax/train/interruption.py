@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, held back until a step has ended."""
+"""Ctrl-C and SIGTERM, held back until a step has ended; of several processes, until they all end the same one."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import jax
+from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -14,12 +15,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruption:
     """Whether one of the signals came.
 
-    A second one does at once what it always does. Of several processes each would hear it in another step: there the
-    first does, too.
+    A second one does at once what it always does. Of several processes each would hear a signal in another step: jax's
+    coordination service hears SIGTERM, whichever gets it, and names a step for all. Ctrl-C ends them at once.
     """
 
     def __init__(self) -> None:
-        self.came = False
+        self._came = False
+
+    def ends(self, step: int) -> bool:
+        """Whether the run ends after this step; to be asked after each, once, in every process."""
+        return self._came if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
     @contextlib.contextmanager
     def held_back(self) -> Iterator[None]:
@@ -34,7 +39,7 @@ class Interruption:
                 signal.signal(number, handler)
 
         def take(*_: object) -> None:
-            self.came = True
+            self._came = True
             restore()
             os.write(2, b"\ninterrupted: ends with a checkpoint after this step; once more: at once\n")  # print may not
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m1jax.config import M1Config
-from m1jax.distributed import check_same, gathered
+from m1jax.distributed import check_same, gathered, wait
 from m1jax.errors import UserError
 from m1jax.loading import Source, open_parameters
 from m1jax.model import M1, abstract, build, init_params
@@ -256,7 +256,7 @@ def _steps(
     """All steps from number `first`.
 
     Ctrl-C, SIGTERM and the guard leave a checkpoint of the last good step; the guard not in stage rl, where a batch is
-    half learnt by then, and the signals not with several processes, which would hear them in different steps.
+    half learnt by then, and Ctrl-C not with several processes, which would hear it in different steps.
     """
     settings = parts.settings
     traced = profiled(first, settings.steps) if profile else range(0)
@@ -284,11 +284,12 @@ def _steps(
                 problem = checkpoints.save(number + 1, state, stage.position())
                 if problem:
                     report.say(f"warning: {problem}; training goes on")
-            if stage.evaluates(number) and not interruption.came:
-                report.add(stage.evaluate(state))
-            if interruption.came:
+            if interruption.ends(number):
                 _keep(state, number + 1, stage.position(), checkpoints, report)
+                wait("interrupted")  # whoever ends first takes the others along
                 raise KeyboardInterrupt
+            if stage.evaluates(number):
+                report.add(stage.evaluate(state))
             report.resume()
     return state
 
