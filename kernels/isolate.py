@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from m1jax.kernels.varying import alike
+
 
 def isolated(fn: Callable[..., Any], index: jax.Array | int, *operands: Any) -> Any:
     """`fn(*operands)`; on CPUs inside a branch that is always taken, though the compiler cannot know.
@@ -19,7 +21,9 @@ def isolated(fn: Callable[..., Any], index: jax.Array | int, *operands: Any) -> 
 
     def in_branch(*operands: Any) -> Any:
         taken = lax.optimization_barrier(jnp.asarray(index, jnp.int32)) >= 0
-        empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(fn, *operands))
+        like, *_ = jax.tree.leaves(operands)
+        empty = jax.tree.map(lambda a: jnp.zeros_like(like, a.dtype, a.shape), jax.eval_shape(fn, *operands))
         return lax.cond(taken, fn, lambda *_: empty, *operands)
 
+    index, operands = alike(index, operands)
     return lax.platform_dependent(*operands, cpu=in_branch, default=fn)

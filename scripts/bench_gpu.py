@@ -52,7 +52,7 @@ def main() -> int:
         jax.config.update("jax_num_cpu_devices", 8)  # Mosaic's interpreter needs a thread for each of its warp groups
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     else:
-        os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95"}
+        os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_CLIENT_MEM_FRACTION": ".95"}
         if jax.default_backend() != "gpu":
             raise UserError("this machine has no GPU that jax can use: --dry-run runs the script without one")
     device = jax.devices()[0].device_kind

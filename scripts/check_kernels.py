@@ -137,6 +137,8 @@ def main() -> int:
     parser.add_argument("--no-model", action="store_true", help="leave out the model")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
+    if not any(cases(args.only)):
+        raise UserError(f"--only: no case has {args.only!r} in its name")
     if reason := missing():
         raise UserError(f"compiling Triton kernels {reason}")
     try:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -126,6 +127,38 @@ def test_what_broke_off_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     workers._compare(report)
     assert report.rows[-1]["ours_is_faster"] == 3.0
     assert sum("ours_is_faster" in row for row in report.rows) == 1
+
+
+def test_launching_does_not_count_for_fla_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of milliseconds on which a call takes 0.04, and 0.15 more where the device waits for its launch."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from gpu_bench import fla  # pyright: ignore[reportMissingImports]
+
+    now, idle = 0.0, True
+
+    def call() -> None:
+        nonlocal now, idle
+        now, idle = now + 0.04 + 0.15 * idle, False
+
+    def synchronize() -> None:
+        nonlocal idle
+        idle = True
+
+    class Event:
+        at = 0.0
+
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.at - self.at
+
+    cuda = types.SimpleNamespace(Event=Event, synchronize=synchronize)
+    monkeypatch.setattr(fla, "_torch", lambda: types.SimpleNamespace(cuda=cuda))
+    assert fla._seconds(call) == pytest.approx(0.04e-3, rel=0.03)
 
 
 def test_every_comparison_can_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

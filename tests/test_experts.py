@@ -107,7 +107,8 @@ def tiled(tiles: gpu.Tiles, stored: str, N: int) -> None:
     """Experts of N tokens with one choice of tiles are right; only the second product's sum is split."""
     weights, x = weights_of(stored), normal(0, N, M, dtype="bfloat16")
     chosen, shares = routing(N, 2, False)
-    form = gpu.default_form(1, E, x.dtype, gpu.bits_of(weights[0]), True)
+    bits = gpu.bits_of(weights[0])
+    form = gpu.default_form(1, E, x.dtype, (bits, bits), True)
     form = dataclasses.replace(form, gate_up=dataclasses.replace(tiles, split=1), down=tiles)
     got = jax.jit(functools.partial(gpu.experts, form=form))(x, *weights, 1, chosen, shares)
     assert rms_error(got, exact(x, weights, chosen, shares)) < TOLERANCE["bfloat16"]
@@ -201,8 +202,23 @@ def test_numbers_that_are_no_experts_choose_nobody(N: int) -> None:
         assert rms_error(got, want) < TOLERANCE["float32"], implementation
 
 
+def test_the_share_of_nobody_counts_nothing() -> None:
+    x, (w13, w2) = normal(0, 8, M), weights_of("float32")
+    chosen, shares = routing(8, 2, False)
+    want = exact(x, (w13, w2), chosen, shares)
+    shares = jnp.where(chosen == E, jnp.nan, shares)
+    for implementation in (*IMPLEMENTATIONS, "reference"):
+        got = experts(x, w13, w2, chosen, shares, layer=1, implementation=implementation)
+        assert rms_error(got, want) < TOLERANCE["float32"], implementation
+
+
 def test_bad_arguments_are_named() -> None:
-    x, (w13, w2), (chosen, shares) = normal(0, 2, M), weights_of("float32"), routing(2, 2, False)
+    x, (w13, w2), picks = normal(0, 2, M), weights_of("float32"), routing(2, 2, False)
+    chosen, shares = picks
+
+    def int4(groups: int, width: int = 6) -> Quantized:
+        return Quantized(jnp.zeros((L, E, 2, F, width // 2), jnp.uint8), jnp.ones((L, E, 2, F, groups)))
+
     half = [w.astype(jnp.float16) for w in (w13, w2)]
     bad: list[tuple[str, Any]] = [
         (r"gate_up: expected \[L", lambda: experts(x, w13[0], w2, chosen, shares)),
@@ -214,6 +230,11 @@ def test_bad_arguments_are_named() -> None:
         ("x: expected", lambda: experts(chosen, w13, w2, chosen, shares)),
         ("chosen: expected integers", lambda: experts(x, w13, w2, chosen.astype(jnp.float32), shares)),
         ("weights: expected float32", lambda: experts(x, w13, w2, chosen, shares.astype(jnp.bfloat16))),
+        ("gate_up: scales .* do not fit", lambda: experts(x[:, :6], int4(0), w2[:, :, :6], chosen, shares)),
+        ("gate_up: scales .* do not fit", lambda: experts(x[:, :6], int4(2), w2[:, :, :6], chosen, shares)),
+        ("gate_up: .*each 1 or more", lambda: experts(x, w13[:, :0], w2[:, :0], chosen, shares)),
+        ("gate_up: .*each 1 or more", lambda: experts(x, w13[:, :, :, :0], w2[..., :0], chosen, shares)),
+        ("gate_up: .*each 1 or more", lambda: jax.jit(lambda i: experts(x, w13[:0], w2[:0], *picks, layer=i))(0)),
     ]
     for message, call in bad:
         with pytest.raises(ValueError, match=message):

@@ -1,6 +1,8 @@
 """What the GPU kernels' tests and checks stand on: the interpreter, the target of a trace, the reports."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -130,3 +132,11 @@ def test_a_warp_group_that_uses_more_registers_than_it_keeps() -> None:
         "EXIT ;": 0,
     }.items():
         assert aot._last_register(text) == last, text
+
+
+def test_a_check_of_no_kernel_is_refused() -> None:
+    script = Path(__file__).parents[1] / "scripts" / "check_kernels.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--only", "lightnig", "--no-model"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "no case has 'lightnig'" in done.stderr

@@ -11,6 +11,7 @@ import pytest
 from m1jax.kernels.experts import gradient as experts_gradient
 from m1jax.kernels.experts import reference as experts_reference
 from m1jax.kernels.lightning_attention import lightning_attention, log_decay
+from m1jax.kernels.softmax_attention import api as softmax_api
 from m1jax.kernels.softmax_attention import softmax_attention
 from m1jax.kernels.softmax_attention import xla as softmax_xla
 from m1jax.model import head
@@ -154,6 +155,28 @@ def test_softmax_attention_of_packed_rows_from_an_offset() -> None:
         assert rms_error(got, want) < 2e-6
 
 
+AGAIN = np.asarray([[1] * 30 + [2] * 90 + [1] * 40, [4] * 50 + [0] * 20 + [4] * 90], np.int32)  # ids that come again
+ANEW = np.asarray([[1] * 30 + [2] * 90 + [3] * 40, [4] * 50 + [0] * 20 + [5] * 90], np.int32)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "triton_interpreted"])
+def test_an_id_that_comes_again_is_another_segment(implementation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both attentions, whole and in blocks."""
+    qkv, decay, valid = normal(0, 2, 160, 2, 3, 32), jnp.asarray([-0.1, -0.01]), AGAIN > 0
+    got = lightning_attention(qkv, decay, segments=jnp.asarray(AGAIN), implementation=implementation)[0]
+    want = lightning_attention(qkv, decay, segments=jnp.asarray(ANEW), implementation="reference")[0]
+    assert rms_error(got[valid], want[valid]) < 2e-6
+    if implementation == "triton_interpreted":
+        return
+    q, k, v = normal(0, 2, 160, 4, 8), normal(1, 2, 2, 160, 8), normal(2, 2, 2, 160, 8)
+    want = softmax_attention(q, k, v, segments=jnp.asarray(ANEW), implementation="reference")
+    for blocks in ({}, {"DIRECT": 0, "Q_BLOCK": 16, "K_BLOCK": 24}):
+        for name, size in blocks.items():
+            monkeypatch.setattr(softmax_api, name, size)
+        got = softmax_attention(q, k, v, segments=jnp.asarray(AGAIN), implementation=implementation)
+        assert rms_error(got[valid], want[valid]) < 2e-6
+
+
 PACKED = [[9, 4, 6], [17]]
 
 
@@ -162,9 +185,12 @@ def test_packed_rows_match_float64(config: Any) -> None:
     model = random_model(config)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 22)).astype(np.int32)
     logits = model(tokens, segments=segments_of(PACKED, 22))
+    ids = np.where(segments_of(PACKED, 22) == 3, 1, segments_of(PACKED, 22))
+    again = model(tokens, segments=ids)  # where an id comes again, another segment begins
     for b, first, last in pieces(PACKED):
         want, _ = numpy_m1.forward(config, flatten(model), tokens[b, first:last])
         assert rms_error(logits[b, first:last], want) < 3e-6
+        assert rms_error(again[b, first:last], want) < 3e-6
 
 
 def biggest(fn: Any, *args: Any) -> int:

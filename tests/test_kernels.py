@@ -219,6 +219,67 @@ def test_a_negative_length_under_jit_spoils_no_other_row() -> None:
     assert np.array_equal(new[0], state[0])
 
 
+@pytest.mark.parametrize("implementation", ["xla", "triton_interpreted"])
+def test_a_length_above_the_row_under_jit_is_that_of_the_row(implementation: Any) -> None:
+    """T is no multiple of a chunk, whose padding is no token."""
+    qkv, decay = normal(0, 1, 150, 2, 3, 32), jnp.asarray([-0.1, -0.01])
+    run = jax.jit(lambda n: lightning_attention(qkv, decay, lengths=n, implementation=implementation))
+    for lengths in (jnp.asarray([200]), jnp.asarray([200], jnp.uint8)):
+        for got, want in zip(run(lengths), run(jnp.asarray([150])), strict=True):
+            assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("T", [1, 70])
+def test_a_decay_that_forgets_all(T: int) -> None:
+    qkv, state, decay = normal(0, 2, T, 2, 3, 32), normal(1, 2, 2, 32, 32), jnp.asarray([-jnp.inf, -0.1])
+    named: dict[str, Any] = {"state": state, "lengths": jnp.asarray([T, 0])}
+    want, want_after = lightning_attention(qkv, decay, implementation="reference", **named)
+    assert rms_error(want_after[1], state[1]) == 0
+    for implementation in ("xla", "triton_interpreted"):
+        got, after = lightning_attention(qkv, decay, implementation=implementation, **named)
+        assert rms_error(got[0], want[0]) < 2e-6 and rms_error(after, want_after) < 2e-6
+
+
+VARYING: dict[str, tuple[Any, int, Any]] = {  # op, how many of its arguments are split, arguments
+    "linear": (lambda x, w: linear(x, w, 1), 1, lambda: (normal(0, 2, 48), normal(1, 3, 5, 48))),
+    "linear, in pieces": (lambda x, w: linear(x, w, 1), 1, lambda: (normal(0, 34, 1024), normal(1, 2, 1024, 1024))),
+    "experts": (
+        lambda x, c, p, w13, w2: experts(x, w13, w2, c, p),
+        3,
+        lambda: (normal(0, 6, 8), *routing(0, 6, 2, 3, False), normal(1, 1, 3, 2, 4, 8), normal(2, 1, 3, 8, 4)),
+    ),
+    "lightning, a token": (lambda x: lightning_attention(x, jnp.zeros(2))[0], 1, lambda: (normal(0, 2, 1, 2, 3, 8),)),
+    "lightning": (lambda x: lightning_attention(x, jnp.zeros(2))[0], 1, lambda: (normal(0, 2, 70, 2, 3, 8),)),
+    "softmax": (
+        lambda q, k: softmax_xla.blocked(q, k, k, jnp.zeros_like(q, jnp.int32, q.shape[:1]), 16, 24),
+        2,
+        lambda: (normal(0, 2, 40, 2, 8), normal(1, 2, 2, 40, 8)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_inside_shard_map_that_tracks_what_varies(name: str) -> None:
+    """Values and gradients, also where the weights are the same on all devices."""
+    fn, split, make = VARYING[name]
+    args = make()
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = jax.sharding.PartitionSpec("x"), jax.sharding.PartitionSpec()
+    specs = tuple(rows if i < split else whole for i in range(len(args)))
+    at = [i for i, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    def of(fn: Any) -> Any:
+        def floats(*values: jax.Array) -> Any:
+            given = dict(zip(at, values, strict=True))
+            return fn(*(given.get(i, x) for i, x in enumerate(args)))
+
+        return outputs_and_gradients(floats, *(args[i] for i in at))
+
+    mapped = of(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=rows))
+    for got, want in zip(jax.tree.leaves(mapped), jax.tree.leaves(of(fn)), strict=True):
+        assert rms_error(got, want) < 1e-6
+
+
 def test_bad_arguments_are_named() -> None:
     qkv, decay, picks = normal(0, 1, 4, 2, 3, 8), jnp.zeros(2), routing(0, 2, 1, 2, False)
     weights = jnp.zeros((1, 2, 2, 5, 4)), jnp.zeros((1, 2, 4, 5))
@@ -235,6 +296,9 @@ def test_bad_arguments_are_named() -> None:
         ("^x: .*int32", lambda: linear(decay[None].astype(int), decay[None, None].astype(int), 0)),
         ("^x: .*each 1 or more", lambda: linear(decay[None, :0], decay[None, None, :0], 0)),
         ("^x: ", lambda: linear(decay, decay[None, None], 0)),
+        ("^stack: .*each 1 or more", lambda: jax.jit(lambda i: linear(decay[None], decay[None, None][:0], i))(0)),
+        ("^log_decay: .*0 or less", lambda: lightning_attention(qkv, decay.at[1].set(0.1))),
+        ("^log_decay: .*0 or less", lambda: lightning_attention(qkv, decay.at[1].set(jnp.nan))),
         ("^stack: ", lambda: linear(decay[None], decay[None], 0)),
         ("^layer: ", lambda: linear(decay[None], decay[None, None], 1)),
         ("^x: ", lambda: experts(jnp.zeros((2, 3)), *weights, *picks)),

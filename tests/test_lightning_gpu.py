@@ -110,6 +110,8 @@ def test_one_of_the_states_of_all_layers(length: int, implementation: Any) -> No
     qkv, states = normal(0, 3, length, H, 3, D), normal(1, 4, 3, H, D, D)
     lengths = jnp.asarray([length, 0, length])
     want, want_state = lightning_attention(qkv, DECAY, state=states[2], lengths=lengths, implementation="reference")
+    given: Any = np.asarray(states)
+    of_numpy = lightning_attention(qkv, DECAY, state=given, lengths=lengths, layer=2, implementation=implementation)
 
     @jax.jit
     def call(layer: jax.Array) -> Any:
@@ -120,6 +122,7 @@ def test_one_of_the_states_of_all_layers(length: int, implementation: Any) -> No
     assert rms_error(got[0], want[0]) < TOLERANCE["float32"] and rms_error(new[2], want_state) < TOLERANCE["float32"]
     assert np.array_equal(new[jnp.asarray([0, 1, 3])], states[jnp.asarray([0, 1, 3])])
     assert np.array_equal(new[2, 1], states[2, 1])
+    assert rms_error(of_numpy[1], new) < TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("length", [1, 5])
@@ -161,6 +164,7 @@ def test_bad_arguments_are_named() -> None:
         ("layer", {"layer": 3, "state": state[None].repeat(3, 0)}),
         ("layer", {"layer": jnp.asarray(-1), "state": state[None].repeat(3, 0)}),
         ("layer", {"layer": 1.0, "state": state[None].repeat(3, 0)}),
+        ("state", {"layer": 0, "state": state[None][:0]}),
     ]
     for name, change in bad:
         named: dict[str, Any] = {"qkv": qkv, "log_decay": DECAY, "state": state} | change

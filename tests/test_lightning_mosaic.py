@@ -77,6 +77,31 @@ def test_the_fastest_and_the_slowest_decay(slope: float) -> None:
 
 
 @needs_jax_011
+@pytest.mark.parametrize(
+    ("slope", "gradient", "scale"), [(0.917, 1e-12, 1.0), (-gpu.FASTEST, 1e-18, 1e-3), (-gpu.FASTEST, 1e5, 1.0)]
+)
+def test_numbers_of_any_size(slope: float, gradient: float, scale: float) -> None:
+    """Values and gradients, for M1's fastest head and the fastest that is taken: of a chunk and one token more."""
+    T, D = 72, 64
+    qkv, state = (normal(0, 1, T, 1, 3, D) * scale).astype(jnp.bfloat16), normal(1, 1, 1, D, D) * scale**2
+    lengths, decay = jnp.asarray([65]), jnp.asarray([-slope], jnp.float32)
+    valid = (jnp.arange(T) < lengths[:, None])[..., None, None]
+    into = jnp.where(valid, normal(2, 1, T, 1, D), 0).astype(jnp.bfloat16) * gradient, normal(3, 1, 1, D, D) * gradient
+
+    def run(how: Any) -> list[Any]:
+        def fn(qkv: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out, after = lightning_attention(qkv, decay, state=state, lengths=lengths, implementation=how)
+            return jnp.where(valid, out, 0), after
+
+        outputs, vjp = jax.vjp(fn, qkv, state)
+        d_qkv, d_state = vjp(into)
+        return [*outputs, *jnp.moveaxis(d_qkv, 3, 0), d_state]
+
+    for got, want in zip(run("mosaic_interpreted"), run("reference"), strict=True):
+        assert rms_error(got, want) < TOLERANCE["bfloat16"]
+
+
+@needs_jax_011
 def test_a_decay_too_fast_shows_where_it_is_not_known_before() -> None:
     qkv = normal(0, 1, 8, 1, 3, 64, dtype="bfloat16")
     run = jax.jit(lambda decay: lightning_attention(qkv, decay, implementation="mosaic_interpreted"))

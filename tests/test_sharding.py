@@ -74,7 +74,7 @@ SEGMENTS = np.asarray(
         [1] * 3 + [2] * 9 + [3] * 7,
         [1] * 5 + [2] * 5 + [3] * 5 + [4] * 4,
         [1] * 10 + [2] + [0] * 8,
-        [7] * 2 + [0] * 2 + [8] * 15,
+        [7] * 2 + [0] * 2 + [7] * 15,  # an id that comes back is another segment
     ],
     np.int32,
 )

@@ -76,6 +76,26 @@ def test_gradients() -> None:
         jax.grad(lambda q: jnp.sum(softmax_attention(q, k, v, implementation="pallas_interpreted")))(q)
 
 
+@pytest.mark.parametrize("T", [1, 7])
+def test_what_nobody_named_has_a_gradient(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a library is chosen that has none, as on a CPU."""
+    arrays, at = inputs(T, 256), jnp.asarray([0, 200])
+    into = inputs(T, 8)[0]
+    monkeypatch.setattr(api, "_choose", lambda named, *_: named or ("pallas_interpreted" if T == 1 else "cudnn"))
+    monkeypatch.setattr(api.gpu, "cudnn", functools.partial(gpu.cudnn, library="xla"))
+
+    def gradients(how: Any) -> Any:
+        def value(*a: jax.Array) -> Any:
+            return jnp.vdot(into, softmax_attention(*a, offset=at, implementation=how))
+
+        return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2)))(*arrays)
+
+    (value, got), (want_value, want) = gradients(None), gradients("reference")
+    assert value == pytest.approx(float(want_value), rel=1e-5)
+    for a, b in zip(got, want, strict=True):
+        assert rms_error(a, b) < 1e-5
+
+
 def test_cudnn_gives_its_sums_unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced, not run: the logarithms of both sums go into the shares as float32, which is what cuDNN returns."""
     fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")

@@ -11,6 +11,7 @@ from m1jax.kernels.checks import check_implementation, check_integers, checked_l
 from m1jax.kernels.experts import gpu, gradient, reference, xla
 from m1jax.kernels.experts.quantized import Quantized, Weights
 from m1jax.kernels.gpu import refusal
+from m1jax.kernels.varying import alike
 
 Implementation = Literal["reference", "xla", "triton", "triton_interpreted"]
 
@@ -33,7 +34,7 @@ def experts(
       down: `[L, E, M, F]`, w2, likewise. Quantised weights are constants: they have no gradient.
       chosen: integers `[N, k]`, the experts of each token; E means none (padding), as does any number that is no
         expert's, and costs nothing.
-      weights: float32 `[N, k]`.
+      weights: float32 `[N, k]`; the share of none counts nothing, whatever it is.
       layer: which layer of the stacks.
       implementation: "reference", "xla", "triton" (Hopper GPUs), or "triton_interpreted" (its kernels on the CPU, for
         tests); None chooses by the device.
@@ -48,8 +49,8 @@ def experts(
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"x: expected float32 or bfloat16, got {x.dtype}")
     gate_up, down = _checked("gate_up", gate_up, x.dtype), _checked("down", down, x.dtype)
-    if len(gate_up.shape) != 5 or gate_up.shape[2] != 2:
-        raise ValueError(f"gate_up: expected [L, E, 2, F, M], got {gate_up.shape}")
+    if len(gate_up.shape) != 5 or gate_up.shape[2] != 2 or 0 in gate_up.shape:
+        raise ValueError(f"gate_up: expected [L, E, 2, F, M], each 1 or more, got {gate_up.shape}")
     L, E, _, F, M = gate_up.shape
     if x.ndim != 2 or x.shape[1] != M or 0 in x.shape:
         raise ValueError(f"x: expected [N, {M}], each 1 or more, got {x.shape}")
@@ -62,7 +63,9 @@ def experts(
     # A number that is no expert's would be written to the place of another token.
     chosen = chosen.astype(jnp.promote_types(chosen.dtype, jnp.int32))
     chosen = jnp.where((chosen >= 0) & (chosen < E), chosen, E).astype(jnp.int32)
+    weights = jnp.where(chosen < E, weights, 0.0)  # 0 times NaN would spoil the token
     form = _choose(implementation, gate_up, down)
+    x, gate_up, down, layer, chosen, weights = alike(x, gate_up, down, layer, chosen, weights)
     if form == "reference":
         return reference.experts(x, gate_up, down, layer, chosen, weights)
     if form != "xla":
@@ -92,9 +95,12 @@ def _checked(name: str, weights: Weights, dtype: jnp.dtype) -> Weights:
     values, scales = weights.values, weights.scales
     if values.dtype not in (jnp.int8, jnp.uint8) or scales.dtype != jnp.float32:
         raise ValueError(f"{name}: expected int8 or uint8 values, float32 scales, got {values.dtype}, {scales.dtype}")
-    lead = values.shape[:-1] if weights.kind == "int8" else scales.shape[:-1]
-    fits = scales.shape == lead if weights.kind == "int8" else values.shape[:-1] == lead
-    if not fits or (weights.kind == "int4" and weights.shape[-1] % scales.shape[-1]):
+    if weights.kind == "int8":
+        fits = scales.shape == values.shape[:-1]
+    else:  # a group is of two halves
+        groups = scales.shape[-1] if scales.ndim else 0
+        fits = scales.shape[:-1] == values.shape[:-1] and groups > 0 and values.shape[-1] % groups == 0
+    if not fits:
         raise ValueError(f"{name}: scales {scales.shape} do not fit the values {values.shape} of {weights.kind}")
     return lax.stop_gradient(weights)
 

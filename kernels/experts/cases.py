@@ -1,7 +1,7 @@
 """The cases of the experts: M1's shapes, training, prefill and decode."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,13 @@ PREFILL_SHARE = 0.65  # of it that a prefill of 8,192 tokens must reach
 class ExpertsCase(Case):
     """N tokens of M channels, each by k of E experts of width F, whose weights are one of `layers` layers'.
 
-    `kind`: how the weights are stored, None for the dtype of the activations. `padding`: a token chooses nobody.
+    `kind`: how the weights are stored, None for the dtype of the activations; `down`: of those where they differ.
+    `padding`: a token chooses nobody.
     """
 
     N: int
     kind: Quantization | None = None
+    down: Quantization | Literal["float", "alike"] = "alike"
     E: int = 32
     F: int = 9216
     M: int = 6144
@@ -43,10 +45,17 @@ class ExpertsCase(Case):
         return self.dtype == "bfloat16" and not (self.single and not self.grad)
 
     @property
+    def kinds(self) -> tuple[Quantization | None, Quantization | None]:
+        """How gate_up and down are stored."""
+        if self.down == "alike":
+            return self.kind, self.kind
+        return self.kind, None if self.down == "float" else self.down
+
+    @property
     def single(self) -> bool:
         """Whether rows are multiplied one by one."""
-        bits = int(self.kind[3:]) if self.kind else 0
-        return default_form(self.N * self.k, self.E, jnp.dtype(self.dtype), bits).gate_up.rows == 1
+        gate_up, down = (int(kind[3:]) if kind else 0 for kind in self.kinds)
+        return default_form(self.N * self.k, self.E, jnp.dtype(self.dtype), (gate_up, down)).gate_up.rows == 1
 
     @property
     def flop(self) -> int:
@@ -59,8 +68,8 @@ class ExpertsCase(Case):
         shares = jax.lax.top_k(self._uniform(), self.k)[0]
         found: dict[str, Any] = {
             "x": normal(5, (self.N, self.M), self.dtype, 1),
-            "gate_up": self._stack(normal, 1, (*lead, 2, self.F, self.M)),
-            "down": self._stack(normal, 2, (*lead, self.M, self.F)),
+            "gate_up": self._stack(normal, 1, self.kinds[0], (*lead, 2, self.F, self.M)),
+            "down": self._stack(normal, 2, self.kinds[1], (*lead, self.M, self.F)),
             "chosen": self.drawn(),
             "weights": shares,
             "layer": jnp.asarray(self.layers - 1),
@@ -77,12 +86,12 @@ class ExpertsCase(Case):
         chosen = jax.lax.top_k(self._uniform(), self.k)[1].astype(jnp.int32)
         return chosen.at[1].set(self.E) if self.padding else chosen
 
-    def _stack(self, normal: Normal, seed: int, shape: tuple[int, ...]) -> Any:
+    def _stack(self, normal: Normal, seed: int, kind: Quantization | None, shape: tuple[int, ...]) -> Any:
         scale = shape[-1] ** -0.5  # about the spread of trained weights
-        if self.kind is None:
+        if kind is None:
             return normal(seed, shape, self.dtype, scale)
-        values, scales = stored_shapes(self.kind, shape)
-        stored, largest = ("int8", 127) if self.kind == "int8" else ("uint8", 7)
+        values, scales = stored_shapes(kind, shape)
+        stored, largest = ("int8", 127) if kind == "int8" else ("uint8", 7)
         return Quantized(normal(seed, values, stored, 1), jnp.full(scales, scale / largest, jnp.float32))
 
     def call(self, implementation: Any, arguments: dict[str, Any]) -> Any:
@@ -91,8 +100,8 @@ class ExpertsCase(Case):
         d_out = rest.pop("d_out", None)
         if not self.grad:
             return experts(**rest, implementation=implementation)
-        names = ("x", "weights") if self.kind else ("x", "weights", "gate_up", "down")
-        wanted = {name: rest.pop(name) for name in names}
+        names = [name for name, kind in zip(("gate_up", "down"), self.kinds, strict=True) if kind is None]
+        wanted = {name: rest.pop(name) for name in ("x", "weights", *names)}
         out, vjp = jax.vjp(lambda w: experts(**w, **rest, implementation=implementation), wanted)
         return out, vjp(d_out)
 
@@ -117,4 +126,17 @@ CASES = (
     ExpertsCase(name="gradients int8 8192 tokens", N=8192, kind="int8", grad=True),
     ExpertsCase(name="gradients int4 8192 tokens", N=8192, kind="int4", grad=True),
     ExpertsCase(name="gradients float32 1024 tokens", N=1024, layers=1, dtype="float32", grad=True),
+    # Stored otherwise than the activations, or than each other: to compile and to check, none is a goal.
+    *(
+        ExpertsCase(name=f"float32, {kind} B={N}", N=N, kind=kind, dtype="float32")
+        for kind in KINDS[1:]
+        for N in (1, 8192)
+    ),
+    *(
+        ExpertsCase(name=f"gradients float32, {k} 1024 tokens", N=1024, kind=k, dtype="float32", grad=True)
+        for k in KINDS[1:]
+    ),
+    *(ExpertsCase(name=f"float and int4 B={N}", N=N, down="int4") for N in (1, 8192)),
+    *(ExpertsCase(name=f"int8 and int4 B={N}", N=N, kind="int8", down="int4") for N in (1, 8192)),
+    *(ExpertsCase(name=f"int4 and float B={N}", N=N, kind="int4", down="float") for N in (1, 8192)),
 )

@@ -48,26 +48,28 @@ def bits_of(weights: Weights) -> int:
     return int(weights.kind[3:]) if isinstance(weights, Quantized) else 0
 
 
-def default_form(assignments: int, E: int, dtype: Any, bits: int, interpreted: bool = False) -> Form:
-    """Tiles for a number of rows: wide where products are bound by arithmetic, narrow where by reading weights."""
+def default_form(assignments: int, E: int, dtype: Any, bits: tuple[int, int], interpreted: bool = False) -> Form:
+    """Tiles for a number of rows: wide where products are bound by arithmetic, narrow where by reading weights.
+
+    `bits` are those of gate_up and of down, as of `bits_of`.
+    """
     each = assignments / E
     if dtype == jnp.float32:
         exact = Tiles(16, 64, 32, 4, 1)
-        return Form(exact, exact, exact, exact, interpreted)
-    if bits and assignments <= E // 2:  # a warp reads 512 bytes of a row at once
-        gate_up, down = (Tiles(1, 16, 512 * 8 // bits, warps, 1) for warps in (4, 2))
+        # There a step takes whole int4 groups: of more out channels they would be spilled.
+        rows_gradient = dataclasses.replace(exact, out=16) if 4 in bits else exact
+        return Form(exact, exact, rows_gradient, exact, interpreted)
+    if all(bits) and assignments <= E // 2:  # a warp reads 512 bytes of a row at once; no float weights singly
+        gate_up, down = (Tiles(1, 16, 512 * 8 // b, warps, 1) for b, warps in zip(bits, (4, 2), strict=True))
     elif assignments <= FEW or each <= 12:
-        gate_up = Tiles(16, 64, 128, 4, 3 if bits else 4)
+        gate_up = Tiles(16, 64, 128, 4, 3 if bits[0] else 4)
         # With too few programs for the device they share the sums.
         down = Tiles(16, 128, 128, 4, 3) if assignments > E // 2 else Tiles(16, 128, 128, 8, 3, 2)
     elif each <= 96:
         gate_up, down = Tiles(64, 64, 64, 4, 3), Tiles(64, 128, 64, 4, 3)
     else:
-        gate_up, down = {
-            0: (Tiles(128, 128, 64, 8, 4), Tiles(128, 256, 64, 8, 4)),
-            8: (Tiles(128, 64, 64, 4, 4), Tiles(256, 128, 64, 8, 3)),
-            4: (Tiles(64, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 4)),
-        }[bits]
+        gate_up = {0: Tiles(128, 128, 64, 8, 4), 8: Tiles(128, 64, 64, 4, 4), 4: Tiles(64, 128, 64, 8, 3)}[bits[0]]
+        down = {0: Tiles(128, 256, 64, 8, 4), 8: Tiles(256, 128, 64, 8, 3), 4: Tiles(128, 128, 64, 8, 4)}[bits[1]]
     rows_gradient = Tiles(128, 64, 128, 8, 3) if each > 96 else Tiles(64, 64, 128, 4, 3)
     return Form(gate_up, down, rows_gradient, Tiles(64, 128, 128, 8, 3), interpreted)
 
@@ -96,8 +98,7 @@ def experts(
         return _in_chunks(x, gate_up, down, layer, chosen, weights, interpreted)
     E = gate_up.shape[1]
     if form is None:
-        bits = bits_of(gate_up) if bits_of(down) else 0  # single rows are multiplied by narrow weights alone
-        form = default_form(N * k, E, x.dtype, bits, interpreted)
+        form = default_form(N * k, E, x.dtype, (bits_of(gate_up), bits_of(down)), interpreted)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     h: Any = product(form, True, k, x, gate_up, layer, chosen)
     y: Any = product(form, False, k, h, down, layer, chosen)  # [split, N·k, M]

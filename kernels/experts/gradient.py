@@ -94,10 +94,10 @@ def _forward(
         return jnp.pad(y, ((0, rows - size), (0, 0)))
 
     def body(out: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        y = _switch(block, lambda *_: jnp.zeros((rows, M), jnp.float32), rows, inputs)
+        y = _switch(block, lambda *_: jnp.zeros_like(x, jnp.float32, (rows, M)), rows, inputs)
         return lax.dynamic_update_slice(out, y, (inputs[1], 0)), None
 
-    out, _ = lax.scan(body, jnp.zeros((N * k + rows, M), jnp.float32), sorted_.blocks)
+    out, _ = lax.scan(body, jnp.zeros_like(x, jnp.float32, (N * k + rows, M)), sorted_.blocks)
     y = jnp.sum(jnp.where(sorted_.somebody[..., None], out[sorted_.place], 0.0), axis=1)
     return y, (x, gate_up, down, layer, chosen, weights)
 
@@ -125,7 +125,7 @@ def _backward(rows: int, residuals: Residuals, g: jax.Array) -> tuple[jax.Array 
         return d_x, jnp.pad(d_share, (0, rows - size)), d_w13, d_w2
 
     def nothing(*_: jax.Array) -> tuple[jax.Array, ...]:
-        return jnp.zeros((rows, M), f32), jnp.zeros(rows, f32), jnp.zeros((2 * F, M), f32), jnp.zeros((M, F), f32)
+        return tuple(jnp.zeros_like(x, f32, shape) for shape in ((rows, M), (rows,), (2 * F, M), (M, F)))
 
     def body(sums: tuple[jax.Array, ...], inputs: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
         e, first, _ = inputs
@@ -137,7 +137,7 @@ def _backward(rows: int, residuals: Residuals, g: jax.Array) -> tuple[jax.Array 
         return (d_x, d_share, d_w13.at[e].add(more_13), d_w2.at[e].add(more_2)), None
 
     shapes = ((N * k + rows, M), (N * k + rows,), (E, 2 * F, M), (E, M, F))
-    sums, _ = lax.scan(body, tuple(jnp.zeros(shape, f32) for shape in shapes), sorted_.blocks)
+    sums, _ = lax.scan(body, tuple(jnp.zeros_like(x, f32, shape) for shape in shapes), sorted_.blocks)
     d_x, d_share, d_w13, d_w2 = sums
     d_x = jnp.sum(jnp.where(sorted_.somebody[..., None], d_x[sorted_.place], 0.0), axis=1)
     d_share = jnp.where(sorted_.somebody, d_share[sorted_.place], 0.0)

@@ -132,6 +132,35 @@ def accumulate_group(
 
 
 @triton.jit
+def accumulate_exactly(
+    acc,
+    x,
+    rows,
+    pointer,
+    scales,
+    o,
+    at,
+    g,
+    I: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    PIECE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The same of float32 x at group `at`, a piece of the channels at a time: wider operands would be spilled."""
+    HALF: tl.constexpr = GROUP // 2
+    part = tl.zeros(acc.shape, tl.float32)
+    for first in range(0, HALF, PIECE):
+        j = first + tl.arange(0, PIECE)
+        low_x = columns(x, rows, at * GROUP + j, I, EVEN)
+        high_x = columns(x, rows, at * GROUP + HALF + j, I, EVEN)
+        low, high = from_int4(weights(pointer, o, g * HALF + j, I // 2, True), low_x.dtype, False)
+        part = tl.dot(low, low_x, part, input_precision=PRECISION)
+        part = tl.dot(high, high_x, part, input_precision=PRECISION)
+    return acc + part * tl.load(scales + o * (I // GROUP) + g)[:, None]
+
+
+@triton.jit
 def tile(
     x,
     values,
@@ -180,7 +209,16 @@ def tile(
     split = tl.program_id(1)
     for step in range(0, PER_SPLIT):
         at = split * PER_SPLIT + step
-        if BITS == 4:
+        if BITS == 4 and PRECISION == "ieee":
+            PIECE: tl.constexpr = BI if BI < GROUP // 2 else GROUP // 2
+            WHOLE: tl.constexpr = STEPS % SPLIT == 0
+            g = tl.minimum(at, STEPS - 1)
+            first = accumulate_exactly(first, x, rows, pointer, scales, o, at, g, I, GROUP, WHOLE, PIECE, PRECISION)
+            if GATED:
+                second = accumulate_exactly(
+                    second, x, rows, pointer, scales, o + O, at, g, I, GROUP, WHOLE, PIECE, PRECISION
+                )
+        elif BITS == 4:
             half = at * GROUP + tl.arange(0, GROUP // 2)
             low = columns(x, rows, half, I, STEPS % SPLIT == 0)
             high = columns(x, rows, half + GROUP // 2, I, STEPS % SPLIT == 0)

@@ -44,7 +44,10 @@ def blocked(
         return jnp.pad(y, ((0, rows - size), (0, 0)))
 
     sizes = _sizes(rows)
-    branches = [lambda *_: jnp.zeros((rows, M), jnp.float32), *(functools.partial(compute, size) for size in sizes)]
+    branches = [
+        lambda *_: jnp.zeros_like(x, jnp.float32, (rows, M)),
+        *(functools.partial(compute, size) for size in sizes),
+    ]
 
     def body(out: jax.Array, block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         e, first, count = block
@@ -52,7 +55,7 @@ def blocked(
         # The output stays outside the branches, which would copy it whole.
         return lax.dynamic_update_slice(out, lax.switch(smallest, branches, e, first), (first, 0)), None
 
-    out, _ = lax.scan(body, jnp.zeros((N * k + rows, M), jnp.float32), blocks)
+    out, _ = lax.scan(body, jnp.zeros_like(x, jnp.float32, (N * k + rows, M)), blocks)
     return jnp.sum(out[place].reshape(N, k, M), axis=1)
 
 

@@ -10,9 +10,11 @@ from jax.core import Tracer
 from m1jax.kernels.checks import check_implementation, check_integers, checked_layer
 from m1jax.kernels.gpu import refusal
 from m1jax.kernels.lightning_attention import gpu, gradient, reference, xla
+from m1jax.kernels.varying import alike
 
 Implementation = Literal["reference", "xla", "triton", "triton_interpreted", "mosaic", "mosaic_interpreted"]
 GPU = ("triton", "triton_interpreted", "mosaic", "mosaic_interpreted")
+FORGETS = -1e3  # log λ, from which on downwards λ is 0
 
 
 def slopes(heads: int) -> np.ndarray:
@@ -53,11 +55,12 @@ def lightning_attention(
     Args:
       qkv: `[B, T, H, 3, D]`, the projection as it comes: for each head q, then k, then v, before the activation;
         finite, also where it is padding.
-      log_decay: float32 `[H]`, log λ ≤ 0; a constant, which no gradient reaches.
+      log_decay: float32 `[H]`, log λ ≤ 0, also -inf; a constant, which no gradient reaches.
       state: float32 `[B, H, D, D]`; None is zero. With `layer` the states of all layers, `[P, B, H, D, D]`.
       lengths: int32 `[B]`, from 0 to T, valid tokens of each row (the rest is padding on the right); None is T.
       segments: int32 `[B, T]` of packed rows: the same id ≥ 1 for consecutive tokens that belong together, 0 for
-        padding. The state is zero again where a segment starts; a row's first token goes on with `state`.
+        padding; where an id comes again, another segment begins. The state is zero again where a segment starts; a
+        row's first token goes on with `state`.
       layer: int32, which of the states to go on with and to replace; on a GPU in place, if the argument is donated.
       implementation: "reference"; "xla"; "triton", on Hopper GPUs, head_dim 32, 64 or 128; "mosaic", with faster
         sweeps: bfloat16, head_dim 64 or 128, a multiple of 8 tokens, no segments, log λ ≥ -1.25 (below, where it is not
@@ -70,15 +73,20 @@ def lightning_attention(
       after each row's last valid token, with `layer` inside the states of all layers.
 
     Raises:
-      ValueError: a shape, a dtype or (where its value is known) a length or layer does not fit, or a named
+      ValueError: a shape, a dtype or (where its value is known) a length, layer or log_decay does not fit, or a named
         implementation cannot run; says which and why.
     """
     _check(qkv, log_decay, state, lengths, segments, layer)
     B, T, H, _, D = qkv.shape
     chosen = _choose(implementation, qkv, segments is not None, log_decay)
-    log_decay = jax.lax.stop_gradient(log_decay)
+    qkv, log_decay, state, lengths, segments, layer = alike(qkv, log_decay, state, lengths, segments, layer)
+    # Infinity times no tokens would not be a number.
+    log_decay = jax.lax.stop_gradient(jnp.maximum(log_decay, FORGETS))
+    state = None if state is None else jnp.asarray(state)
     if lengths is None:
         lengths = jnp.full((B,), T, jnp.int32)
+    else:  # a traced one above T would take the padding of the last chunk for tokens
+        lengths = jnp.clip(jnp.asarray(lengths, jnp.promote_types(lengths.dtype, jnp.int32)), 0, T).astype(jnp.int32)
     if chosen in GPU:
         kind, _, interpreted = chosen.partition("_")
         form = gpu.default_form(D, qkv.dtype, segments is not None, bool(interpreted), kind == "mosaic")
@@ -86,7 +94,7 @@ def lightning_attention(
         out, states = gpu.attend(form, qkv, log_decay, states, 0 if layer is None else layer, lengths, segments)
         return out, states if layer is not None else states[0]
     if state is None:
-        state = jnp.zeros((B, H, D, D), jnp.float32)
+        state = jnp.zeros_like(qkv, jnp.float32, (B, H, D, D))
     before = state if layer is None else state[layer]
     if chosen == "reference":
         out, after = reference.lightning_attention(qkv, log_decay, before, lengths, segments)
@@ -130,6 +138,8 @@ def _check(
     B, T, H, _, D = qkv.shape
     if log_decay.shape != (H,) or log_decay.dtype != jnp.float32:
         raise ValueError(f"log_decay: expected float32 {(H,)}, got {log_decay.dtype} {log_decay.shape}")
+    if not isinstance(log_decay, Tracer) and not np.all(np.asarray(log_decay) <= 0):
+        raise ValueError(f"log_decay: expected 0 or less, got {np.asarray(log_decay).tolist()}")
     if state is None and layer is not None:
         raise ValueError("layer: says which of the states to use, but state is None")
     if state is not None:
@@ -137,6 +147,8 @@ def _check(
         if state.shape != wanted or state.dtype != jnp.float32:
             raise ValueError(f"state: expected float32 {wanted}, got {state.dtype} {state.shape}")
         if layer is not None:
+            if not state.shape[0]:
+                raise ValueError(f"state: expected one layer or more, got {state.shape}")
             checked_layer(layer, state.shape[0])
     if lengths is not None:
         check_integers("lengths", lengths, (B,))

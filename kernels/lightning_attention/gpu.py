@@ -35,7 +35,7 @@ MOSAIC_HEAD_DIMS = (64, 128)
 MOSAIC_TOKENS = 8  # rows of a tile in shared memory, which it does not cut
 MOSAIC_FROM = 256  # tokens: shorter rows are less than the states, which Triton updates in place
 WIDTH = 64  # channels of a program of Mosaic's
-FASTEST = -1.25  # log λ below which the powers of λ over a chunk that Mosaic's sweeps divide by are no numbers
+FASTEST = -1.25  # log λ below which Mosaic's sweeps, with powers of λ up to λ^±32, would lose small gradients
 LEAST_PART = 1024  # tokens
 PIECES = 4  # of each part whose state is wanted; the programs that find it are small and short
 

@@ -10,12 +10,16 @@ chunk, so its group does little more than that, and the others work ahead of it 
     OUTPUT         two groups, one for every other chunk: silu of a in registers, a bᵀ, masked, and times c, a times the
                    state; hands out to the TMA unit
 
-Decay takes no work in the scores: with c'_j = λ^(63-j) c_j for the 64 tokens of a chunk,
+Decay takes no work in the scores: with c'_j = λ^(31-j) c_j for the 64 tokens of a chunk, and the state S = λ³² U,
 
-    out_i = λ^(i-63) (a_i (λ⁶⁴ S) + Σ_{j ≤ i} (a_i·b_j) c'_j),   S ← λ⁶⁴ S + Σ_j b_jᵀ c'_j
+    out_i = λ^(i-31) (a_i (λ⁶⁴ U) + Σ_{j ≤ i} (a_i·b_j) c'_j),   U ← λ⁶⁴ U + Σ_j b_jᵀ c'_j
 
-and in the other direction with λ^(j+1) and λ^(-i-1). These powers stay numbers while 63 |log λ| < 87; the family has
-|log λ| ≤ 1.00001. A chunk of n < 64 tokens is one of 64 with zeros, after which the state is λ^(64-n) times too small.
+and in the other direction with λ^(j-31) and λ^(31-i). Powers and data share the exponents of float32 and bfloat16. So
+the powers are centred (with λ^(63-j) and λ^(i-63) gradients of 1e-12 were lost), from 1e-14 to 1e14 for the family's
+|log λ| ≤ 1.00001; and where gradients are swept, which are rather small than large, times 2²⁴.
+
+A chunk of n < 64 tokens is one of 64 with zeros, after which U is λ^(64-n) times too small. In the other direction it
+comes first; there λ⁶⁴ U is carried, or U would begin with λ^(n-96), which is no number.
 """
 
 import dataclasses
@@ -32,6 +36,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from m1jax.kernels.lightning_attention.gpu import FASTEST, WIDTH
 
 CHUNK = 64  # tokens
+CENTRE = CHUNK // 2 - 1
+LIFT = 24  # c and the state of a sweep for gradients are 2^LIFT times as large
 STATE, ACTIVATES, OUTPUT = range(3)  # warp groups; those from OUTPUT on write out
 OUTPUTS = 2
 _GRADIENT = 3  # as a source; 0, 1, 2 are q, k, v
@@ -242,10 +248,14 @@ class _Program:
     def interpreted(self) -> bool:
         return "scores" in self.shared
 
-    def power(self, exponent: jax.Array) -> jax.Array:
-        """Of λ; not a number where others would be lost."""
+    @property
+    def lift(self) -> int:
+        return 0 if self.role.raw is None else LIFT
+
+    def power(self, exponent: jax.Array, lift: int) -> jax.Array:
+        """Of λ, times 2^lift; not a number where others would be lost."""
         log_decay = jnp.where(self.log_decay < FASTEST, jnp.nan, self.log_decay)
-        return jnp.exp2(log_decay * _LOG2_E * exponent.astype(jnp.float32))
+        return jnp.exp2(log_decay * _LOG2_E * exponent.astype(jnp.float32) + lift)
 
     def chunk(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The first token of a step's chunk, and how many are valid."""
@@ -279,19 +289,19 @@ class _Program:
         for step in range(self.plan.slots):
             pl.when(step < chunks)(lambda step=step: self.load(jnp.int32(step)))
 
-        def made_up(s: jax.Array) -> jax.Array:
-            """For the zeros of the last chunk."""
-            return s * self.power(self.valid - chunks * CHUNK)
-
+        # The last chunk's zeros are made up for at the row's end, whichever way the sweep goes.
+        half = jnp.where(chunks > 0, CHUNK // 2, 0)
+        begin, end = -half, half + self.valid - chunks * CHUNK
+        enters, leaves = (end, begin) if reversed else (begin, end)
         if self.before is None:
             s = plgpu.layout_cast(jnp.zeros((WIDTH, self.D), jnp.float32), plgpu.Layout.WGMMA)
         else:
             s = plgpu.load(self.before, layout=plgpu.Layout.WGMMA, optimized=False)
-            s = made_up(s) if reversed else s
+            s = s * self.power(enters, self.lift)
         self.weigh(jnp.int32(0))
         s = lax.fori_loop(0, chunks, self.advance, s)
         if self.final is not None:
-            self.final[...] = s if reversed else made_up(s)
+            self.final[...] = s * self.power(leaves, -self.lift)
 
         @pl.loop(jnp.maximum(chunks - OUTPUTS, 0), chunks)
         def _(step: jax.Array) -> None:
@@ -302,8 +312,7 @@ class _Program:
     def advance(self, step: jax.Array, s: jax.Array) -> jax.Array:
         """One chunk: leaves the state before it to the output group, returns that after it."""
         shared, slot, buffer = self.shared, self.slot(step), lax.rem(step, OUTPUTS)
-        x = self.log_decay * CHUNK
-        s = lax.cond(x > -0.5, lambda s: s + s * _less_one(x), lambda s: s * jnp.exp2(x * _LOG2_E), s)
+        s = s if self.role.reversed else self.decayed(s)
 
         @pl.when(step >= OUTPUTS)
         def _() -> None:
@@ -322,8 +331,15 @@ class _Program:
             return acc[...] if self.interpreted else plgpu.wgmma_wait(0)
 
         if self.interpreted:
-            return s + pl.run_scoped(product, plgpu.ACC((WIDTH, self.D), jnp.float32))
-        return pl.run_state(lambda acc: product(acc) and None)(plgpu.ACC.init(s))
+            s = s + pl.run_scoped(product, plgpu.ACC((WIDTH, self.D), jnp.float32))
+        else:
+            s = pl.run_state(lambda acc: product(acc) and None)(plgpu.ACC.init(s))
+        return self.decayed(s) if self.role.reversed else s
+
+    def decayed(self, s: jax.Array) -> jax.Array:
+        """λ⁶⁴ s."""
+        x = self.log_decay * CHUNK
+        return lax.cond(x > -0.5, lambda s: s + s * _less_one(x), lambda s: s * jnp.exp2(x * _LOG2_E), s)
 
     def weigh(self, step: jax.Array) -> None:
         """Activates a step's c and weights it by decay, in place, if there is such a step."""
@@ -332,7 +348,7 @@ class _Program:
         def _() -> None:
             slot, (_, count) = self.slot(step), self.chunk(step)
             token = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
-            weights = self.power(token + 1 if self.role.reversed else CHUNK - 1 - token)
+            weights = self.power(token - CENTRE if self.role.reversed else CENTRE - token, self.lift)
             c = self.shared["c"].at[slot]
             plgpu.barrier_wait(self.shared["loaded"].at[slot])
             _clear(c, count)
@@ -362,7 +378,7 @@ class _Program:
         shared = self.shared
         a_tile, out_tile = shared["a"].at[w], shared["out"].at[w]
         token = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
-        scales = self.power(-1 - token if self.role.reversed else token - (CHUNK - 1))
+        scales = self.power(CENTRE - token if self.role.reversed else token - CENTRE, -self.lift)
 
         def load(step: jax.Array) -> None:
             @pl.when(step < self.chunks)

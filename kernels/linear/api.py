@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from m1jax.kernels.checks import check_implementation, checked_layer
 from m1jax.kernels.gpu import refusal
 from m1jax.kernels.linear import gpu, gradient, reference
+from m1jax.kernels.varying import alike
 
 Implementation = Literal["reference", "xla", "triton", "triton_interpreted"]
 
@@ -33,12 +34,13 @@ def linear(
     """
     if x.ndim != 2 or 0 in x.shape or x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"x: expected float32 or bfloat16 [N, I], each 1 or more, got {x.dtype} {x.shape}")
-    if stack.ndim != 3 or x.shape[1] != stack.shape[2]:
-        raise ValueError(f"stack: expected [L, O, {x.shape[1]}], got {stack.shape}")
+    if stack.ndim != 3 or x.shape[1] != stack.shape[2] or 0 in stack.shape:
+        raise ValueError(f"stack: expected [L, O, {x.shape[1]}], each 1 or more, got {stack.shape}")
     layer = checked_layer(layer, stack.shape[0])
     if x.dtype != stack.dtype and (x.dtype, stack.dtype) != (jnp.float32, jnp.bfloat16):
         raise ValueError(f"stack: dtype {stack.dtype} differs from that of x, {x.dtype}")
     form = _choose(implementation, x, stack)
+    x, stack, layer = alike(x, stack, layer)
     if form == "reference":
         return reference.linear(x, stack, layer)
     return gradient.product(x, stack, layer, form)

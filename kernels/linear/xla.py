@@ -80,7 +80,7 @@ def _tiled(x: jax.Array, stack: jax.Array, index: Index, rows: int) -> jax.Array
         return lax.dynamic_update_slice(out, dot(x, pick(stack, index, first, rows)), (0, first)), None
 
     O = stack.shape[-2]
-    return lax.scan(tile, jnp.zeros((x.shape[0], O), jnp.float32), jnp.arange(0, O, rows))[0]
+    return lax.scan(tile, jnp.zeros_like(x, jnp.float32, (x.shape[0], O)), jnp.arange(0, O, rows))[0]
 
 
 def _divisor(n: int, least: int) -> int:

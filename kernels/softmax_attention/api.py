@@ -9,7 +9,9 @@ from jax.core import Tracer
 
 from m1jax.kernels.checks import check_implementation, check_integers
 from m1jax.kernels.gpu import capability
+from m1jax.kernels.segments import runs
 from m1jax.kernels.softmax_attention import gpu, reference, xla
+from m1jax.kernels.varying import alike
 
 Implementation = Literal["reference", "xla", "cudnn", "pallas", "pallas_interpreted"]
 
@@ -35,7 +37,8 @@ def softmax_attention(
       offset: integers `[B]` from 0 to N - 1, position of each row's first query; None is 0. Queries past the end of
         the cache, which a padded chunk has, are padding.
       segments: integers `[B, N]` of packed rows, by position: the same id ≥ 1 for consecutive tokens that belong
-        together, 0 for padding. A query sees only the segment at its own position.
+        together, 0 for padding; where an id comes again, another segment begins. A query sees only the segment at its
+        own position.
       implementation: "reference", "xla", "cudnn" (many queries), "pallas" (one query of each row) or
         "pallas_interpreted" (that on the CPU, for tests); None chooses by device and shape.
 
@@ -44,22 +47,31 @@ def softmax_attention(
 
     Raises:
       ValueError: a shape, a dtype or (outside `jax.jit`) an offset does not fit, or a named implementation cannot run;
-        says which and why. Also where a gradient through cuDNN with an `offset` is taken.
+        says which and why. Also where a gradient is taken through "cudnn" with an `offset`, or "pallas", by name.
     """
     _check(q, k, v, offset, segments)
-    B, T, H, _ = q.shape
+    B = q.shape[0]
     if offset is not None:
         offset = offset.astype(jnp.int32)  # narrower ones have no room for the sums made of them
     form = _choose(implementation, q, k, offset, segments)
+    segments = None if segments is None else runs(segments)
+    q, k, v, offset, segments = alike(q, k, v, offset, segments)
+    # What nobody named has a gradient whatever was chosen.
+    instead = _xla if implementation is None else None
     if form == "cudnn":
-        return gpu.cudnn(q, k, v, offset, segments)
+        return gpu.cudnn(q, k, v, offset, segments, instead=instead)
     if offset is None:
         offset = jnp.zeros((B,), jnp.int32)
     if form in ("pallas", "pallas_interpreted"):
-        return gpu.pallas(q, k, v, offset, form == "pallas_interpreted")
+        return gpu.pallas(q, k, v, offset, form == "pallas_interpreted", instead)
     if form == "reference":
         return reference.softmax_attention(q, k, v, offset, segments)
-    if T * (H // k.shape[1]) * k.shape[2] <= DIRECT:
+    return _xla(q, k, v, offset, segments)
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+    (_, T, H, _), (_, K, N, _) = q.shape, k.shape
+    if T * (H // K) * N <= DIRECT:
         return xla.direct(q, k, v, offset, segments)
     return xla.blocked(q, k, v, offset, Q_BLOCK, K_BLOCK, segments)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from m1jax.kernels.gpu import capability, refusal
 
+Form = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # of q, k, v and offset
 Library = Literal["cudnn", "xla"]  # behind `jax.nn.dot_product_attention`; "xla" is for tests
 
 LONGEST_MASK = 16_384  # tokens of a packed row: cuDNN takes segments as a mask, in memory
@@ -73,12 +74,13 @@ def cudnn(
     offset: jax.Array | None,
     segments: jax.Array | None,
     library: Library = "cudnn",
+    instead: Form | None = None,
 ) -> jax.Array:
-    """Shapes as in `reference.softmax_attention`; offset None is zero, and then only has a gradient."""
+    """Shapes as in `reference.softmax_attention`; offset None is zero, and else a gradient is that of `instead`."""
     T = q.shape[1]
     if offset is not None:
         why = "offset: cuDNN attention into a cache has no gradient; train without a state"
-        return _forward_only(functools.partial(_into_cache, library=library), why)(q, k, v, offset)
+        return _forward_only(functools.partial(_into_cache, library=library), why, instead)(q, k, v, offset)
     k, v = (a[:, :, :T].swapaxes(1, 2) for a in (k, v))
     mask = None
     if segments is not None:
@@ -87,14 +89,19 @@ def cudnn(
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=library)
 
 
-def _forward_only(fn: Callable[..., jax.Array], why: str) -> Callable[..., jax.Array]:
-    """`fn` of arrays, whose gradient raises `ValueError`."""
+def _forward_only(fn: Form, why: str, instead: Form | None) -> Form:
+    """`fn`; where a gradient is taken `instead` is run, without which it raises `ValueError`."""
     out = jax.custom_vjp(fn)
 
-    def backward(*_: Any) -> Any:
-        raise ValueError(why)
+    def forward(*arrays: jax.Array) -> Any:
+        return (fn(*arrays), None) if instead is None else jax.vjp(instead, *arrays)
 
-    out.defvjp(lambda *arrays: (fn(*arrays), None), backward)
+    def backward(undo: Any, d_out: jax.Array) -> Any:
+        if undo is None:
+            raise ValueError(why)
+        return undo(d_out)
+
+    out.defvjp(forward, backward)
     return out
 
 
@@ -141,8 +148,15 @@ def _with_log_sums(
     )
 
 
-def pallas(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, interpreted: bool = False) -> jax.Array:
-    """One query a row, keys split among programs; shapes as in `reference.softmax_attention`."""
+def pallas(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    offset: jax.Array,
+    interpreted: bool = False,
+    instead: Form | None = None,
+) -> jax.Array:
+    """One query a row, keys split among programs; shapes as in `reference.softmax_attention`, `instead` as above."""
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array) -> jax.Array:
         # Products of float32 would be of TF32.
@@ -150,10 +164,11 @@ def pallas(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, interpre
             # Pallas' Triton backend is deprecated; this is the one kernel of its kind that jax has.
             warnings.simplefilter("ignore", DeprecationWarning)
             kernel: Any = importlib.import_module(_DECODE)
-            return kernel.gqa(
+            out = kernel.gqa(
                 q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), kv_seq_len=offset + 1, k_splits=_SPLITS,
                 block_k=math.gcd(_BLOCK, k.shape[2] // _SPLITS), interpret=interpreted,
             )  # fmt: skip
+        return out[:, None].astype(v.dtype)
 
     why = "implementation: 'pallas' decodes and has no gradient: choose another"
-    return _forward_only(run, why)(q, k, v, offset)[:, None].astype(v.dtype)
+    return _forward_only(run, why, instead)(q, k, v, offset)

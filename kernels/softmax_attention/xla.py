@@ -98,7 +98,7 @@ def forward(
         def body(running: Running, j: jax.Array) -> tuple[Running, None]:
             return lax.cond(_needed(position, segments, j, n), attend, lambda running, _: running, running, j), None
 
-        (maximum, total, values), _ = lax.scan(body, _empty(queries.shape[:3], q.shape[3]), jnp.arange(n.nk))
+        (maximum, total, values), _ = lax.scan(body, _empty(queries), jnp.arange(n.nk))
         seen = total > 0
         total = jnp.where(seen, total, 1.0)
         return values / total[..., None], jnp.where(seen, maximum + jnp.log(total), -jnp.inf)
@@ -174,7 +174,7 @@ def backward(
             )
 
         def nothing(_: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            empty = jnp.zeros((*keys.shape[:2], n.tk, D), jnp.float32)
+            empty = jnp.zeros_like(query, shape=(*keys.shape[:2], n.tk, D))
             return jnp.zeros_like(query), empty, empty
 
         def body(carry: tuple[jax.Array, ...], j: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
@@ -186,7 +186,7 @@ def backward(
         (d_q, d_k, d_v), _ = lax.scan(body, (jnp.zeros_like(query), *d_kv), jnp.arange(n.nk))
         return (d_k, d_v), d_q
 
-    zeros = jnp.zeros(keys.shape, jnp.float32)
+    zeros = jnp.zeros_like(keys, jnp.float32)
     inputs = (jnp.arange(n.nq), queries, d_out_blocks, sums, delta)
     (d_k, d_v), d_q = lax.scan(query_block, (zeros, zeros), inputs)
     d_q = _from_blocks(d_q, n)[:, :T] * scale
@@ -277,8 +277,9 @@ def _overlaps(position: jax.Array, j: jax.Array, n: Blocks) -> jax.Array:
     return (first <= jnp.max(position[:, -1])) & (last >= jnp.min(position[:, 0]))
 
 
-def _empty(shape: tuple[int, ...], D: int) -> Running:
-    return jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, D), jnp.float32)
+def _empty(queries: jax.Array) -> Running:
+    nothing = jnp.zeros_like(queries, jnp.float32)  # varying over the mesh axes that the queries vary over
+    return jnp.full_like(nothing[..., 0], -jnp.inf), nothing[..., 0], nothing
 
 
 def _accumulate(running: Running, scores: jax.Array, values: jax.Array) -> Running:

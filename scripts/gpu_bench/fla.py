@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpu_bench.report import Report
+from gpu_bench.timing import calls_of_a_round
 from m1jax.kernels.lightning_attention.cases import CASES, LightningCase
 
 KERNELS = ("chunk_simple_gla", "chunk_lightning_attn")
@@ -51,7 +52,7 @@ def run(report: Report) -> None:
     for case in sorted(CASES, key=lambda case: (case.grad, case.T)):
         for name in kernels(case):
             with report.attempt(f"{name} {case.name}"):
-                report.timed(f"{name} {case.name}", _median(_call(name, case)))
+                report.timed(f"{name} {case.name}", _seconds(_call(name, case)))
             report.write()
 
 
@@ -112,18 +113,24 @@ def _call(name: str, case: LightningCase) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(out, (q, k, v), into, retain_graph=True)
 
 
-def _median(fn: Callable[[], Any], rounds: int = 15) -> float:
-    torch, times = _torch(), []
-    for _ in range(3):
-        fn()
-    for _ in range(rounds):
+def _seconds(fn: Callable[[], Any], rounds: int = 5) -> float:
+    """Median over rounds of the mean time of a call; calls of a round overlap their launches, as in `timing`."""
+    torch = _torch()
+
+    def mean(calls: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        fn()
+        for _ in range(calls):
+            fn()
         end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3)
-    return float(np.median(times))
+        return begin.elapsed_time(end) * 1e-3 / calls
+
+    for _ in range(3):
+        fn()
+    torch.cuda.synchronize()
+    calls = calls_of_a_round(mean(1))
+    return float(np.median([mean(calls) for _ in range(rounds)]))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class Measurement:
         once = _clocked(lambda: self.run(*args))
         if ROUNDS == 1 or once > 0.5:  # what takes so long does not vary
             return once
-        calls = max(1, min(200, int(0.03 / once)))
+        calls = calls_of_a_round(once)
 
         def several() -> Any:
             out = None
@@ -96,6 +96,11 @@ class Measurement:
             carry = jax.block_until_ready(self.run(carry, *args))
             times.append(time.perf_counter() - start)
         return statistics.median(times[1:])
+
+
+def calls_of_a_round(once: float) -> int:
+    """How many calls of so many seconds follow each other, so that launching them does not count."""
+    return max(1, min(200, int(0.03 / once)))
 
 
 def enough_steps(floor: float) -> int:
