@@ -19,9 +19,9 @@ def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return x.astype(dtype)
 
 
-def in_float32(fn: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
-    """fn of the operands in float32, rounded once to their dtype."""
-    kind = jnp.result_type(*operands)
+def in_float32(fn: Callable[..., jax.Array], *operands: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+    """fn of the operands in float32, rounded once to `dtype`, or else to theirs."""
+    kind = jnp.dtype(jnp.result_type(*operands) if dtype is None else dtype)
     if kind == jnp.float32:
         return fn(*operands)
 

@@ -73,7 +73,11 @@ def _add_generation_arguments(group: argparse._ArgumentGroup) -> None:
     add("--min-p", type=float, default=0.0, metavar="P", help="keep tokens P times as likely as the likeliest (0: all)")
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 discourages repetition (1: off)")
     add("--greedy", action="store_true", help="always the likeliest token")
-    add("--seed", type=int, help="the same seed gives the same text (random; 0 with --input)")
+    add(
+        "--seed",
+        type=int,
+        help="the same seed gives the same text (random; with --input 0, from which each line has its own)",
+    )
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
     add("-n", type=int, default=1, metavar="N", help="generate N texts (1)")
     add("--batch-size", type=int, default=8, metavar="B", help="at most B texts at once (8)")

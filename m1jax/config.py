@@ -74,6 +74,8 @@ _WITHOUT_EFFECT = {
     "label2id": "for classification heads",
     "is_decoder": "always true here",
     "attn_implementation": "the kernel is chosen per call",
+    "_attn_implementation": "the kernel is chosen per call",
+    "_attn_implementation_autoset": "the kernel is chosen per call",
 }
 
 _LARGEST = float(np.finfo(np.float32).max)  # what the model computes in
@@ -169,8 +171,14 @@ class M1Config:
         if fields.get("num_key_value_heads") is None:
             fields["num_key_value_heads"] = heads
         factor = fields.pop("partial_rotary_factor", None)
-        if fields.get("rotary_dim") is None and fields.get("head_dim"):
-            fields["rotary_dim"] = int(fields["head_dim"] * (1.0 if factor is None else factor))
+        if fields.get("head_dim"):
+            turned = None if factor is None else int(fields["head_dim"] * factor)
+            if fields.get("rotary_dim") is None:
+                fields["rotary_dim"] = fields["head_dim"] if turned is None else turned
+            elif turned not in (None, fields["rotary_dim"]):
+                raise UserError(
+                    f"partial_rotary_factor {factor} contradicts rotary_dim {fields['rotary_dim']}: drop one"
+                )
         # The official class takes pre-norm residuals where the key is absent; transformers' class has no such key.
         fields.setdefault("postnorm", kind == "minimax")
         if kind == "minimax":

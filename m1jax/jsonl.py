@@ -10,7 +10,9 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import operator
 import os
+import random
 import reprlib
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +31,9 @@ from m1jax.loading import MARKER
 from m1jax.model import M1
 from m1jax.prompt import Options, Prompter
 from m1jax.reply import Reply, Request
-from m1jax.sampling import DEFAULT_SAMPLING
+from m1jax.sampling import DEFAULT_SAMPLING, MAX_SEED
+
+_SAMPLE = 1 << 16  # bytes of a file of weights, at its beginning, middle and end, that tell it from another
 
 # Options that a line may set, and their JSON types.
 OPTIONS: dict[str, tuple[type, ...]] = {
@@ -69,14 +73,22 @@ class Line(NamedTuple):
 
 
 def fingerprint(folder: Path) -> str:
-    """Changes with what a model folder computes: its config.json, and name, size and time of the files of weights.
+    """Changes with what a model folder computes, not with where or when it was copied to. Raises `UserError`.
 
-    Of a converted checkpoint the file that is written last stands for the weights. Raises `UserError`.
+    It is of config.json and of the files of weights: their names, sizes, and some of what they hold.
     """
     try:
         digest = hashlib.sha256((folder / "config.json").read_bytes())
-        for file in sorted([*folder.glob("*.safetensors"), *folder.glob(MARKER)]):
-            digest.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
+        converted = (folder / MARKER).exists()
+        files = folder.rglob("*") if converted else folder.glob("*.safetensors")
+        for file in sorted(file for file in files if file.is_file()):
+            size = file.stat().st_size
+            digest.update(repr((str(file.relative_to(folder)), size)).encode())
+            if not converted or file.name == MARKER:  # a conversion's own files have names that none other has
+                with file.open("rb") as stream:
+                    for at in sorted({0, size // 2, max(0, size - _SAMPLE)}):
+                        stream.seek(at)
+                        digest.update(stream.read(_SAMPLE))
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
@@ -128,7 +140,9 @@ def _line(number: int, text: str, options: Options, prompter: Prompter) -> Line:
         raise UserError(f'unknown key {unknown[0]!r}: put data of your own under "metadata"')
     if ("prompt" in values) == ("messages" in values):
         raise UserError("give either prompt or messages")
-    options = _options(values, options)
+    # Of its own, or lines of one prompt would have one text, and those of one length one noise.
+    own = random.Random(f"{options.seed} {number}").randrange(MAX_SEED + 1)
+    options = _options(values, dataclasses.replace(options, seed=own))
     carried = {key: values[key] for key in ("id", "metadata") if key in values}
     try:
         json.dumps(carried, ensure_ascii=False).encode()
@@ -293,14 +307,14 @@ class Output:
     def _check(self, number: int, text: bytes) -> None:
         try:
             values = json.loads(text)
-            key, digest = (values["line"], values["sample"]), values["request"]
+            key, digest = (operator.index(values["line"]), operator.index(values["sample"])), values["request"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{self.path} holds other data (line {number}): choose another --output") from None
         expected, n = self._digests.get(key[0], (None, 0))
         known = values.get("precision")
         if digest != expected or key[1] not in range(n) or self.precision not in (None, known):
             raise UserError(
-                f"{self.path} was written for another input or other options (its line {number}): "
+                f"{self.path} was written for another input, model or other options (its line {number}): "
                 "repeat them to continue, or choose another --output"
             )
         if key in self.done:

@@ -55,12 +55,15 @@ def rope_angles(config: M1Config, position: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """RoPE on the first R of the D channels of x `[B, T, heads, D]`: channel c turns with channel c + R/2."""
-    cos, sin = (rounded(a, x.dtype) for a in rope)
+    """RoPE on the first R of the D channels of x `[B, T, heads, D]`: channel c turns with channel c + R/2.
+
+    As in the official code cos and sin stay float32: bfloat16's error in them would be as large as that of x.
+    """
+    cos, sin = rope
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    first = in_float32(lambda a, b, cos, sin: a * cos - b * sin, a, b, cos, sin)
-    second = in_float32(lambda a, b, cos, sin: b * cos + a * sin, a, b, cos, sin)
+    first = in_float32(lambda a, b, cos, sin: a * cos - b * sin, a, b, cos, sin, dtype=x.dtype)
+    second = in_float32(lambda a, b, cos, sin: b * cos + a * sin, a, b, cos, sin, dtype=x.dtype)
     return jnp.concatenate([first, second, rest], axis=-1)
 
 

@@ -201,8 +201,8 @@ def open_source(path: Path) -> tuple[M1Config, dict[str, Tensor], dict[str, list
         raise UserError(f"{path} is unfinished: run the command that was writing it again")
     if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"{path} is not a model: it has no config.json")
-    tensors = read_folder(path)
     config = M1Config.from_file(path)
+    tensors = read_folder(path)
     try:
         return config, tensors, plan(config, tensors)
     except UserError as error:

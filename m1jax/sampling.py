@@ -20,7 +20,7 @@ from m1jax.errors import UserError
 
 MAX_SEED = 2**32 - 1
 _FLOAT32 = np.finfo(np.float32)
-_LARGEST = float(_FLOAT32.max)
+_LARGEST, _SMALLEST = float(_FLOAT32.max), float(_FLOAT32.tiny)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Sampling:
             )
         if not 0 <= self.top_k < 2**31:
             raise UserError(f"top-k must be 0 (off) or more, not {reprlib.repr(self.top_k)}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top-p must be above 0 and at most 1 (off), not {reprlib.repr(self.top_p)}")
+        if not _SMALLEST <= self.top_p <= 1:
+            raise UserError(f"top-p must be from {_SMALLEST:.3g} to 1 (off), not {reprlib.repr(self.top_p)}")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min-p must be from 0 (off) to 1, not {reprlib.repr(self.min_p)}")
         if not 0 < self.repetition_penalty <= _LARGEST:

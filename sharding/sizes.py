@@ -71,10 +71,12 @@ def require_room(
     if needed <= free:
         return
     where = "this machine" if on_host else f"each of {1 if mesh is None else mesh.size} devices"
+    part = "; jax takes part of a GPU alone unless XLA_CLIENT_MEM_FRACTION=0.94" if devices[0].platform == "gpu" else ""
     held = f"{dtype} and {quantize}" if quantize else dtype
     raise UserError(
         f"{name} needs {needed / 1e9:.1f} GB of memory on {where} in {held}, {free / 1e9:.1f} GB are free: "
         + remedy(config, dtype, free, len(jax.devices()), on_host, quantize, stored)
+        + part
     )
 
 

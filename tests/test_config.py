@@ -106,6 +106,7 @@ def test_official_spelling_round_trips(config: M1Config) -> None:
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
         ({"rope_parameters": {"rope_typ": "default"}}, "unknown key 'rope_typ'"),
         ({"rope_parameters": {"rope_theta": 5.0}}, "contradicts"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.99}}, "partial_rotary_factor 0.99 contradicts rotary_dim"),
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"attn_type_list": [0, 2]}, "attn_type_list has 2"),
         ({"attn_type_list": [0, 1]}, "attn_type_list has 2 entries, num_hidden_layers is 80"),

@@ -194,10 +194,10 @@ def test_lines_equal_single_runs(run: Run, finished: tuple[Path, Path, list[dict
     lines = finished[2]
     assert [(line["line"], line["sample"]) for line in lines] == [(1, 0), (2, 0), (2, 1), (3, 0), (4, 0), (5, 0)]
     assert lines[0]["id"] == "first" and lines[0]["metadata"] == {"answer": [1]}
-    flags = ("--json", "--max-tokens", 9, "--seed", 0)
+    flags = ("--json", "--max-tokens", 9, "--seed", lines[0]["seed"])
     one = json.loads(run("--prompt", "Hello", *flags).out)
     assert lines[0]["text"] == one["text"] and lines[0]["prompt_tokens"] == one["stats"]["prompt_tokens"]
-    two = json.loads(run("--prompt", "Hello", "-n", 2, "--json", "--max-tokens", 3, "--seed", 0).out)
+    two = json.loads(run("--prompt", "Hello", "-n", 2, "--json", "--max-tokens", 3, "--seed", lines[1]["seed"]).out)
     assert [line["text"] for line in lines[1:3]] == [sample["text"] for sample in two["samples"]]
     raw = json.loads(run("--prompt", "raw text", "--raw", "--greedy", *flags).out)
     assert lines[3]["text"] == raw["text"] and lines[3]["prompt_tokens"] == raw["stats"]["prompt_tokens"]
@@ -208,7 +208,23 @@ def test_a_line_switches_greedy_off(run: Run, tmp_path: Path) -> None:
     source.write_text('{"prompt": "Hello", "greedy": false}\n')
     flags = ("--max-tokens", 9, "--seed", 0)
     assert run("--greedy", "--input", source, "--output", out, *flags).code == 0
-    assert json.loads(out.read_text())["text"] == json.loads(run("--prompt", "Hello", "--json", *flags).out)["text"]
+    line = json.loads(out.read_text())
+    alone = run("--prompt", "Hello", "--json", *flags[:2], "--seed", line["seed"])
+    assert line["text"] == json.loads(alone.out)["text"]
+
+
+def test_lines_have_seeds_of_their_own(run: Run, tmp_path: Path) -> None:
+    """One prompt many times has many texts; the same again with the same --seed, and with a line's own seed."""
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "Hello"}\n' * 3 + '{"prompt": "Hello", "seed": 4}\n')
+    found: list[list[dict[str, Any]]] = []
+    for name, flags in (("a", ()), ("b", ("--seed", 0)), ("c", ("--seed", 1))):
+        assert run("--input", source, "--output", tmp_path / name, "--max-tokens", 9, *flags).code == 0
+        found.append(read_lines(tmp_path / name))
+    assert found[0] == found[1] and len({line["text"] for line in found[0]}) == 4
+    assert len({line["seed"] for line in (*found[0], *found[2])}) == 7 and found[0][3] | {"request": ""} == found[2][
+        3
+    ] | {"request": ""}
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3, 6])
@@ -247,14 +263,16 @@ def test_output_of_another_model_is_refused(
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     flags: tuple[object, ...] = ()
     if change == "weights":
-        os.utime(folder / "model.safetensors", ns=(0, 0))
+        with (folder / "model.safetensors").open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            stream.write(b"\0")
     elif change == "config":
         values = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**values, "rope_theta": 5.0}))
     else:
         flags = ("--dtype", "bfloat16") if change == "dtype" else ("--quantize", "int8")
     result = run("--input", source, "--output", out, *FLAGS, *flags, folder=folder)
-    assert result.code == 2 and "for another input or other options" in result.err and out.read_bytes() == left
+    assert result.code == 2 and "or other options" in result.err and out.read_bytes() == left
     assert run("--input", source, "--output", out, *FLAGS).code == 0 and read_lines(out) == lines
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m1jax import model as m1
-from m1jax import stack
+from m1jax import layers, stack
 from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.params import count, flatten
@@ -314,3 +314,17 @@ def test_steps_work_under_the_callers_jit_and_as_a_pytree() -> None:
 def test_importing_the_package_does_not_import_torch_or_the_other_kernels() -> None:
     code = "import m1jax, sys; assert not {'torch', 'transformers', 'kernels', 'sharding'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_rotated_channels_are_rounded_once() -> None:
+    """In bfloat16 at far positions, too: cos and sin rounded first would be off by as much as the channels."""
+    config = find_config("m1-80k")
+    R = config.rotary_dim
+    x = jax.random.normal(jax.random.key(0), (1, 4, 3, config.head_dim)).astype(jnp.bfloat16)
+    rope = layers.rope_angles(config, jnp.asarray([[5, 123_456, 999_999, 7_654_321]]))
+    out = layers.rotate(x, rope)
+    assert out.dtype == jnp.bfloat16 and (out[..., R:] == x[..., R:]).all()
+    a, b = (np.asarray(part, np.float64) for part in jnp.split(x[..., :R].astype(jnp.float32), 2, axis=-1))
+    cos, sin = (np.asarray(part, np.float64) for part in rope)
+    exact = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    np.testing.assert_allclose(np.asarray(out[..., :R], np.float64), exact, rtol=2**-8)

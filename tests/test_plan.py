@@ -26,6 +26,7 @@ from m1jax.sharding.plan import (
     _largest,  # pyright: ignore[reportPrivateUsage]
     arguments,
     best,
+    busiest,
     compiled_plan,
     make_plan,
     measure,
@@ -81,6 +82,13 @@ def test_plan_of_a_small_model() -> None:
     assert {"psum"} <= {t.collective.kind for t in found.traffic}
     assert all(not t.between_nodes for t in found.traffic)
     assert found.tokens_per_second == pytest.approx(4 / found.roofline.seconds)
+
+
+def test_the_busiest_device_of_a_layer() -> None:
+    """It holds up all the others: of one token's two experts among 8 groups of 4, both are in one in 3 of 31 cases."""
+    assert abs(busiest(32, 2, 8, 1) - (1 + 3 / 31)) < 0.05
+    assert busiest(32, 2, 1, 1) == 2 and busiest(32, 2, 32, 5) == 1 and busiest(32, 2, 8, 100_000) == 4
+    assert 2.5 < busiest(32, 2, 8, 8) < 4  # though 1.6 on average
 
 
 @pytest.mark.parametrize(

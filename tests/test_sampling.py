@@ -51,6 +51,13 @@ def test_top_k(logits: np.ndarray, k: int) -> None:
     np.testing.assert_array_equal(out, np.where(kept, logits, -np.inf))
 
 
+def test_the_smallest_top_p_keeps_the_largest_logit() -> None:
+    logits = np.linspace(-3, 3, 50, dtype=np.float32)
+    p = Sampling(top_p=float(np.finfo(np.float32).tiny)).top_p
+    out = np.asarray(_top_p(logits[None], jnp.array([p], jnp.float32)))[0]
+    assert np.flatnonzero(np.isfinite(out)).tolist() == [49]
+
+
 @settings(max_examples=60, deadline=None)
 @given(logit_rows, st.floats(0.0078125, 1, width=32))
 def test_top_p(logits: np.ndarray, p: float) -> None:
@@ -164,7 +171,7 @@ def test_seed_sample_and_position_each_matter() -> None:
     ("setting", "value"),
     [
         *(("temperature", value) for value in (-0.1, float("nan"), float("inf"), 1e39, 10**400)),
-        *(("top_p", value) for value in (0.0, 1.01, float("nan"), 10**400)),
+        *(("top_p", value) for value in (0.0, 1e-46, 1.01, float("nan"), 10**400)),
         *(("min_p", value) for value in (-0.5, 1.5, -(10**400))),
         *(("top_k", value) for value in (-1, 10**400)),
         *(("repetition_penalty", value) for value in (0.0, float("nan"), 1e39, 10**400)),

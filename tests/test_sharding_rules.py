@@ -113,6 +113,10 @@ def test_meshes_that_do_not_fit_the_devices_are_refused() -> None:
 
 
 def test_axes_that_do_not_divide_name_parameter_axis_and_sizes() -> None:
+    for context, seq in ((1001, 2), (1024, 3)):
+        short = dataclasses.replace(FULL, max_position_embeddings=context, num_local_experts=6)
+        with pytest.raises(UserError, match=f"mesh axis seq={seq} cannot split caches: .* divides {context} tokens"):
+            check(short, abstract_mesh(MeshShape(seq=seq)))
     with pytest.raises(UserError, match=r"softmax.k_proj: kv_heads = 8 cannot be split 32 ways .* work are 1, 2, 4, 8"):
         check(FULL, abstract_mesh(MeshShape(expert=32)))
     with pytest.raises(UserError, match="the mesh has axes rack: make it with m1jax"):
