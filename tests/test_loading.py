@@ -199,6 +199,12 @@ def put_twice(folder: Path) -> None:
     join_header(folder / OTHER, header, data + contents[first:last])
 
 
+def quantized_by_another(folder: Path) -> None:
+    """Its tensors have a dtype that is not known either; config.json says why."""
+    edit_header(lambda h: tensor(h).update(dtype="F8_E4M3"))(folder)
+    edit_json("config.json", lambda c: c.update(quantization_config={"quant_method": "fp8"}))(folder)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, "does not exist"),
     "no weights": (lambda f: [p.unlink() for p in f.glob("*.safetensors*")], "has no weights"),
@@ -235,6 +241,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "names a twice",
     ),
     "unknown dtype": (edit_header(lambda h: tensor(h).update(dtype="F8_E4M3")), "unknown dtype 'F8_E4M3'"),
+    "quantised by another": (quantized_by_another, "quantization_config .*convert from the unquantised checkpoint"),
     "dtype is no name": (edit_header(lambda h: tensor(h).update(dtype=[])), "unknown dtype"),
     "wrong dtype": (edit_header(lambda h: tensor(h).update(dtype="F32")), "bytes, not"),
     "integers": (edit_header(lambda h: tensor(h).update(dtype="I16")), r"not float32, float16 or bfloat16.*\(int16\)"),

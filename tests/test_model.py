@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m1jax import model as m1
 from m1jax import layers, stack
+from m1jax import model as m1
 from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.params import count, flatten
