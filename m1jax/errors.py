@@ -15,7 +15,8 @@ P = ParamSpec("P")
 GARBAGE = 20_000, 20, 20  # how much of it there may be before it is looked for
 BROKEN_PIPE = 141  # as the shell reports a program that SIGPIPE ended
 # Of a GPU's memory, to be said before jax starts: its own 0.75 wastes the most. GPUs have 6% more than their name says.
-FRACTIONS, FRACTION = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"}, "0.94"
+FRACTION_NAME, FRACTION = "XLA_CLIENT_MEM_FRACTION", "0.94"
+FRACTION_OLD_NAME = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # jax refuses both together
 VERDICT = 30  # seconds that jax may take to name the process whose loss made another one's exchange fail: 3 heartbeats
 
 _process: int | None = None  # which of several this is
@@ -50,8 +51,8 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, NoReturn]:
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> NoReturn:
         gc.set_threshold(*GARBAGE)
-        if not FRACTIONS & os.environ.keys():
-            os.environ[min(FRACTIONS)] = FRACTION
+        if FRACTION_OLD_NAME not in os.environ:
+            os.environ.setdefault(FRACTION_NAME, FRACTION)
         try:
             _end(main(*args, **kwargs) or 0)
         except UserError as error:

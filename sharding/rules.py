@@ -127,9 +127,8 @@ def check(config: M1Config, mesh: AnyMesh, quantize: Quantization | None = None)
     _divides(mesh, "state", "heads", heads, rules_of(mesh)["heads"])
     _divides(mesh, "cache", "kv_heads", keys, rules_of(mesh)["kv_heads"])
     ways, context = shards(mesh, "cache"), config.max_position_embeddings
-    if "fsdp" not in mesh.shape and (
-        ways & (ways - 1) or context % ways
-    ):  # caches are as long as a power of two or that
+    # Of serving: caches are as long as a power of two, or as the context.
+    if "fsdp" not in mesh.shape and (ways & (ways - 1) or context % ways):
         raise UserError(f"mesh axis seq={ways} cannot split caches: take a power of two that divides {context} tokens")
 
 

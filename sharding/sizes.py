@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from m1jax.config import M1Config
 from m1jax.distributed import neighbours
-from m1jax.errors import UserError
+from m1jax.errors import FRACTION, FRACTION_NAME, UserError
 from m1jax.kernels.experts import Quantization
 from m1jax.model import abstract
 from m1jax.params import flatten
@@ -71,7 +71,8 @@ def require_room(
     if needed <= free:
         return
     where = "this machine" if on_host else f"each of {1 if mesh is None else mesh.size} devices"
-    part = "; jax takes part of a GPU alone unless XLA_CLIENT_MEM_FRACTION=0.94" if devices[0].platform == "gpu" else ""
+    on_gpu = devices[0].platform == "gpu"
+    part = f"; jax takes part of a GPU alone unless {FRACTION_NAME}={FRACTION}" if on_gpu else ""
     held = f"{dtype} and {quantize}" if quantize else dtype
     raise UserError(
         f"{name} needs {needed / 1e9:.1f} GB of memory on {where} in {held}, {free / 1e9:.1f} GB are free: "
