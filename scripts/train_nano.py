@@ -1,10 +1,11 @@
-"""python scripts/train_nano.py --machine cpu|gpu [--out runs/nano] [--until sft] [--scale 1.0] [--task all] [--install]
+"""python scripts/train_nano.py --machine cpu|gpu [--out runs/nano] [--until sft] [--scale 1.0] [--steps sft=4000] …
 
 Makes M1-nano from nothing but this repository: tokenizer, synthesized data, lists to recall, pretraining, SFT with
 chain of thought, sharper queries, CISPO in two stages, and the weights between those after the two. Killed at any
 moment, the same command goes on. After SFT and each step from there it is evaluated on held-out problems;
 OUT/results.json and OUT/results.md say what came out, how long it took and on what. `--install` puts the model, in
-bfloat16 and the official layout, where the package ships it from. `--scale` shortens every stage, to try things out.
+bfloat16 and the official layout, where the package ships it from. `--scale` shortens every stage, to try things out,
+`--steps` gives one another length: a shorter SFT leaves RL more to do.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from m1jax.nano.training import (
     JUDGED,
     PLANS,
     REINFORCED,
+    STAGES,
     STEPS,
     WINDOWS,
     Step,
@@ -82,6 +84,14 @@ def results(step: Step, out: Path, tasks: Sequence[str], problems: int) -> dict[
     return found
 
 
+def _length(text: str) -> tuple[str, int]:
+    """Reads "sft=4000"."""
+    stage, _, count = text.partition("=")
+    if stage not in STAGES or not count.isdecimal() or int(count) < 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is not STAGE=N, a stage of {', '.join(STAGES)} and 4 steps or more")
+    return stage, int(count)
+
+
 def table(found: dict[str, Any]) -> str:
     """The results for the README: what each stage took, and how accurate the models are."""
     lines = ["| | steps | tokens | loss | minutes | machine |", "|---|---|---|---|---|---|"]
@@ -104,6 +114,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/nano"))
     parser.add_argument("--until", choices=STEPS, default=STEPS[-1])
     parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--steps", action="append", type=_length, default=[], metavar="STAGE=N", help="of one stage")
     parser.add_argument("--task", action="append", metavar="NAME", help="train on these alone (all)")
     parser.add_argument("--problems", type=int, default=400, help="per task, of the evaluations (400)")
     parser.add_argument("--install", action="store_true")
@@ -112,6 +123,7 @@ def main() -> None:
         raise UserError("--problems must be 1 or more, --scale a number above 0")
     use_compilation_cache()
     plan, tasks = scaled(PLANS[args.machine], args.scale), args.task or ["all"]
+    plan["steps"] |= dict(args.steps)
     claim(args.out, {"machine": args.machine, "scale": args.scale, "tasks": tasks, "recipe": fingerprint(plan)})
     prepare(args.out, plan, tasks)
     file = args.out / "results.json"

@@ -192,22 +192,29 @@ def test_another_recipe_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "flags"),
+    ("script", "flags", "message"),
     [
-        ("train_nano", "--machine cpu --problems 0"),
-        ("train_nano", "--machine cpu --scale nan"),
-        ("compare_policy_losses", "--model none --every 0"),
-        ("compare_policy_losses", "--model none --seeds 0"),
+        ("train_nano", "--machine cpu --problems 0", "must be 1 or more"),
+        ("train_nano", "--machine cpu --scale nan", "must be 1 or more"),
+        ("train_nano", "--machine cpu --steps sfd=40", "'sfd=40' is not STAGE=N"),
+        ("train_nano", "--machine cpu --steps sft=1", "4 steps or more"),
+        ("compare_policy_losses", "--model none --every 0", "must be 1 or more"),
+        ("compare_policy_losses", "--model none --seeds 0", "must be 1 or more"),
     ],
 )
 def test_bad_flags_are_found_before_the_work(
-    script: str, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: str,
+    flags: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["script", *flags.split()])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(Path(__file__).parents[1] / "scripts" / f"{script}.py"), run_name="__main__")
-    assert end.value.code == 2 and "must be 1 or more" in capsys.readouterr().err
+    assert end.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
