@@ -2,10 +2,21 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
-def runs(segments: jax.Array) -> jax.Array:
-    """Segment ids `[B, T]` of whole rows, numbered from 1 in order, int32; 0 for padding. No two have one number."""
+def starts(segments: jax.Array) -> jax.Array:
+    """Where a segment begins after the first token, bool `[B, T]`: that one goes on with a given state, if any."""
     before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
-    start = (segments != before) & (segments > 0)
-    return jnp.where(segments > 0, jnp.cumsum(start, axis=1, dtype=jnp.int32), 0)
+    return (segments != before) & (segments > 0) & (jnp.arange(segments.shape[1]) > 0)
+
+
+def numbered(segments: jax.Array) -> jax.Array:
+    """Segment ids `[B, T]` of whole rows as int32 that grow; 0 for padding. No two segments have one number."""
+    return jnp.where(segments > 0, 1 + jnp.cumsum(starts(segments), axis=1, dtype=jnp.int32), 0)
+
+
+def positions(segments: jax.Array) -> jax.Array:
+    """Positions int32 `[B, T]` that count from 0 in every segment of whole rows; of padding any."""
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
+    return index - lax.cummax(jnp.where(starts(segments), index, 0), axis=1)

@@ -17,6 +17,7 @@ from m1jax import layers
 from m1jax.config import LIGHTNING, M1Config
 from m1jax.kernels.lightning_attention import log_decay
 from m1jax.kernels.rounding import in_float32
+from m1jax.kernels.segments import positions
 from m1jax.sharding.region import block, gathered, start, ways
 
 if TYPE_CHECKING:
@@ -161,13 +162,6 @@ def _noted(carry: Carry, i: jax.Array, x: jax.Array, logits: jax.Array, own: jax
     if carry.bad is not None:
         carry = carry._replace(bad=carry.bad.at[i].set(not_finite(x, own)))
     return carry
-
-
-def positions(segments: jax.Array) -> jax.Array:
-    """Positions int32 `[B, T]` that count from 0 in every segment."""
-    index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
-    start = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-    return index - lax.cummax(jnp.where(start, index, 0), axis=1)
 
 
 def all_decays(config: M1Config) -> jax.Array:

@@ -19,7 +19,7 @@ from m1jax import M1Config
 from m1jax.chat_template import ChatTemplate
 from m1jax.errors import main_guard
 from m1jax.nano.training import install
-from m1jax.train import loop
+from m1jax.train import loop, supervised
 from m1jax.train.settings import Settings, parse
 
 ANSWERS = {
@@ -119,7 +119,7 @@ def main() -> None:
         tokenizer = train_tokenizer(folder)
         (folder / "config.json").write_text(json.dumps(config(tokenizer.get_vocab_size()).to_official()))
         (folder / "lessons.jsonl").write_text("".join(json.dumps(lesson) + "\n" for lesson in lessons(tokenizer)))
-        loop.run(settings(folder, args.steps))
+        supervised.run(settings(folder, args.steps))
         install(folder / "run" / loop.MODEL, folder, args.out)
 
 

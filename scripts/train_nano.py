@@ -42,7 +42,7 @@ from m1jax.nano.training import (
 from m1jax.rl import stage as rl_stage
 from m1jax.runtime import use_compilation_cache
 from m1jax.tasks import find
-from m1jax.train import loop
+from m1jax.train import supervised
 
 
 def accuracies(model: Path, tasks: Sequence[str], problems: int) -> dict[str, Score]:
@@ -64,7 +64,7 @@ def make(step: Step, out: Path, plan: dict[str, Any], tasks: Sequence[str]) -> N
     if step in CHANGES:
         change(step, out)
     else:
-        (rl_stage.run if step in REINFORCED else loop.run)(settings(step, out, plan, tasks))
+        (rl_stage.run if step in REINFORCED else supervised.run)(settings(step, out, plan, tasks))
 
 
 def results(step: Step, out: Path, tasks: Sequence[str], problems: int) -> dict[str, Any]:

@@ -18,9 +18,8 @@ from jax import lax
 
 from m1jax.kernels import lightning_attention as lightning
 from m1jax.kernels import softmax_attention as softmax
-from m1jax.kernels.lightning_attention.reference import starts
 from m1jax.kernels.rounding import rounded
-from m1jax.kernels.segments import runs
+from m1jax.kernels.segments import numbered, starts
 from m1jax.kernels.softmax_attention import xla
 from m1jax.kernels.softmax_attention.api import K_BLOCK, Q_BLOCK
 from m1jax.sharding.region import Axes, block, gathered, index, size_of, split_over
@@ -113,7 +112,7 @@ def softmax_attention(
     if segments is None and T * H < N * K:
         return _gathered_queries(q, k, v, offset, over)
     if segments is not None:
-        segments = block(runs(gathered(segments, 1, "sequence")), 1, "sequence")
+        segments = block(numbered(gathered(segments, 1, "sequence")), 1, "sequence")
     return _ring(q, k, v, offset, segments, over)
 
 

@@ -26,7 +26,7 @@ from m1jax.generate import main as generate
 from m1jax.params import flatten
 from m1jax.rendezvous import meet
 from m1jax.rl import stage
-from m1jax.train import loop
+from m1jax.train import supervised
 from m1jax.train.__main__ import main as train
 from tests import test_rl, test_train_run
 from tests.checkpoints import random_tensors, write_checkpoint
@@ -257,7 +257,7 @@ def test_trains_as_one_process(tmp_path: Path, address: str, monkeypatch: pytest
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     for mesh, dtype, first in (("fsdp=2", "bfloat16", 0), ("tensor=2", "float32", 2)):
         changes: dict[str, Any] = {"steps": 4, "mesh": mesh, "model": {"dtype": dtype}, "data": data}
-        loop.run(test_train_run.settings(path, alone, **changes))
+        supervised.run(test_train_run.settings(path, alone, **changes))
         file = test_train_run.write_toml(test_train_run.toml(path, shared, **changes), tmp_path / "shared.toml")
         ended = several(address, 2, "train", "--config", file)
         assert [e.code for e in ended] == [0, 0], ended
@@ -359,7 +359,7 @@ def test_a_mesh_on_the_command_line_overrules_the_file(
 ) -> None:
     path, found = tmp_path / "a.toml", []
     path.write_text('stage = "pretrain"\nout = "x"\nsteps = 1\nmesh = "fsdp=2"\nmodel.config = "m"\n')
-    monkeypatch.setattr("m1jax.train.loop.run", lambda settings, profile: found.append(settings.mesh))
+    monkeypatch.setattr("m1jax.train.supervised.run", lambda settings, profile: found.append(settings.mesh))
     with pytest.raises(SystemExit) as exit:
         train(["--config", str(path), *given])
     assert exit.value.code == 0 and found == [mesh]

@@ -29,7 +29,7 @@ from m1jax.sharding import sizes
 from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import __main__ as command
-from m1jax.train import data, loop, saving
+from m1jax.train import data, guard, loop, saving, supervised
 from m1jax.train import settings as s
 from m1jax.train.report import Report, _peak_tflops
 from m1jax.workplace import LOCK, alone
@@ -100,7 +100,7 @@ def losses(out: Path) -> list[tuple[int, float, float]]:
 def whole(folder: Path) -> Path:
     """A run that nobody interrupted."""
     out = folder / "whole"
-    loop.run(settings(folder, out, log={"tensorboard": True}))
+    supervised.run(settings(folder, out, log={"tensorboard": True}))
     return out
 
 
@@ -167,7 +167,7 @@ def test_other_devices_give_the_same_losses_up_to_rounding(
     (out / "checkpoints").mkdir(parents=True)
     subprocess.run(["cp", "-r", str(whole / "checkpoints" / "6"), str(out / "checkpoints")], check=True)
     on_two_devices(monkeypatch)
-    loop.run(settings(folder, out, mesh="data=2"))
+    supervised.run(settings(folder, out, mesh="data=2"))
     assert [row[0] for row in losses(out)] == [7, 8]
     assert rms_error([row[1:] for row in losses(out)], [row[1:] for row in losses(whole)[6:]]) < 1e-5
 
@@ -176,7 +176,7 @@ def test_the_validation_loss_is_that_of_every_document_once(folder: Path, whole:
     out, texts = tmp_path / "out", [f"{i} times 3 is {3 * i}." for i in range(7)]
     (tmp_path / "validation.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     data = {"validation": [str(tmp_path / "validation.jsonl")], "validate_every": 3}
-    loop.run(settings(folder, out, data=data))
+    supervised.run(settings(folder, out, data=data))
     assert losses(out) == losses(whole)
     found = {row["step"]: row["validation_loss"] for row in rows(out) if "validation_loss" in row}
     assert list(found) == [3, 6, 8]
@@ -192,7 +192,7 @@ def test_the_validation_loss_is_that_of_every_document_once(folder: Path, whole:
 def test_a_bad_validation_document_is_found_before_the_training(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "validation.jsonl").write_text('{"text": "This one is fine."}\n{"text": 3}\n')
     with pytest.raises(UserError, match="line 2: text is not a string"):
-        loop.run(settings(folder, tmp_path / "out", data={"validation": [str(tmp_path / "validation.jsonl")]}))
+        supervised.run(settings(folder, tmp_path / "out", data={"validation": [str(tmp_path / "validation.jsonl")]}))
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
@@ -213,7 +213,7 @@ def test_a_bad_document_is_found_before_the_training(
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = {"files": [str(tmp_path / "chat.jsonl")], "length": 64}
     with pytest.raises(UserError, match=f"line 61: {message}"):
-        loop.Supervised(loop.prepare(settings(folder, tmp_path / "out", stage=stage, data=data)))
+        supervised.Supervised(loop.prepare(settings(folder, tmp_path / "out", stage=stage, data=data)))
 
 
 def test_the_utilisation_is_flops_over_what_the_devices_can_do(
@@ -262,10 +262,10 @@ def test_auto_takes_all_devices(folder: Path, tmp_path: Path) -> None:
 
 
 def after(number: int, then: Any) -> Any:
-    """A step of `loop.Supervised` that does something else when step `number`, counted from 1, begins."""
-    original = loop.Supervised.step
+    """A step of `supervised.Supervised` that does something else when step `number`, counted from 1, begins."""
+    original = supervised.Supervised.step
 
-    def step(self: loop.Supervised, state: Any, index: int, report: Any) -> Any:
+    def step(self: supervised.Supervised, state: Any, index: int, report: Any) -> Any:
         if index + 1 == number:
             then(self)
         return original(self, state, index, report)
@@ -281,12 +281,12 @@ def test_a_signal_waits_for_the_step_and_leaves_a_checkpoint(
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     once = settings(folder, tmp_path / "out", checkpoint={"every": 100})
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Supervised, "step", after(3, lambda _: signal.raise_signal(number)))
+        patch.setattr(supervised.Supervised, "step", after(3, lambda _: signal.raise_signal(number)))
         with pytest.raises(KeyboardInterrupt):
-            loop.run(once)
+            supervised.run(once)
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["3"]
-    loop.run(once)
+    supervised.run(once)
     assert losses(tmp_path / "out") == losses(whole)
 
 
@@ -295,7 +295,7 @@ def test_the_guard_leaves_a_checkpoint_of_the_state_before_the_bad_step(
 ) -> None:
     """Here a batch of the fourth step is spoilt once; gone on from, the run is the one that nothing happened to."""
 
-    def spoil(stage: loop.Supervised) -> None:
+    def spoil(stage: supervised.Supervised) -> None:
         step = stage._step
 
         def bad(state: Any, batch: Any) -> Any:
@@ -306,11 +306,11 @@ def test_the_guard_leaves_a_checkpoint_of_the_state_before_the_bad_step(
 
     once = settings(folder, tmp_path / "out", checkpoint={"every": 100})
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Supervised, "step", after(4, spoil))
+        patch.setattr(supervised.Supervised, "step", after(4, spoil))
         with pytest.raises(UserError, match=r"step 4: .* the weights are as before"):
-            loop.run(once)
+            supervised.run(once)
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["3"]
-    loop.run(once)
+    supervised.run(once)
     assert losses(tmp_path / "out") == losses(whole)
 
 
@@ -328,7 +328,7 @@ def spoilt(folder: Path, path: str) -> Path:
 def test_nan_stops_the_run_and_names_the_layer(folder: Path, tmp_path: Path) -> None:
     model = {"config": "", "path": str(spoilt(folder, "softmax.o_proj"))}
     with pytest.raises(UserError, match=r"step 1: NaN or infinity first appears in layer 1 \(softmax\); the weights"):
-        loop.run(settings(folder, tmp_path / "out", model=model))
+        supervised.run(settings(folder, tmp_path / "out", model=model))
     assert not any((tmp_path / "out" / "checkpoints").iterdir()) and not (tmp_path / "out" / "model").exists()
 
 
@@ -338,7 +338,7 @@ def test_skipped_steps_are_named_until_there_are_too_many(
     model = {"config": "", "path": str(spoilt(folder, "softmax.o_proj"))}
     guard = {"action": "skip", "skips": 3}
     with pytest.raises(UserError, match=r"step 3: .* that was the 3th in a row"):
-        loop.run(settings(folder, tmp_path / "out", model=model, guard=guard))
+        supervised.run(settings(folder, tmp_path / "out", model=model, guard=guard))
     text = capsys.readouterr().err
     assert text.count("the step is skipped") == 3 and "layer 1 (softmax)" in text
     assert [row["good"] for row in rows(tmp_path / "out")] == [0, 0, 0]
@@ -362,12 +362,12 @@ def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(
 
     monkeypatch.setattr(saving.Checkpoints, "save", save)
     with pytest.raises(UserError, match=r"step 8 was not written .No space left on device.: the last good one is.* 6"):
-        loop.run(settings(folder, out))
+        supervised.run(settings(folder, out))
     assert "warning: the checkpoint of step 4 was not written" in capsys.readouterr().err
     assert losses(out) == losses(whole)
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["2", "6"]
     full.clear()
-    loop.run(settings(folder, out))
+    supervised.run(settings(folder, out))
     assert losses(out) == losses(whole)
 
 
@@ -381,10 +381,10 @@ def test_a_full_disk_while_drawing_keeps_the_model(
     with monkeypatch.context() as patch:
         patch.setattr(matplotlib.figure.Figure, "savefig", no_room)
         with pytest.raises(UserError, match=r"curves.png.*: No space left on device: make room, then run again"):
-            loop.run(settings(folder, out))
+            supervised.run(settings(folder, out))
     ours, theirs = (flatten(m1jax.load(p / "model")) for p in (out, whole))
     assert all(np.array_equal(ours[path], theirs[path]) for path in ours)
-    loop.run(settings(folder, out))
+    supervised.run(settings(folder, out))
     assert losses(out) == losses(whole) and (out / "curves.png").exists()
 
 
@@ -393,7 +393,7 @@ def test_what_drawing_needs_is_missed_before_the_training(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"needs matplotlib: pip install 'm1jax\[train\]'"):
-        loop.run(settings(folder, tmp_path / "out"))
+        supervised.run(settings(folder, tmp_path / "out"))
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
@@ -429,22 +429,22 @@ def test_a_checkpoint_of_another_model_or_of_other_data_is_refused(folder: Path,
     config = tmp_path / "config.json"
     config.write_text(json.dumps(dataclasses.replace(CONFIG, hidden_size=32).to_official()))
     with pytest.raises(UserError, match="was written with hidden_size 16, not 32: choose another out"):
-        loop.run(settings(folder, whole, model={"config": str(config)}))
+        supervised.run(settings(folder, whole, model={"config": str(config)}))
     with pytest.raises(UserError, match=r"was written with data.length 24, not 32"):
-        loop.run(settings(folder, whole, data={"length": 32}))
+        supervised.run(settings(folder, whole, data={"length": 32}))
     with pytest.raises(UserError, match=r"was written with data.bins 4, not 8"):
-        loop.run(settings(folder, whole, data={"bins": 8}))
+        supervised.run(settings(folder, whole, data={"bins": 8}))
     with pytest.raises(UserError, match=r"was written with seed 0, not 1"):
-        loop.run(settings(folder, whole, seed=1))
+        supervised.run(settings(folder, whole, seed=1))
     shutil.copytree(HELLO, tmp_path / "tokenizer")
     table = json.loads((HELLO / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(table | {"model_max_length": 9}))
     with pytest.raises(UserError, match=r"was written with tokenizer '\w{16}', not '\w{16}': choose another out"):
-        loop.run(settings(folder, whole, model={"tokenizer": str(tmp_path / "tokenizer")}))
+        supervised.run(settings(folder, whole, model={"tokenizer": str(tmp_path / "tokenizer")}))
     text = (folder / "corpus.jsonl").read_text()
     (tmp_path / "corpus.jsonl").write_text(text.replace("1 + 1 = 2", "1 + 1 = 3"))  # name and size are the same
     with pytest.raises(UserError, match=r"was written with data\.contents '\w{16}', not '\w{16}'"):
-        loop.run(settings(folder, whole, data={"files": [str(tmp_path / "corpus.jsonl")]}))
+        supervised.run(settings(folder, whole, data={"files": [str(tmp_path / "corpus.jsonl")]}))
 
 
 def test_a_checkpoint_from_before_contents_were_noted_is_read(tmp_path: Path) -> None:
@@ -466,12 +466,12 @@ def test_one_run_at_a_time_and_never_backwards(
     folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with alone(whole, whole / LOCK), pytest.raises(UserError, match="is being written by another process: wait"):
-        loop.run(settings(folder, whole))
+        supervised.run(settings(folder, whole))
     before = (whole / "model" / "config.json").stat().st_mtime_ns
     with pytest.raises(UserError, match="is at step 8 of its run already: steps = 2 is less"):
-        loop.run(settings(folder, whole, steps=2, optimizer={"warmup": 0, "decay": 0}))
+        supervised.run(settings(folder, whole, steps=2, optimizer={"warmup": 0, "decay": 0}))
     assert (whole / "model" / "config.json").stat().st_mtime_ns == before
-    loop.run(settings(folder, tmp_path / "out", steps=1, optimizer={"warmup": 2, "decay": 0}))
+    supervised.run(settings(folder, tmp_path / "out", steps=1, optimizer={"warmup": 2, "decay": 0}))
     assert "warning: optimizer.warmup = 2 is not over when the run is" in capsys.readouterr().err
 
 
@@ -482,7 +482,7 @@ def test_data_is_looked_at_once(folder: Path, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "held.jsonl").write_text('{"text": "This one is fine."}\n')
     held = {"data": {"validation": [str(tmp_path / "held.jsonl")]}}
     for changes, times in (({}, 1), ({}, 1), ({"data": {"length": 20}}, 2), (held, 4)):
-        loop.Supervised(loop.prepare(settings(folder, tmp_path / "out", **changes))).close()
+        supervised.Supervised(loop.prepare(settings(folder, tmp_path / "out", **changes))).close()
         assert len(looked) == times
     assert looked[-1] == "data.validation"
 
@@ -568,9 +568,9 @@ def test_profile_writes_a_trace(folder: Path, tmp_path: Path, capsys: pytest.Cap
     """
     few: dict[str, Any] = {"steps": 4, "optimizer": {"warmup": 0, "decay": 0}}
     for out in (tmp_path / "first", tmp_path / "second"):
-        loop.run(settings(folder, out, **few), profile=True)
+        supervised.run(settings(folder, out, **few), profile=True)
         assert list((out / "profile").glob("**/*.xplane.pb"))
-    loop.run(settings(folder, out, **few), profile=True)
+    supervised.run(settings(folder, out, **few), profile=True)
     assert "no step is left to profile" in capsys.readouterr().err
     found = [loop.profiled(*run) for run in ((0, 9), (2, 20), (0, 6), (3, 7), (3, 5), (3, 3))]
     assert found == [range(3, 6), range(5, 8), range(3, 6), range(4, 7), range(3, 5), range(3, 3)]
@@ -583,4 +583,4 @@ def test_the_gradient_that_is_not_finite_is_named(folder: Path) -> None:
         return jnp.sum(jnp.sqrt(jnp.abs(model.softmax.o_proj[...] - model.softmax.o_proj[...]))), {}
 
     batch = {name: jnp.ones((1, 2, 4), jnp.int32) for name in ("tokens", "segments")} | {"weights": jnp.ones((1, 2, 4))}
-    assert loop.bad_gradients(loss, model, batch) == "softmax.o_proj[0]"
+    assert guard.bad_gradients(loss, model, batch) == "softmax.o_proj[0]"

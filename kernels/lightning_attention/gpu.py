@@ -28,7 +28,7 @@ from jax.core import Tracer
 
 from m1jax.kernels.gpu import launch
 from m1jax.kernels.gpu.tiles import MULTIPROCESSORS
-from m1jax.kernels.lightning_attention.reference import starts
+from m1jax.kernels.segments import starts
 
 HEAD_DIMS = (32, 64, 128)
 MOSAIC_HEAD_DIMS = (64, 128)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from m1jax.kernels.segments import starts
+
 
 def lightning_attention(
     qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.Array, segments: jax.Array | None = None
@@ -39,9 +41,3 @@ def lightning_attention(
 
     state, out = lax.scan(token, state, (valid.T, start.T, jnp.moveaxis(activated, 1, 0)))
     return jnp.moveaxis(out, 0, 1).astype(qkv.dtype), state
-
-
-def starts(segments: jax.Array) -> jax.Array:
-    """Where a segment begins, bool `[B, T]`; not at the first token, which goes on with the given state."""
-    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
-    return (segments != before) & (segments > 0) & (jnp.arange(segments.shape[1]) > 0)

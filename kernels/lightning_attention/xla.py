@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from m1jax.kernels.isolate import isolated
-from m1jax.kernels.lightning_attention.reference import starts
 from m1jax.kernels.rounding import rounded
+from m1jax.kernels.segments import starts
 
 
 def step(qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ from jax.core import Tracer
 
 from m1jax.kernels.checks import check_implementation, check_integers
 from m1jax.kernels.gpu import capability
-from m1jax.kernels.segments import runs
+from m1jax.kernels.segments import numbered
 from m1jax.kernels.softmax_attention import gpu, reference, xla
 from m1jax.kernels.varying import alike
 
@@ -54,7 +54,7 @@ def softmax_attention(
     if offset is not None:
         offset = offset.astype(jnp.int32)  # narrower ones have no room for the sums made of them
     form = _choose(implementation, q, k, offset, segments)
-    segments = None if segments is None else runs(segments)
+    segments = None if segments is None else numbered(segments)
     q, k, v, offset, segments = alike(q, k, v, offset, segments)
     # What nobody named has a gradient whatever was chosen.
     instead = _xla if implementation is None else None

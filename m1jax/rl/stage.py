@@ -16,7 +16,8 @@ from m1jax.rl.settings import RLSettings
 from m1jax.sharding.rules import shards
 from m1jax.train.documents import digest
 from m1jax.train.encoder import fingerprint
-from m1jax.train.loop import Guard, Parts, drive, fetched, figures, prepare, size, to_devices
+from m1jax.train.guard import Guard
+from m1jax.train.loop import Parts, drive, fetched, figures, prepare, size, to_devices
 from m1jax.train.loss import Balance
 from m1jax.train.report import Report
 from m1jax.train.settings import Settings, parse
@@ -99,9 +100,9 @@ class Reinforced:
 
         def update(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Mapping[str, Any]]:
             arrays = to_devices(batch, self._parts.mesh)
-            sizes.append(size(arrays))
             state, metrics = self._step(state, arrays)
             values = fetched(metrics)
+            sizes.append(size(values))
             self._guard.look(number, state, arrays, values, report)
             return state, figures(values)
 

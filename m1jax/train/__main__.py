@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.stage == "rl":
         from m1jax.rl.stage import run
     else:
-        from m1jax.train.loop import run
+        from m1jax.train.supervised import run
     run(settings, profile=args.profile)
     print(f"{settings.out}/model: complete. Try: python -m m1jax.generate --model {settings.out}/model --prompt …")
     return 0

@@ -1,10 +1,10 @@
-"""The run: reads settings, steps until the end, goes on where a run that was killed left off."""
+"""The run of any stage: steps until the end, goes on where a run that was killed left off."""
 
 import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,41 +14,28 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m1jax.config import M1Config
-from m1jax.distributed import check_same, gathered, wait
+from m1jax.distributed import check_same, wait
 from m1jax.errors import UserError
 from m1jax.loading import Source, open_parameters
-from m1jax.model import M1, abstract, build, init_params
+from m1jax.model import abstract, build, init_params
 from m1jax.params import ParamSpec, flatten, param_table
 from m1jax.saving import save
 from m1jax.sharding import sizes
 from m1jax.sharding.mesh import MeshShape, make_mesh, parsed_mesh
 from m1jax.sharding.placing import place
 from m1jax.sharding.region import everywhere
-from m1jax.sharding.rules import check, rules_of, shardings, shards
-from m1jax.stack import positions
+from m1jax.sharding.rules import check, rules_of, shardings
 from m1jax.tokenizer import Tokenizer
-from m1jax.train import data, saving
-from m1jax.train.documents import Documents, digest
-from m1jax.train.encoder import Encoder, fingerprint
+from m1jax.train import saving
+from m1jax.train.documents import digest
+from m1jax.train.guard import Stopped
 from m1jax.train.interruption import Interruption
-from m1jax.train.loss import Balance
 from m1jax.train.report import Report
 from m1jax.train.settings import Settings
-from m1jax.train.step import (
-    TrainState,
-    accumulated,
-    adamw,
-    computing,
-    cross_entropy,
-    init_state,
-    make_step,
-    measuring,
-    schedule,
-)
+from m1jax.train.step import TrainState, adamw, init_state
 from m1jax.workplace import LOCK, alone, disk_errors
 
 MODEL = "model"  # the trained model's folder in `out`
-CHECKED = "data.checked"  # a file there that says which data needs no second look
 COMPILED = 3  # steps after the first, then all is compiled
 PROFILED = 3  # steps in a trace
 
@@ -101,16 +88,6 @@ class Stage(Protocol):
     def close(self) -> None:
         """Lets go of the data."""
         ...
-
-
-class Stopped(UserError):
-    """The guard stops the run.
-
-    Attributes:
-      state: that before the step, to be gone on from; None if it is gone.
-    """
-
-    state: TrainState | None = None
 
 
 def prepare(settings: Settings, updates: int = 1) -> Parts:
@@ -196,23 +173,8 @@ def fresh(parts: Parts) -> TrainState:
     return jax.jit(random, out_shardings=places)(jax.random.key(parts.settings.seed))
 
 
-def run(settings: Settings, profile: bool = False) -> None:
-    """Pretraining or SFT from settings to the trained model.
-
-    Args:
-      settings: of the run; `out` holds it. Checkpoints there are gone on from.
-      profile: write a trace of three steps to `out/profile`, for TensorBoard or xprof.
-
-    Raises:
-      UserError: settings, data, model and checkpoints do not fit; a step was bad and the guard says stop; the disk
-        is full at the end.
-    """
-    parts = prepare(settings)
-    drive(parts, Supervised(parts), profile)
-
-
 def drive(parts: Parts, stage: Stage, profile: bool) -> None:
-    """All steps of a stage, from the newest checkpoint to the trained model; arguments and errors as of `run`."""
+    """All steps of a stage from the newest checkpoint to the trained model, as `supervised.run` of its own."""
     settings, out = parts.settings, Path(parts.settings.out)
     with disk_errors(out), contextlib.ExitStack() as stack:
         stack.callback(stage.close)
@@ -316,117 +278,6 @@ def profiled(first: int, steps: int) -> range:
     return range(begin, min(begin + PROFILED, steps))
 
 
-class Supervised:
-    """Pretraining and SFT: steps on documents.
-
-    Raises:
-      UserError: the data does not fit settings, tokenizer or mesh.
-    """
-
-    judged_by = "validation_loss"
-
-    def __init__(self, parts: Parts) -> None:
-        self._parts, settings = parts, parts.settings
-        d, ways = settings.data, shards(parts.mesh, "batch")
-        if d.rows % ways:
-            raise UserError(f"data.rows = {d.rows} does not divide among {ways} groups of devices: take a multiple")
-        documents = Documents(d.files, d.length, without=d.validation)
-        end = _end_token(settings, parts.tokenizer)
-        self._encoder = Encoder(parts.tokenizer, d.length, parts.config.vocab_size, end)
-        self._validation = Documents(d.validation, d.length, "data.validation") if d.validation else None
-        self.identity: Mapping[str, Any] = {
-            "data": documents.fingerprint,
-            "data.contents": documents.contents,
-            "tokenizer": fingerprint(parts.tokenizer),
-            "seed": settings.seed,
-            "data.bins": d.bins,
-            "data.end_token": d.end_token,
-            "data.length": d.length,
-            "data.rows": d.rows,
-            "data.accumulate": d.accumulate,
-            "data.streams": d.streams,
-        }
-        sets = [documents] if self._validation is None else [documents, self._validation]
-        self._check(sets, Path(settings.out) / CHECKED)
-        place = by_rows(parts.mesh).addressable_devices_indices_map((d.accumulate, d.rows, d.length))
-        own = [index[1] for index in place.values() if index is not None]
-        self._source = data.Batches(documents, self._encoder, d, settings.seed, own)
-        balance = Balance.of(settings.optimizer, parts.config)
-        loss = cross_entropy(settings.model.dtype, settings.model.remat, balance, settings.model.capacity or None)
-        self._step = make_step(loss, parts.optimizer, settings.guard, settings.optimizer.rates)
-        self._measure = measuring(loss)
-        self._rate = schedule(settings.optimizer, settings.steps)
-        self._guard = Guard(settings, loss)
-
-    def _check(self, sets: Sequence[Documents], note: Path) -> None:
-        """Raises `UserError` for a document that is not as it should be, unless a note says that these were checked."""
-        check_same("settings or data", (self._parts.settings, self.identity))
-        found = digest(([documents.contents for documents in sets], self.identity, self._parts.config.vocab_size))
-        noted = note.is_file() and note.read_text(encoding="utf-8") == found
-        if all(gathered(noted)):
-            return
-        for documents in sets:
-            data.check(documents, self._encoder)
-        if jax.process_index() == 0:
-            with disk_errors(note):
-                note.parent.mkdir(parents=True, exist_ok=True)
-                note.write_text(found, encoding="utf-8")
-
-    def position(self) -> Mapping[str, Any]:
-        """Where the data stands."""
-        return self._source.get_state()
-
-    def go_on(self, position: Mapping[str, Any]) -> None:
-        """Goes on from a position."""
-        self._source.set_state(position)
-
-    def step(self, state: TrainState, number: int, report: Report) -> TrainState:
-        """Does and reports one update."""
-        batch = to_devices(next(self._source), self._parts.mesh)
-        rate = float(np.asarray(self._rate(int(state.accepted))))
-        state, metrics = self._step(state, batch)
-        values = figures(fetched(metrics))
-        report.step(number, values | {"learning_rate": rate}, *size(batch))
-        try:
-            self._guard.look(number, state, batch, values, report)
-        except Stopped as stopped:
-            stopped.state = dataclasses.replace(state, step=state.step - 1)  # a bad step changes nothing else
-            raise
-        return state
-
-    def evaluates(self, number: int) -> bool:
-        """Whether the validation files are read after this step: every so many, and at the end."""
-        settings = self._parts.settings
-        last = number + 1 == settings.steps
-        return self._validation is not None and ((number + 1) % settings.data.validate_every == 0 or last)
-
-    def evaluate(self, state: TrainState) -> Mapping[str, float]:
-        """The cross-entropy of all tokens of the validation files."""
-        assert self._validation is not None
-        total = weight = 0.0
-        for rows in data.one_pass(self._validation, self._encoder, self._parts.settings.data):
-            found = fetched(self._measure(state.model, to_devices(rows, self._parts.mesh)))
-            total += float(found["cross_entropy"]) * float(found["weights"])
-            weight += float(found["weights"])
-        return {self.judged_by: total / max(weight, 1e-9)}
-
-    def close(self) -> None:
-        """Lets go of the data."""
-        self._source.close()
-
-
-def _end_token(settings: Settings, tokenizer: Tokenizer | None) -> int | None:
-    """Id of the token after each document."""
-    name = settings.data.end_token
-    if tokenizer is None:
-        return None
-    name = name or tokenizer.special.get("eos_token", "")
-    index = tokenizer.id_of(name) if name else None
-    if name and index is None:
-        raise UserError(f"data.end_token {name!r} is no token of {tokenizer.folder}")
-    return index
-
-
 def to_devices(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """A batch `[A, rows, T]`, of which every process has the rows of its devices, as arrays of the mesh."""
     place = by_rows(mesh)
@@ -446,7 +297,7 @@ def fetched(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics of a step for the report; the load of the experts becomes shares and their extremes."""
-    out = {name: value for name, value in metrics.items() if name not in ("load", "limit")}
+    out = {name: value for name, value in metrics.items() if name not in ("load", "limit", "tokens", "seen")}
     if "load" in metrics:
         load = np.asarray(metrics["load"], np.float64)
         share = load / max(load[0].sum(), 1.0) * load.shape[1]  # 1 where all experts are used alike
@@ -460,60 +311,6 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def size(batch: Mapping[str, jax.Array]) -> tuple[int, float]:
-    """Tokens of a batch, and the mean number of tokens that a query sees in its segment."""
-    found = fetched(_size(batch["segments"]))
-    return int(found["tokens"]), float(found["seen"] / max(found["tokens"], 1))
-
-
-@jax.jit
-def _size(segments: jax.Array) -> dict[str, jax.Array]:
-    valid = segments > 0
-    seen = positions(segments.reshape(-1, segments.shape[-1])).reshape(segments.shape) + 1
-    return {"tokens": jnp.sum(valid), "seen": jnp.sum(jnp.where(valid, seen, 0).astype(jnp.float32))}
-
-
-class Guard:
-    """Says what was wrong with a step that changed nothing, and stops the run if it should."""
-
-    def __init__(self, settings: Settings, loss: Any) -> None:
-        self._settings, self._loss = settings, loss
-        self._bad = 0
-
-    def look(self, number: int, state: TrainState, batch: Any, values: Mapping[str, Any], report: Report) -> None:
-        """Raises `Stopped` after a bad step if the guard says stop, or after too many."""
-        if values["good"]:
-            self._bad = 0
-            return
-        self._bad += 1
-        guard = self._settings.guard
-        what = f"step {number + 1}: {self._what(state, batch, values)}; the weights are as before"
-        if guard.action == "stop":
-            raise Stopped(f'{what}: look at the data or lower the learning rate, or set guard.action = "skip"')
-        report.say(f"warning: {what}, the step is skipped")
-        if self._bad >= guard.skips:
-            raise Stopped(f"{what}; that was the {self._bad}th in a row: look at the data or the learning rate")
-
-    def _what(self, state: TrainState, batch: Any, values: Mapping[str, Any]) -> str:
-        if np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"]):
-            return f"the loss {values['loss']:.4f} is a spike"
-        model = computing(state.model, self._settings.model.dtype)
-        for i in range(batch["tokens"].shape[0]):
-            place = model.first_bad_layer(batch["tokens"][i], batch["segments"][i])
-            if place is not None:
-                return f"NaN or infinity first appears in {place}"
-        return f"the gradient is not finite in {bad_gradients(self._loss, state.model, batch)}"
-
-
-def bad_gradients(loss: Any, model: M1, batch: Any) -> str:
-    """Names of the parameters whose gradient is not finite, with the first layer of each."""
-
-    def bad_parts(model: M1, batch: Any) -> Any:
-        gradient, _ = accumulated(loss, model, batch)
-        return jax.tree.map(lambda x: everywhere(~jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))), gradient)
-
-    found = []
-    for path, bad in flatten(jax.device_get(jax.jit(bad_parts)(model, batch))).items():
-        if bad.any():
-            found.append(f"{path}[{int(bad.argmax())}]" if "." in path else path)
-    return ", ".join(found[:4]) or "the loss alone"
+def size(metrics: Mapping[str, Any]) -> tuple[int, float]:
+    """Tokens of a step, and the mean number of tokens that a query sees in its segment, of the step's metrics."""
+    return int(metrics["tokens"]), float(metrics["seen"] / max(metrics["tokens"], 1))

@@ -14,6 +14,7 @@ from jax import lax
 
 from m1jax.config import M1Config
 from m1jax.errors import UserError
+from m1jax.kernels.segments import positions
 from m1jax.model import M1, build
 from m1jax.params import ParamSpec, flatten, param_table
 from m1jax.train.forward import Remat, hidden_states
@@ -194,6 +195,7 @@ def make_step(
 
     It takes a batch with a leading axis of batches to accumulate, `[A, B, T]`. A step whose loss or gradient is not
     finite, or whose loss is a spike, changes no weight: metric `good` is then false. `rates` as in `OptimizerSettings`.
+    Metrics are those of the loss and what else a report wants; those of `_size` are sums.
     """
     loss = _of_trained(loss, rates)
 
@@ -204,6 +206,7 @@ def make_step(
         calm = (state.accepted < CALM) | (metrics["loss"] <= limit) | (guard.spike == 0)
         metrics["good"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"]) & calm
         metrics["limit"] = limit
+        metrics |= _size(batch["segments"])
 
         update, moved = optimizer.update(gradient, state.optimizer, state.model)  # pyright: ignore[reportArgumentType]
         new = _accept(state, jax.tree.map(jnp.add, state.model, update), moved, metrics["loss"])
@@ -211,6 +214,13 @@ def make_step(
         return jax.tree.map(lambda a, b: jnp.where(metrics["good"], a, b), new, state), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _size(segments: jax.Array) -> Metrics:
+    """How many tokens there are in `[A, B, T]`, and how many their queries see in their segments, all together."""
+    seen = positions(segments.reshape(-1, segments.shape[-1])).reshape(segments.shape) + 1
+    valid = segments > 0
+    return {"tokens": jnp.sum(valid), "seen": jnp.sum(jnp.where(valid, seen, 0).astype(jnp.float32))}
 
 
 def _accept(state: TrainState, model: M1, optimizer: Any, loss: jax.Array) -> TrainState:

@@ -1,0 +1,72 @@
+"""What becomes of a run after a bad step."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m1jax.errors import UserError
+from m1jax.model import M1
+from m1jax.params import flatten
+from m1jax.sharding.region import everywhere
+from m1jax.train.report import Report
+from m1jax.train.settings import Settings
+from m1jax.train.step import TrainState, accumulated, computing
+
+
+class Stopped(UserError):
+    """The guard stops the run.
+
+    Attributes:
+      state: that before the step, to be gone on from; None if it is gone.
+    """
+
+    state: TrainState | None = None
+
+
+class Guard:
+    """Says what was wrong with a step that changed nothing, and stops the run if it should."""
+
+    def __init__(self, settings: Settings, loss: Any) -> None:
+        self._settings, self._loss = settings, loss
+        self._bad = 0
+
+    def look(self, number: int, state: TrainState, batch: Any, values: Mapping[str, Any], report: Report) -> None:
+        """Raises `Stopped` after a bad step if the guard says stop, or after too many."""
+        if values["good"]:
+            self._bad = 0
+            return
+        self._bad += 1
+        guard = self._settings.guard
+        what = f"step {number + 1}: {self._what(state, batch, values)}; the weights are as before"
+        if guard.action == "stop":
+            raise Stopped(f'{what}: look at the data or lower the learning rate, or set guard.action = "skip"')
+        report.say(f"warning: {what}, the step is skipped")
+        if self._bad >= guard.skips:
+            raise Stopped(f"{what}; that was the {self._bad}th in a row: look at the data or the learning rate")
+
+    def _what(self, state: TrainState, batch: Any, values: Mapping[str, Any]) -> str:
+        if np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"]):
+            return f"the loss {values['loss']:.4f} is a spike"
+        model = computing(state.model, self._settings.model.dtype)
+        for i in range(batch["tokens"].shape[0]):
+            place = model.first_bad_layer(batch["tokens"][i], batch["segments"][i])
+            if place is not None:
+                return f"NaN or infinity first appears in {place}"
+        return f"the gradient is not finite in {bad_gradients(self._loss, state.model, batch)}"
+
+
+def bad_gradients(loss: Any, model: M1, batch: Any) -> str:
+    """Names of the parameters whose gradient is not finite, with the first layer of each."""
+
+    def bad_parts(model: M1, batch: Any) -> Any:
+        gradient, _ = accumulated(loss, model, batch)
+        return jax.tree.map(lambda x: everywhere(~jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))), gradient)
+
+    found = []
+    for path, bad in flatten(jax.device_get(jax.jit(bad_parts)(model, batch))).items():
+        if bad.any():
+            found.append(f"{path}[{int(bad.argmax())}]" if "." in path else path)
+    return ", ".join(found[:4]) or "the loss alone"
