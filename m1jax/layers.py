@@ -7,6 +7,7 @@ On a mesh every device calls them with its own block of everything: B, T, H, K, 
 What needs the others' is said by the logical axis that it is summed or gathered over.
 """
 
+import functools
 import operator
 
 import jax
@@ -14,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from m1jax.config import M1Config
+from m1jax.kernels.isolate import by_row
 from m1jax.kernels.linear import linear
 from m1jax.kernels.rounding import in_float32, rounded
 from m1jax.sharding.capacity import within_capacity
@@ -23,6 +26,8 @@ from m1jax.sharding.experts import experts
 from m1jax.sharding.region import matrix, size_of, split_over, total
 from m1jax.sharding.sequence import append, lightning_attention, softmax_attention
 
+MANY = 8192  # numbers, from which on XLA:CPU sums them in one way, however many more there are
+ROUTED = 64  # tokens that choose their experts at once, on a CPU in bfloat16
 LIGHTNING_NORM_EPS = 1e-6  # the norm inside lightning attention does not follow rms_norm_eps
 
 
@@ -32,8 +37,25 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, axis: str = "channel")
     `axis` is the logical axis by which the channels are split, if they are.
     """
     wide = x.astype(jnp.float32)
-    mean = total(jnp.mean(wide * wide, axis=-1, keepdims=True), axis) / size_of(split_over(axis))
+    mean = total(_mean_of_squares(x), axis) / size_of(split_over(axis))
     return in_float32(operator.mul, rounded(wide * jax.lax.rsqrt(mean + eps), x.dtype), weight)
+
+
+def _mean_of_squares(x: jax.Array) -> jax.Array:
+    """Over the last dimension, which stays, in float32: of bfloat16 the same, bit by bit, of few rows as of many."""
+
+    def mean(x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        return jnp.mean(wide * wide, axis=-1, keepdims=True)
+
+    if x.dtype == jnp.float32:
+        return mean(x)
+    flat = x.reshape(-1, x.shape[-1])
+    N, M = flat.shape
+    padded = jnp.pad(flat, ((0, max(0, -(-MANY // M) - N)), (0, 0)))
+    # The gradient keeps x as it is, not in float32.
+    found = jax.checkpoint(functools.partial(by_row, mean, rows=len(padded)), prevent_cse=False)(padded)
+    return found[:N].reshape(*x.shape[:-1], 1)
 
 
 def project(x: jax.Array, stack: nnx.Param, index: jax.Array) -> jax.Array:
@@ -84,16 +106,19 @@ class Lightning(nnx.Module):
         states: jax.Array | None,
         lengths: jax.Array,
         segments: jax.Array | None,
+        recurrent: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
         """x `[B, T, M]`, states float32 `[P, B, H, D, D]` or None; returns y `[B, T, M]` and the new states.
 
-        All layers' states go in, so that a GPU's kernel replaces the layer's in place.
+        All layers' states go in, so that a GPU's kernel replaces the layer's in place. `recurrent` as in `M1.step`.
         """
         B, T, _ = x.shape
         H, _, D = self.qkv_proj[...].shape[1:4]
         qkv = project(x, self.qkv_proj, n).reshape(B, T, H, 3, D)
         layer = None if states is None else n
-        out, new = lightning_attention(qkv, log_decay, state=states, lengths=lengths, segments=segments, layer=layer)
+        out, new = lightning_attention(
+            qkv, log_decay, state=states, lengths=lengths, segments=segments, layer=layer, recurrent=recurrent
+        )
         normed = rms_norm(out.reshape(B, T, H * D), self.norm[...][n].reshape(H * D), LIGHTNING_NORM_EPS, "heads")
         gate = project(x, self.output_gate, n)
         y = project(in_float32(lambda gate, out: jax.nn.sigmoid(gate) * out, gate, normed), self.out_proj, n)
@@ -148,14 +173,19 @@ class Softmax(nnx.Module):
         return total(project(out, self.o_proj, n), "heads")
 
 
-def choose(logits: jax.Array, k: int, chosen: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Weights float32 `[..., k]` and numbers of the experts of router logits `[..., E]`: the best k, or those given."""
-    p = jax.nn.softmax(logits, axis=-1)
-    if chosen is None:
-        weights, chosen = jax.lax.top_k(p, k)
-    else:
-        weights = jnp.take_along_axis(p, chosen, axis=-1)
-    return weights / jnp.sum(weights, axis=-1, keepdims=True), chosen
+def choose(logits: jax.Array, k: int, dtype: DTypeLike, chosen: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Weights float32 `[N, k]` and numbers of the experts of router logits `[N, E]`: the best k, or those given.
+
+    Where experts compute in bfloat16, as `dtype` says, the weights of a token do not hang on how many there are.
+    """
+
+    def one(logits: jax.Array, *given: jax.Array) -> tuple[jax.Array, jax.Array]:
+        p = jax.nn.softmax(logits, axis=-1)
+        weights, chosen = (jnp.take_along_axis(p, *given, axis=-1), *given) if given else jax.lax.top_k(p, k)
+        return weights / jnp.sum(weights, axis=-1, keepdims=True), chosen
+
+    given = () if chosen is None else (chosen,)
+    return one(logits, *given) if dtype == jnp.float32 else by_row(one, logits, *given, rows=ROUTED)
 
 
 @nnx.dataclass
@@ -184,7 +214,7 @@ class MoE(nnx.Module):
         flat = x.reshape(B * T, M)
         logits = linear(flat.astype(jnp.float32), self.router[...], i)
         E = logits.shape[-1]
-        weights, chosen = choose(logits, k, None if route is None else route.reshape(-1, k).astype(jnp.int32))
+        weights, chosen = choose(logits, k, x.dtype, None if route is None else route.reshape(-1, k).astype(jnp.int32))
         chosen = jnp.where(valid.reshape(-1, 1), chosen, E)  # padding goes to nobody
         if capacity is not None:
             chosen = within_capacity(chosen.reshape(B, T, k), E, capacity).reshape(B * T, k)

@@ -161,7 +161,12 @@ class M1(nnx.Module):
         return jax.jit(empty, out_shardings=places)()
 
     def step(
-        self, tokens: ArrayLike, state: M1State, lengths: ArrayLike | None = None, logits: Logits = "all"
+        self,
+        tokens: ArrayLike,
+        state: M1State,
+        lengths: ArrayLike | None = None,
+        logits: Logits = "all",
+        recurrent: bool = False,
     ) -> tuple[jax.Array, M1State]:
         """Reads the next T ≥ 1 tokens of each row: a prefill, a chunk of one, or a decode step.
 
@@ -172,6 +177,8 @@ class M1(nnx.Module):
           lengths: integers `[B]` from 0 to T, how many of the T tokens of each row are valid; None is all. Those of a
             `jax.Array` are not looked at, which would wait for the device: out of range they spoil their rows.
           logits: "all" or "last", for which less of the last layer is computed.
+          recurrent: lightning attention goes token by token. Slow; on a CPU, from 32 rows on and for D of 128 or less,
+            T tokens are then bit by bit what T steps of one token are, in bfloat16 too, but for the float32 head.
 
         Returns:
           Logits float32 `[B, T, V]` (undefined at padded tokens), or with "last" `[B, V]` at each row's last valid
@@ -183,14 +190,14 @@ class M1(nnx.Module):
         tokens = _next_tokens(tokens, state)
         if logits not in get_args(Logits):
             raise ValueError(f"logits: expected one of {get_args(Logits)}, got {logits!r}")
-        return _step(self, tokens, state, _lengths(lengths, tokens), logits)[:2]
+        return _step(self, tokens, state, _lengths(lengths, tokens), logits, recurrent=recurrent)[:2]
 
     def routed_step(
-        self, tokens: ArrayLike, state: M1State, lengths: ArrayLike | None = None
+        self, tokens: ArrayLike, state: M1State, lengths: ArrayLike | None = None, recurrent: bool = False
     ) -> tuple[jax.Array, M1State, jax.Array]:
         """`step` with the last logits, and the experts that every token went to: integers `[B, T, L, k]`."""
         tokens = _next_tokens(tokens, state)
-        values, state, routes = _step(self, tokens, state, _lengths(lengths, tokens), "last", routed=True)
+        values, state, routes = _step(self, tokens, state, _lengths(lengths, tokens), "last", True, recurrent)
         assert routes is not None
         return values, state, routes
 
@@ -392,26 +399,38 @@ def _bad(model: M1, tokens: jax.Array, segments: jax.Array | None) -> jax.Array:
 
 
 def read(
-    model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array, last_only: bool = False, routed: bool = False
+    model: M1,
+    tokens: jax.Array,
+    state: M1State,
+    lengths: jax.Array,
+    last_only: bool = False,
+    routed: bool = False,
+    recurrent: bool = False,
 ) -> tuple[jax.Array, M1State, jax.Array | None]:
     """The last layer's output `[B, T, M]` for tokens `[B, T]`, the state after them, and if `routed` their experts.
 
-    `last_only` as in `body`; the experts are `[B, T, L, k]`.
+    `last_only` as in `body`, `recurrent` as in `M1.step`; the experts are `[B, T, L, k]`.
     """
     cfg = model.config
     kind = jnp.uint8 if cfg.num_local_experts <= 256 else jnp.uint16
     none = jnp.zeros((cfg.num_hidden_layers, *tokens.shape, cfg.num_experts_per_tok), kind) if routed else None
     cache = state.cache
     carry = Carry(embed(model, tokens), state.lightning.s, cache.k, cache.v, None, None, routes=none)
-    carry = body(model, carry, state.length, lengths, last_only=last_only)
+    carry = body(model, carry, state.length, lengths, last_only=last_only, recurrent=recurrent)
     assert carry.s is not None and carry.k is not None and carry.v is not None
     routes = None if carry.routes is None else jnp.moveaxis(carry.routes, 0, 2)
     return carry.x, M1State(LightningState(carry.s), KVCache(carry.k, carry.v), state.length + lengths), routes
 
 
-@functools.partial(jax.jit, static_argnames=("logits", "routed"))
+@functools.partial(jax.jit, static_argnames=("logits", "routed", "recurrent"))
 def _step(
-    model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array, logits: Logits, routed: bool = False
+    model: M1,
+    tokens: jax.Array,
+    state: M1State,
+    lengths: jax.Array,
+    logits: Logits,
+    routed: bool = False,
+    recurrent: bool = False,
 ) -> tuple[jax.Array, M1State, jax.Array | None]:
     """Logits, the new state, and the experts that the tokens went to if `routed`."""
     last = logits == "last"
@@ -420,7 +439,7 @@ def _step(
         model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array
     ) -> tuple[jax.Array, M1State, jax.Array | None]:
         # Of the last layer's tokens all choose experts.
-        x, state, routes = read(model, tokens, state, lengths, last and not routed, routed)
+        x, state, routes = read(model, tokens, state, lengths, last and not routed, routed, recurrent)
         return head(model, final_norm(model, last_valid(x, lengths) if last else x)), state, routes
 
     out = (("batch", "vocab") if last else (*TOKENS, "vocab"), _STATE, (*TOKENS, "layer", "router") if routed else None)

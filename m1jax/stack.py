@@ -85,12 +85,13 @@ def body(
     capacity: float | None = None,
     last_only: bool = False,
     routes: jax.Array | None = None,
+    recurrent: bool = False,
 ) -> Carry:
     """All layers; `tokens_seen` int32 `[B]` is the position of the first token, `lengths` int32 `[B]` as in `step`.
 
     `decays` float32 `[L, H]` is log λ where the layers are a part of a larger model, whose numbering counts.
     `segments` int32 `[B, T]` as in `M1.__call__`, where nothing was read before. `capacity` as in `layers.MoE`,
-    and `routes` `[L, B, T, k]`: its `route` in every layer.
+    and `routes` `[L, B, T, k]`: its `route` in every layer. `recurrent` as in `M1.step`.
     With `last_only`, which goes with caches alone, the output is undefined but for each row's last valid token: of the
     last layer the states, keys and values of all tokens are made, the rest for that one.
     """
@@ -120,7 +121,7 @@ def body(
         h = layers.rms_norm(carry.x, model.block.attn_norm[...][i], cfg.rms_norm_eps)
         y, attend = None, None
         if run.kind == LIGHTNING:
-            y, s = model.lightning(h, n, decays[i], carry.s, lengths, segments)
+            y, s = model.lightning(h, n, decays[i], carry.s, lengths, segments, recurrent)
             carry = carry._replace(s=s)
         else:
             keys_values = model.softmax.keys_values(h, n, rope, carry.k, carry.v, tokens_seen)
@@ -157,8 +158,9 @@ def _noted(carry: Carry, i: jax.Array, x: jax.Array, logits: jax.Array, own: jax
     if carry.router_logits is not None:
         carry = carry._replace(router_logits=carry.router_logits.at[i].set(logits))
     if carry.routes is not None:
-        _, chosen = layers.choose(logits, carry.routes.shape[-1])
-        carry = carry._replace(routes=carry.routes.at[i].set(chosen.astype(carry.routes.dtype)))
+        shape = carry.routes.shape[1:]
+        _, chosen = layers.choose(logits.reshape(-1, logits.shape[-1]), shape[-1], x.dtype)
+        carry = carry._replace(routes=carry.routes.at[i].set(chosen.reshape(shape).astype(carry.routes.dtype)))
     if carry.bad is not None:
         carry = carry._replace(bad=carry.bad.at[i].set(not_finite(x, own)))
     return carry

@@ -1,4 +1,4 @@
-"""python scripts/rollout_agreement.py [--model DIR] [--dtype bfloat16] [--steps 3] [--no-replay] [--layers]
+"""python scripts/rollout_agreement.py [--model DIR] [--dtype bfloat16] [--steps 3] [--no-replay] [--no-recurrent] …
 
 How well the log-probabilities of rollout and of training agree, as stage rl reports it every step: Pearson's
 correlation on half of the replies of 64 questions with 4 each, for all tasks mixed and for some alone, at two
@@ -8,6 +8,7 @@ after each layer, read token by token and as a whole with the same experts.
 """
 
 import argparse
+import functools
 import json
 import tempfile
 from pathlib import Path
@@ -50,6 +51,7 @@ def correlations(args: argparse.Namespace, task: str, temperature: float, out: P
         "row_tokens": LENGTH,
         "dynamic_sampling": False,
         "replay_routes": not args.no_replay,
+        "recurrent": not args.no_recurrent,
     }
     table = {
         "stage": "rl",
@@ -99,12 +101,12 @@ def by_token(model: M1, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), lax.scan(one, model.init_state(B, T), tokens.T)[1])
 
 
-@jax.jit
-def whole(model: M1, tokens: jax.Array, routes: jax.Array) -> jax.Array:
-    """The same hidden states, read as a whole, with these experts."""
+@functools.partial(jax.jit, static_argnames="recurrent")
+def whole(model: M1, tokens: jax.Array, routes: jax.Array, recurrent: bool) -> jax.Array:
+    """The same hidden states, read as a whole, with these experts; `recurrent` as in `M1.step`."""
     (B, T), x = tokens.shape, embed(model, tokens)
     carry = Carry(x, None, None, None, jnp.zeros((model.config.num_hidden_layers, *x.shape), x.dtype), None)
-    hidden = body(model, carry, jnp.zeros(B, int), jnp.full(B, T), routes=routes).hidden
+    hidden = body(model, carry, jnp.zeros(B, int), jnp.full(B, T), routes=routes, recurrent=recurrent).hidden
     assert hidden is not None
     return hidden
 
@@ -114,11 +116,11 @@ def same_by_layer(args: argparse.Namespace) -> list[str]:
     folder = args.model or default_model()
     model, (tokens, lengths) = load(folder, args.dtype), solutions(folder, 8)
     ours, routes = by_token(model, tokens)
-    same = np.asarray(jnp.all(ours == whole(model, tokens, routes), axis=-1))
+    same = np.asarray(jnp.all(ours == whole(model, tokens, routes, not args.no_recurrent), axis=-1))
     valid = np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None]
     lines = [f"| {args.dtype}, after layer | tokens that are the same |", "|---|---|"]
     kinds = model.config.layer_types
-    return lines + [f"| {i} ({kinds[i]}) | {same[i][valid].mean():.1%} |" for i in range(len(kinds))]
+    return lines + [f"| {i} ({kinds[i]}) | {same[i][valid].mean():.2%} |" for i in range(len(kinds))]
 
 
 @main_guard
@@ -129,6 +131,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--no-replay", action="store_true", help="updates choose experts anew")
+    parser.add_argument("--no-recurrent", action="store_true", help="updates read lightning attention in chunks")
     parser.add_argument("--layers", action="store_true", help="where rollout and training part")
     args = parser.parse_args()
     if args.steps < 1:

@@ -33,18 +33,29 @@ def lightning_attention(
     lengths: jax.Array,
     segments: jax.Array | None,
     layer: jax.Array | None = None,
+    recurrent: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As the kernel of this name; T, `lengths` and `segments` are this device's, `state` that of the whole sequence.
+
+    Its implementation is "recurrent" if asked for, else chosen by device and shape.
 
     The state before the first token comes in, the state after the last one goes out, on all devices alike.
     """
     over = split_over("sequence")
+    form = functools.partial(
+        lightning.lightning_attention,
+        qkv,
+        log_decay,
+        lengths=lengths,
+        segments=segments,
+        implementation="recurrent" if recurrent else None,
+    )
     if not over:
-        return lightning.lightning_attention(
-            qkv, log_decay, state=state, lengths=lengths, segments=segments, layer=layer
-        )
+        return form(state=state, layer=layer)
     if state is not None and layer is not None:
-        out, after = lightning_attention(qkv, log_decay, state=state[layer], lengths=lengths, segments=segments)
+        out, after = lightning_attention(
+            qkv, log_decay, state=state[layer], lengths=lengths, segments=segments, recurrent=recurrent
+        )
         return out, state.at[layer].set(after)
     if state is None:
         B, _, H, _, D = qkv.shape
@@ -68,8 +79,7 @@ def lightning_attention(
         return jnp.einsum("nbh,nbhde->bhde", kept, left, precision="highest") + first[..., None, None] * state
 
     entering = jnp.where(starts_here[me][:, None, None, None], 0.0, before(me))
-    out, _ = lightning.lightning_attention(qkv, log_decay, state=entering, lengths=lengths, segments=segments)
-    return out, before(n)
+    return form(state=entering)[0], before(n)
 
 
 def _borders(

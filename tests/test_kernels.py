@@ -10,6 +10,7 @@ import pytest
 
 from m1jax.kernels.experts import experts
 from m1jax.kernels.gpu.case import reduced
+from m1jax.kernels.isolate import by_row
 from m1jax.kernels.lightning_attention import lightning_attention, log_decay
 from m1jax.kernels.lightning_attention.api import slopes
 from m1jax.kernels.linear import cases as linear_cases
@@ -53,13 +54,13 @@ def test_lightning_attention(length: int, lengths: tuple[int, int], dtype: str) 
         return jax.jit(lambda qkv, state: lightning_attention(qkv, decay, state=state, **named))(qkv, state)
 
     want, want_state = run("reference")
-    for implementation in ("xla", "triton_interpreted"):
+    for implementation in ("xla", "recurrent", "triton_interpreted"):
         got, got_state = run(implementation)
         assert got.dtype == qkv.dtype and got_state.dtype == jnp.float32
         assert np.all(np.isfinite(got))
         for b, n in enumerate(lengths):
             assert n == 0 or rms_error(got[b, :n], want[b, :n]) < TOLERANCE[dtype], implementation
-        exact = implementation == "xla"  # in bfloat16 the kernels round silu(k) and silu(v)
+        exact = implementation != "triton_interpreted"  # in bfloat16 the kernels round silu(k) and silu(v)
         assert rms_error(got_state, want_state) < TOLERANCE["float32" if exact else dtype], implementation
 
 
@@ -77,8 +78,32 @@ def test_lightning_attention_gradients(length: int) -> None:
 
         return gradients(fn, *arrays)
 
-    for got, want in zip(run("xla"), run("reference"), strict=True):
-        assert rms_error(got, want) < 1e-5
+    wanted = run("reference")
+    for implementation in ("xla", "recurrent"):
+        for got, want in zip(run(implementation), wanted, strict=True):
+            assert rms_error(got, want) < 1e-5, implementation
+
+
+def test_token_by_token_is_decoding_bit_by_bit() -> None:
+    """Once rounded, and packed, too: a segment's tokens give what they give in a row of their own."""
+    B, T, H, D = 4, 24, 3, 32
+    qkv, decay = normal(0, B, T, H, 3, D, dtype="bfloat16"), jnp.asarray(log_decay(H, 3, 9))
+    recurrent = jax.jit(lambda qkv, **named: lightning_attention(qkv, decay, implementation="recurrent", **named))
+    one = jax.jit(lambda qkv, state: lightning_attention(qkv, decay, state=state))
+    state, out = jnp.zeros((B, H, D, D)), []
+    for t in range(T):
+        y, state = one(qkv[:, t : t + 1], state)
+        out.append(y)
+    want = jnp.concatenate(out, 1)
+    got, after = recurrent(qkv)
+    assert np.array_equal(got, want) and rms_error(after, state) < 2e-7
+    packed = jnp.concatenate([qkv, qkv[:, :10], qkv[:, :6]], 1)
+    segments = jnp.broadcast_to(jnp.asarray([1] * T + [2] * 10 + [0] * 6), (B, T + 16))
+    got, after = recurrent(packed, segments=segments)
+    assert np.array_equal(got[:, :T], want) and np.array_equal(got[:, T : T + 10], want[:, :10])
+    assert rms_error(after, recurrent(qkv, lengths=jnp.full(B, 10))[1]) < 2e-7
+    chunked = lightning_attention(qkv, decay, implementation="xla")[0]
+    assert not np.array_equal(chunked, want)  # else there would be nothing to do
 
 
 def test_decay_of_each_head() -> None:
@@ -219,7 +244,7 @@ def test_a_negative_length_under_jit_spoils_no_other_row() -> None:
     assert np.array_equal(new[0], state[0])
 
 
-@pytest.mark.parametrize("implementation", ["xla", "triton_interpreted"])
+@pytest.mark.parametrize("implementation", ["xla", "recurrent", "triton_interpreted"])
 def test_a_length_above_the_row_under_jit_is_that_of_the_row(implementation: Any) -> None:
     """T is no multiple of a chunk, whose padding is no token."""
     qkv, decay = normal(0, 1, 150, 2, 3, 32), jnp.asarray([-0.1, -0.01])
@@ -235,7 +260,7 @@ def test_a_decay_that_forgets_all(T: int) -> None:
     named: dict[str, Any] = {"state": state, "lengths": jnp.asarray([T, 0])}
     want, want_after = lightning_attention(qkv, decay, implementation="reference", **named)
     assert rms_error(want_after[1], state[1]) == 0
-    for implementation in ("xla", "triton_interpreted"):
+    for implementation in ("xla", "recurrent", "triton_interpreted"):
         got, after = lightning_attention(qkv, decay, implementation=implementation, **named)
         assert rms_error(got[0], want[0]) < 2e-6 and rms_error(after, want_after) < 2e-6
 
@@ -250,6 +275,12 @@ VARYING: dict[str, tuple[Any, int, Any]] = {  # op, how many of its arguments ar
     ),
     "lightning, a token": (lambda x: lightning_attention(x, jnp.zeros(2))[0], 1, lambda: (normal(0, 2, 1, 2, 3, 8),)),
     "lightning": (lambda x: lightning_attention(x, jnp.zeros(2))[0], 1, lambda: (normal(0, 2, 70, 2, 3, 8),)),
+    "lightning, token by token": (
+        lambda x: lightning_attention(x, jnp.zeros(2), implementation="recurrent")[0],
+        1,
+        lambda: (normal(0, 2, 5, 2, 3, 8),),
+    ),
+    "by row": (lambda x: by_row(jax.nn.softmax, x, rows=2), 1, lambda: (normal(0, 6, 5),)),
     "softmax": (
         lambda q, k: softmax_xla.blocked(q, k, k, jnp.zeros_like(q, jnp.int32, q.shape[:1]), 16, 24),
         2,

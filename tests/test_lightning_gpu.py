@@ -104,7 +104,7 @@ def test_parts_by_shape() -> None:
     assert [parts(64, 131072), parts(8, 131072), parts(8, 4096), parts(8, 512), parts(1, 8192)] == [2, 16, 4, 1, 8]
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "triton_interpreted"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "recurrent", "triton_interpreted"])
 @pytest.mark.parametrize("length", [1, 5])
 def test_one_of_the_states_of_all_layers(length: int, implementation: Any) -> None:
     qkv, states = normal(0, 3, length, H, 3, D), normal(1, 4, 3, H, D, D)

@@ -192,6 +192,23 @@ def test_bfloat16_rounds_alike_whatever_the_program() -> None:
     assert np.mean(stepped == whole) > 0.5  # else sums of float32 in another order
 
 
+def test_bfloat16_token_by_token_is_decoding_bit_by_bit() -> None:
+    """Of so many rows, with lightning attention in the order of decoding: but for exp, which now and then differs."""
+    model = random_model(SMALL, dtype="bfloat16")
+    B, T = 32, 24
+    tokens, lengths = tokens_of(SMALL, B, T), np.full(B, T)
+    want, state = model.step(tokens[:, :1], model.init_state(B, T), logits="last")
+    one = jax.jit(lambda model, token, state: model.step(token, state, logits="last"))
+    for t in range(1, T):
+        want, state = one(model, tokens[:, t : t + 1], state)
+    got, after, _ = model.routed_step(tokens, model.init_state(B, T), lengths, recurrent=True)
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        assert np.mean(np.asarray(a) == np.asarray(b)) > 0.999
+    assert rms_error(got, want) < 1e-6
+    chunked = model.step(tokens, model.init_state(B, T), logits="last")[0]
+    assert rms_error(chunked, want) > 1e-4  # else there would be nothing to do
+
+
 def test_bfloat16_residuals_are_rounded_once() -> None:
     alpha, beta = (2 * 80) ** 0.25, 0.7  # M1's α, which bfloat16 has not: 3.5625 for 3.5566
     x, y = normal(0, 4, 500, dtype="bfloat16"), normal(1, 4, 500, dtype="bfloat16")

@@ -1,6 +1,7 @@
 """Rollouts on the device: the engine's replies, the policy's log-probabilities, and where they end."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +41,19 @@ def model() -> M1:
 
 
 def run(
-    model: M1, temperature: float = 1.0, eos: tuple[int, ...] = (), loop_tokens: int = 3000, routes: bool = False
+    model: M1,
+    temperature: float = 1.0,
+    eos: tuple[int, ...] = (),
+    loop_tokens: int = 3000,
+    routes: bool = False,
+    recurrent: bool = False,
 ) -> Rollout:
     prompts, lengths = padded_prompts(PROMPTS, 8)
     rows = sampling_rows(SEEDS, REPLIES, temperature)
     # One shape of `eos` for all tests, so that the loop is compiled once; -2 is no token.
     ids = np.asarray([*eos, *[-2] * (2 - len(eos))], np.int32)
-    out = rollout(model, prompts, lengths, rows, ids, loop_tokens, replies=REPLIES, window=WINDOW, routes=routes)
-    return jax.device_get(out)
+    named: dict[str, Any] = {"replies": REPLIES, "window": WINDOW, "routes": routes, "recurrent": recurrent}
+    return jax.device_get(rollout(model, prompts, lengths, rows, ids, loop_tokens, **named))
 
 
 def test_replies_are_the_engines(model: M1, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -89,13 +95,16 @@ def test_the_experts_of_a_rollout_are_those_of_the_whole_forward_pass(model: M1)
         assert (out.routes[row] == best[len(prompt) :]).all()
 
 
-@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.999999), ("bfloat16", 0.9999)])
-def test_rollout_and_training_agree(model: M1, dtype: str, least: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "recurrent", "least"),
+    [("float32", False, 0.999999), ("bfloat16", False, 0.9999), ("bfloat16", True, 0.999999)],
+)
+def test_rollout_and_training_agree(model: M1, dtype: str, recurrent: bool, least: float) -> None:
     """Pearson's correlation over all tokens, of log-probabilities and of probabilities.
 
     Random weights are the worst case in bfloat16: all is uncertain, so that every rounding shows in the probabilities.
     """
-    out = run(computing(model, dtype), routes=True)
+    out = run(computing(model, dtype), routes=True, recurrent=recurrent)
     assert out.prompt_routes is not None and out.routes is not None
     tokens = np.stack(
         [
@@ -107,7 +116,8 @@ def test_rollout_and_training_agree(model: M1, dtype: str, least: float) -> None
     routes = np.zeros((*tokens.shape, *out.routes.shape[2:]), np.uint8)
     for n, row in enumerate(out.routes):
         routes[n] = np.concatenate([np.roll(out.prompt_routes[n // REPLIES], 8 - len(PROMPTS[n // REPLIES]), 0), row])
-    hidden, _ = hidden_states(computing(model, dtype), tokens, segments.astype(int), remat="none", routes=routes)
+    packed = segments.astype(int)
+    hidden, _ = hidden_states(computing(model, dtype), tokens, packed, "none", routes=routes, recurrent=recurrent)
     logp, _ = token_log_probs(hidden[:, 7:-1], head_weight(model), jnp.asarray(out.tokens))
     assert np.corrcoef(np.ravel(logp), np.ravel(out.logp))[0, 1] > least
     assert np.corrcoef(np.exp(np.ravel(logp)), np.exp(np.ravel(out.logp)))[0, 1] > least

@@ -86,8 +86,8 @@ def loss(model: M1, segments: np.ndarray | None) -> jax.Array:
     return -jnp.sum(jnp.take_along_axis(log_p[:, :-1], TOKENS[:, 1:, None], axis=2)[..., 0] * valid)
 
 
-def training_loss(model: M1, segments: np.ndarray) -> jax.Array:
-    hidden, routing = hidden_states(model, TOKENS, segments)
+def training_loss(model: M1, segments: np.ndarray, recurrent: bool = False) -> jax.Array:
+    hidden, routing = hidden_states(model, TOKENS, segments, recurrent=recurrent)
     log_p, entropy = token_log_probs(hidden, head_weight(model), jnp.roll(TOKENS, -1, axis=1))
     valid = segments > 0
     # The entropy has no gradient, but must be right.
@@ -122,6 +122,15 @@ def test_gradients(name: str) -> None:
     """Of the model's logits where it serves, of the trainer's loss where it trains."""
     of_logits = "packed" if "sequence" in name else "plain"
     check_gradients("training" if MESHES[name][1] == "train" else of_logits, name)
+
+
+def test_gradients_token_by_token() -> None:
+    value, gradient = expected("training")
+    mesh = mesh_of("everything but data")
+    with jax.set_mesh(mesh):
+        got, ours = jax.jit(jax.value_and_grad(lambda model: training_loss(model, SEGMENTS, True)))(on(mesh))
+    assert abs(got - value) < 2e-6 * abs(value)
+    assert rms_error(ours.lightning.qkv_proj[...], gradient.lightning.qkv_proj[...]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["experts apart", "everything but data"])

@@ -14,6 +14,9 @@ from m1jax.kernels.experts.order import by_bucket
 from m1jax.kernels.experts.quantized import Weights, join_rows, product
 from m1jax.kernels.rounding import rounded
 
+MANY = 32  # tokens, from which on a block of few rows is rare
+EXACT = 4  # rows, from which on in bfloat16 each is bit by bit what it is among more
+
 
 def blocked(
     x: jax.Array,
@@ -43,7 +46,9 @@ def blocked(
         y *= lax.dynamic_slice_in_dim(share, first, size)[:, None]
         return jnp.pad(y, ((0, rows - size), (0, 0)))
 
-    sizes = _sizes(rows)
+    # The product of few rows, one pass over the weights, sums in another order than that of more.
+    fewest = EXACT if x.dtype == jnp.bfloat16 and N >= MANY else 1
+    sizes = _sizes(rows, fewest)
     branches = [
         lambda *_: jnp.zeros_like(x, jnp.float32, (rows, M)),
         *(functools.partial(compute, size) for size in sizes),
@@ -59,10 +64,10 @@ def blocked(
     return jnp.sum(out[place].reshape(N, k, M), axis=1)
 
 
-def _sizes(rows: int) -> tuple[int, ...]:
+def _sizes(rows: int, fewest: int) -> tuple[int, ...]:
     """Block sizes that are compiled: the last block of an expert takes the smallest that holds its rows."""
     parts = 16 if rows > 128 else 8
-    return tuple(sorted({max(rows * part // parts, 1) for part in range(1, parts + 1)}))
+    return tuple(sorted({max(rows * part // parts, fewest) for part in range(1, parts + 1)}))
 
 
 def blocks_of(counts: jax.Array, n: int, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:

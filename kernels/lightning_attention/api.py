@@ -9,10 +9,12 @@ from jax.core import Tracer
 
 from m1jax.kernels.checks import check_implementation, check_integers, checked_layer
 from m1jax.kernels.gpu import refusal
-from m1jax.kernels.lightning_attention import gpu, gradient, reference, xla
+from m1jax.kernels.lightning_attention import gpu, gradient, recurrent, reference, xla
 from m1jax.kernels.varying import alike
 
-Implementation = Literal["reference", "xla", "triton", "triton_interpreted", "mosaic", "mosaic_interpreted"]
+Implementation = Literal[
+    "reference", "xla", "recurrent", "triton", "triton_interpreted", "mosaic", "mosaic_interpreted"
+]
 GPU = ("triton", "triton_interpreted", "mosaic", "mosaic_interpreted")
 FORGETS = -1e3  # log λ, from which on downwards λ is 0
 
@@ -62,7 +64,8 @@ def lightning_attention(
         padding; where an id comes again, another segment begins. The state is zero again where a segment starts; a
         row's first token goes on with `state`.
       layer: int32, which of the states to go on with and to replace; on a GPU in place, if the argument is donated.
-      implementation: "reference"; "xla"; "triton", on Hopper GPUs, head_dim 32, 64 or 128; "mosaic", with faster
+      implementation: "reference"; "xla"; "recurrent", token by token, each as None computes it alone, with the gradient
+        of None; "triton", on Hopper GPUs, head_dim 32, 64 or 128; "mosaic", with faster
         sweeps: bfloat16, head_dim 64 or 128, a multiple of 8 tokens, no segments, log λ ≥ -1.25 (below, where it is not
         known before, NaN), jax ≥ 0.11; "triton_interpreted", "mosaic_interpreted", these on the CPU, for tests. None is
         the first of "mosaic", "triton" that can run, except for more than one token in float32, else "xla"; rows of
@@ -96,13 +99,21 @@ def lightning_attention(
     if state is None:
         state = jnp.zeros_like(qkv, jnp.float32, (B, H, D, D))
     before = state if layer is None else state[layer]
-    if chosen == "reference":
+    if chosen == "recurrent":
+        out, after = recurrent.by_token(_chosen_by_shape, qkv, log_decay, before, lengths, segments)
+    elif chosen == "reference":
         out, after = reference.lightning_attention(qkv, log_decay, before, lengths, segments)
     elif T == 1 and segments is None:
         out, after = xla.step(qkv, log_decay, before, lengths)
     else:
         out, after = gradient.chunked(qkv, log_decay, before, lengths, _chunk(D), segments)
     return out, after if layer is None else state.at[layer].set(after)
+
+
+def _chosen_by_shape(
+    qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.Array, segments: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    return lightning_attention(qkv, log_decay, state=state, lengths=lengths, segments=segments)
 
 
 def _choose(implementation: str | None, qkv: Any, packed: bool, log_decay: Any) -> str:

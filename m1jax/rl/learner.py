@@ -159,6 +159,7 @@ class Learner:
                 replies=G,
                 window=window,
                 routes=settings.replay_routes,
+                recurrent=settings.recurs(self.dtype),
             )
         )
         replies = zip(out.tokens, out.lengths, out.ended, strict=True)

@@ -15,13 +15,20 @@ from m1jax.train.step import KEPT, Batch, Loss, Metrics, computing
 
 
 @KEPT
-def policy_gradient(policy_loss: PolicyLoss, temperature: float, dtype: str, remat: Remat, balance: Balance) -> Loss:
-    """The loss of a batch with the arrays of `m1jax.rl.experience.Experience`, its mean by their weights."""
+def policy_gradient(
+    policy_loss: PolicyLoss, temperature: float, dtype: str, remat: Remat, balance: Balance, recurrent: bool = False
+) -> Loss:
+    """The loss of a batch with the arrays of `m1jax.rl.experience.Experience`, its mean by their weights.
+
+    `recurrent` as in `hidden_states`.
+    """
 
     def loss(model: M1, batch: Batch, total: Metrics) -> tuple[jax.Array, Metrics]:
         # The policy is the model as it computes, which wrote the replies: where embeddings are tied, so is its head.
         policy = computing(model, dtype)
-        hidden, routing = hidden_states(policy, batch["tokens"], batch["segments"], remat, routes=batch.get("routes"))
+        hidden, routing = hidden_states(
+            policy, batch["tokens"], batch["segments"], remat, routes=batch.get("routes"), recurrent=recurrent
+        )
         logp, entropy = token_log_probs(hidden, head_weight(policy), batch["targets"], temperature)
         generated = batch["weights"] > 0
 

@@ -41,7 +41,7 @@ class _Carry(NamedTuple):
     step: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("replies", "window", "routes"))
+@functools.partial(jax.jit, static_argnames=("replies", "window", "routes", "recurrent"))
 def rollout(
     model: M1,
     prompts: jax.Array,
@@ -53,6 +53,7 @@ def rollout(
     replies: int,
     window: int,
     routes: bool = False,
+    recurrent: bool = False,
 ) -> Rollout:
     """Generates replies until each has ended, fills the window or goes round in circles.
 
@@ -66,6 +67,7 @@ def rollout(
       replies: G.
       window: W.
       routes: whether to say which experts the tokens went to.
+      recurrent: whether the prompts are read as in `M1.step` with it.
 
     Returns:
       The replies. Given the same seeds they are those of `m1jax.engine`.
@@ -76,10 +78,10 @@ def rollout(
     state = model.init_state(Q, -(-(T + window) // parts) * parts)
     prompt_routes = reply_routes = None
     if routes:
-        logits, state, prompt_routes = model.routed_step(prompts, state, lengths)
+        logits, state, prompt_routes = model.routed_step(prompts, state, lengths, recurrent)
         reply_routes = jnp.zeros((B, window, *prompt_routes.shape[2:]), prompt_routes.dtype)
     else:
-        logits, state = model.step(prompts, state, lengths=lengths, logits="last")
+        logits, state = model.step(prompts, state, lengths, "last", recurrent)
     source = jnp.repeat(jnp.arange(Q), replies)
     seen = jnp.zeros((B, logits.shape[-1]), bool)  # only a repetition penalty would read it
     out = Rollout(

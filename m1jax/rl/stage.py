@@ -62,7 +62,8 @@ class Reinforced:
             raise UserError(f"{settings.model.path} has no tokenizer: add its files, or set model.tokenizer")
         self._parts, self._rl = parts, rl
         balance = Balance.of(settings.optimizer, parts.config)
-        loss = policy_gradient(rl.policy_loss, rl.temperature, settings.model.dtype, settings.model.remat, balance)
+        dtype, remat = settings.model.dtype, settings.model.remat
+        loss = policy_gradient(rl.policy_loss, rl.temperature, dtype, remat, balance, rl.recurs(dtype))
         self._step = make_step(loss, parts.optimizer, settings.guard, settings.optimizer.rates)
         self._measure = measuring(loss)
         self._rate = schedule(settings.optimizer, settings.steps * rl.updates)

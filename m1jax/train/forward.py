@@ -39,6 +39,7 @@ def hidden_states(
     remat: Remat = "layer",
     capacity: float | None = None,
     routes: ArrayLike | None = None,
+    recurrent: bool = False,
 ) -> tuple[jax.Array, Routing]:
     """Hidden states `[B, T, M]` after the last norm, ready for the head, and what the routers did.
 
@@ -50,6 +51,7 @@ def hidden_states(
         outputs of the matrices of attention, "layer" only the layer's input.
       capacity: of the experts, as in `m1jax.sharding.capacity`; None drops no token.
       routes: integers `[B, T, L, k]`, the experts to take in place of the routers' choice.
+      recurrent: lightning attention goes token by token, as in `M1.step`; not so its gradient.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     segments = None if segments is None else jnp.asarray(segments, jnp.int32)
@@ -59,7 +61,7 @@ def hidden_states(
         model: M1, tokens: jax.Array, lengths: jax.Array, segments: jax.Array | None, routes: jax.Array | None
     ) -> tuple[jax.Array, Routing]:
         by_layer = None if routes is None else jnp.moveaxis(routes, 2, 0)
-        x, routing = _layers(model, embed(model, tokens), lengths, segments, remat, capacity, by_layer)
+        x, routing = _layers(model, embed(model, tokens), lengths, segments, remat, capacity, by_layer, recurrent)
         routing = jax.tree.map(lambda a: total(total(a, "batch"), "sequence"), routing)
         return final_norm(model, x), routing
 
@@ -79,6 +81,7 @@ def _layers(
     remat: Remat,
     capacity: float | None,
     routes: jax.Array | None,
+    recurrent: bool,
 ) -> tuple[jax.Array, Routing]:
     cfg = model.config
     p = period(cfg.layer_types)
@@ -90,7 +93,7 @@ def _layers(
         kind: _by_period(model.lightning if kind == LIGHTNING else model.softmax, cfg, p)
         for kind in dict.fromkeys(cfg.layer_types)
     }
-    step = functools.partial(_layer, model, lengths, segments, capacity)
+    step = functools.partial(_layer, model, lengths, segments, capacity, recurrent)
 
     def one(x: jax.Array, stacks: Any) -> tuple[jax.Array, Routing]:
         common, mixers = stacks
@@ -128,6 +131,7 @@ def _layer(
     lengths: jax.Array,
     segments: jax.Array | None,
     capacity: float | None,
+    recurrent: bool,
     kind: str,
     x: jax.Array,
     inputs: Any,
@@ -149,7 +153,8 @@ def _layer(
     B, T = x.shape[:2]
     logits = jnp.zeros((1, B, T, cfg.num_local_experts), jnp.float32)
     carry = Carry(x, None, None, None, None, logits)
-    carry = body(one, carry, jnp.zeros((B,), jnp.int32), lengths, decay, segments, capacity, routes=routes)
+    seen = jnp.zeros((B,), jnp.int32)
+    carry = body(one, carry, seen, lengths, decay, segments, capacity, routes=routes, recurrent=recurrent)
     assert carry.router_logits is not None
     valid = start("sequence", T) + jnp.arange(T) < lengths[:, None]
     if segments is not None:
