@@ -21,7 +21,7 @@ from m1jax.presets import find_config
 from m1jax.sharding import flops
 from tests import numpy_m1
 from tests.test_gradients import biggest
-from tests.tools import SMALL, normal, random_model, rms_error, variant
+from tests.tools import SMALL, normal, random_model, rms_error, rows_are_alone, variant
 
 # What the golden checkpoint does not show: other head counts, irregular layers, every option of the Text-01 family.
 VARIANTS = {
@@ -197,6 +197,8 @@ def test_bfloat16_token_by_token_is_decoding_bit_by_bit() -> None:
     model = random_model(SMALL, dtype="bfloat16")
     B, T = 32, 24
     tokens, lengths = tokens_of(SMALL, B, T), np.full(B, T)
+    if not rows_are_alone(B, B * T, SMALL.hidden_size):
+        pytest.skip("on this machine bfloat16 products of more rows sum in another order")
     want, state = model.step(tokens[:, :1], model.init_state(B, T), logits="last")
     one = jax.jit(lambda model, token, state: model.step(token, state, logits="last"))
     for t in range(1, T):

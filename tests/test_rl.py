@@ -28,7 +28,7 @@ from m1jax.train.loss import Balance
 from m1jax.train.saving import Checkpoints
 from m1jax.train.settings import GuardSettings, OptimizerSettings, Settings, parse
 from m1jax.train.step import TrainState, adamw, init_state, make_step, totals
-from tests.tools import DATA, variant
+from tests.tools import DATA, rows_are_alone, variant
 
 HELLO = DATA / "m1_hello"
 SMALL_RUN: dict[str, Any] = {
@@ -246,13 +246,15 @@ def test_a_run_on_a_mesh_is_that_of_one_device(tmp_path: Path) -> None:
 
 def test_a_run_in_bfloat16_with_evaluation(tmp_path: Path) -> None:
     """The log-probabilities agree, and what is saved are the float32 weights, not what they are rounded to."""
-    mixed: dict[str, Any] = {"tasks": ["all"], "difficulty": 1.0, "temperature": 1.5}  # at 1 it is too sure of itself
-    mixed |= {"questions": 32, "windows": [160], "row_tokens": 512}
+    # At 1 it is so sure of itself that its log-probabilities hardly vary: what rounding there is would tell.
+    exact = all(rows_are_alone(few, 4096, 128) for few in (4, 32, 256))
+    mixed: dict[str, Any] = {"tasks": ["all"], "difficulty": 1.0, "temperature": 1.0 if exact else 1.5}
+    mixed |= {"questions": 16, "windows": [160], "row_tokens": 512}
     run = settings(tmp_path, 1, "bfloat16", evaluate_every=1, evaluate_problems=1, **mixed)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, path=str(nano.FOLDER)))
     stage.run(run)
     (row,) = rows(tmp_path)
-    assert row["correlation_logp"] > 0.9999 and row["correlation_p"] > 0.9999
+    assert row["correlation_logp"] > (0.999999 if exact else 0.9999) and row["correlation_p"] > 0.9999
     assert row["held_out"] == np.mean([row[f"held_out/{name}"] for name in TASKS])
     parts = stage.prepare(run, 1)
     state, _ = Checkpoints(tmp_path, 1, {}).load(parts.shapes)
@@ -338,6 +340,12 @@ def test_dynamic_sampling_leaves_out_groups_that_teach_nothing() -> None:
     assert all(len({reply.advantage for reply in group}) > 1 for group in kept)
     more, _ = collect(attempts=2)
     assert len(kept) < len(more) <= 8
+
+
+def test_where_lightning_attention_goes_token_by_token() -> None:
+    """Where rounding would tell rollout and training apart: if it is not said, on CPUs alone, which tests run on."""
+    assert RLSettings().recurs("bfloat16") and not RLSettings().recurs("float32")
+    assert not RLSettings(recurrent=False).recurs("bfloat16") and not RLSettings(recurrent=True).recurs("float32")
 
 
 def test_bad_settings(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from m1jax.config import M1Config
 from m1jax.kernels.gpu import Case
+from m1jax.kernels.linear import linear
 from m1jax.model import M1, build
 
 DATA = Path(__file__).parent / "data"
@@ -91,3 +92,10 @@ def variant(**changes: Any) -> M1Config:
     if "layer_types" in changes:
         changes["num_hidden_layers"] = len(changes["layer_types"])
     return dataclasses.replace(SMALL, **changes)
+
+
+def rows_are_alone(few: int, many: int, channels: int) -> bool:
+    """Whether bfloat16 products of few rows come to the very numbers that they come to among many."""
+    x, stack = (normal(i, n, channels, dtype="bfloat16") for i, n in enumerate((many, channels)))
+    product = jax.jit(lambda x: linear(x, stack[None], 0))
+    return np.array_equal(product(x)[:few], product(x[:few]))

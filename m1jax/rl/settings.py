@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 from m1jax.errors import UserError
 from m1jax.rl.losses import NAMED, PolicyLoss
 
@@ -31,8 +33,9 @@ class RLSettings:
       temperature: of rollouts; the policy that is trained is the one at this temperature.
       replay_routes: in the updates, tokens go to the experts that they went to in the rollout, with the weights that
         the routers now give those (arXiv 2510.11370): rounding sends none elsewhere.
-      recurrent: in bfloat16, prompts and updates read lightning attention token by token, as replies are written, in
-        as many steps one after the other: else its float32 sums differ, and now and then what they are rounded to.
+      recurrent: in bfloat16, prompts and updates read lightning attention token by token, as replies are written: else
+        its float32 sums differ, and now and then what they are rounded to. As many steps one after the other as a row
+        has tokens, in each layer: if it is not said, on CPUs alone.
       format_reward: for a reply in M1's format; a correct answer earns 1 more.
       row_tokens: length of a packed row; it must hold the longest prompt and window.
       evaluate_every: steps between evaluations, greedy, on held-out problems; 0 is never.
@@ -58,7 +61,7 @@ class RLSettings:
     loop_tokens: int = 3000
     temperature: float = 1.0
     replay_routes: bool = True
-    recurrent: bool = True
+    recurrent: bool | None = None
     format_reward: float = 0.1
     row_tokens: int = 100_000
     evaluate_every: int = 0
@@ -104,7 +107,8 @@ class RLSettings:
 
     def recurs(self, dtype: str) -> bool:
         """Whether lightning attention goes token by token in a dtype to compute in."""
-        return self.recurrent and dtype == "bfloat16"
+        asked = jax.default_backend() == "cpu" if self.recurrent is None else self.recurrent
+        return asked and dtype == "bfloat16"
 
     @property
     def policy_loss(self) -> PolicyLoss:
