@@ -52,10 +52,9 @@ def _mean_of_squares(x: jax.Array) -> jax.Array:
         return mean(x)
     flat = x.reshape(-1, x.shape[-1])
     N, M = flat.shape
-    padded = jnp.pad(flat, ((0, max(0, -(-MANY // M) - N)), (0, 0)))
+    alone = functools.partial(by_row, mean, rows=max(N, -(-MANY // M)))  # all at once
     # The gradient keeps x as it is, not in float32.
-    found = jax.checkpoint(functools.partial(by_row, mean, rows=len(padded)), prevent_cse=False)(padded)
-    return found[:N].reshape(*x.shape[:-1], 1)
+    return jax.checkpoint(alone, prevent_cse=False)(flat).reshape(*x.shape[:-1], 1)
 
 
 def project(x: jax.Array, stack: nnx.Param, index: jax.Array) -> jax.Array:
