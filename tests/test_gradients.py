@@ -230,6 +230,14 @@ def test_cross_entropy_never_holds_all_logits() -> None:
     assert biggest(gradient, hidden, head) <= CHUNK < B * T * V
 
 
+def test_log_probabilities_near_zero_are_not_rounded_as_the_logits_are() -> None:
+    logits = np.linspace(200, 229, 50, dtype=np.float32)
+    logits[7] = 240  # next to which float32 numbers are 1.5e-5 apart
+    log_p, _ = token_log_probs(jnp.ones((1, 1, 1)), jnp.asarray(logits)[:, None], jnp.asarray([[7]]))
+    want = -np.log1p(np.sum(np.exp(np.delete(logits, 7).astype(np.float64) - 240)))
+    assert abs(float(log_p[0, 0]) - want) < 3e-7
+
+
 def test_cross_entropy_in_pieces_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK", 16 * 40)
     hidden, head = normal(0, 2, 21, 8), normal(1, 40, 8)

@@ -64,8 +64,8 @@ def _token_log_probs(
         h, wanted = inputs
         logits = jnp.einsum("nm,vm->nv", h.astype(jnp.float32), head, precision="highest") / temperature
         largest = greatest(lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)), "vocab")
-        log_sum = largest + jnp.log(total(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True), "vocab"))
-        log_p = logits - log_sum
+        below = logits - largest  # as in `jax.nn.log_softmax`, or what is near 0 would be rounded as the logits are
+        log_p = below - jnp.log(total(jnp.sum(jnp.exp(below), axis=-1, keepdims=True), "vocab"))
         still = lax.stop_gradient(log_p)
         at = wanted[:, None] - start("vocab", head.shape[0])
         here = (at >= 0) & (at < head.shape[0])
