@@ -198,7 +198,7 @@ def test_bfloat16_token_by_token_is_decoding_bit_by_bit() -> None:
     B, T = 32, 24
     tokens, lengths = tokens_of(SMALL, B, T), np.full(B, T)
     if not rows_are_alone(B, B * T, SMALL.hidden_size):
-        pytest.skip("on this machine bfloat16 products of more rows sum in another order")
+        pytest.skip("on this machine bfloat16 rows are summed in another order among more")
     want, state = model.step(tokens[:, :1], model.init_state(B, T), logits="last")
     one = jax.jit(lambda model, token, state: model.step(token, state, logits="last"))
     for t in range(1, T):
