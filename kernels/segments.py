@@ -11,6 +11,15 @@ def starts(segments: jax.Array) -> jax.Array:
     return (segments != before) & (segments > 0) & (jnp.arange(segments.shape[1]) > 0)
 
 
+def valid_and_starts(lengths: jax.Array, T: int, segments: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Which of T tokens are no padding, by `lengths` `[B]` and `segments` `[B, T]`, and `starts`: bool `[B, T]`."""
+    valid = jnp.arange(T) < lengths[:, None]
+    if segments is None:
+        return valid, jnp.zeros_like(valid)
+    valid &= segments > 0
+    return valid, starts(jnp.where(valid, segments, 0))
+
+
 def numbered(segments: jax.Array) -> jax.Array:
     """Segment ids `[B, T]` of whole rows as int32 that grow; 0 for padding. No two segments have one number."""
     return jnp.where(segments > 0, 1 + jnp.cumsum(starts(segments), axis=1, dtype=jnp.int32), 0)

@@ -28,7 +28,7 @@ from jax.core import Tracer
 
 from m1jax.kernels.gpu import launch
 from m1jax.kernels.gpu.tiles import MULTIPROCESSORS
-from m1jax.kernels.segments import starts
+from m1jax.kernels.segments import valid_and_starts
 
 HEAD_DIMS = (32, 64, 128)
 MOSAIC_HEAD_DIMS = (64, 128)
@@ -133,8 +133,7 @@ def _bounds(segments: jax.Array | None, lengths: jax.Array) -> jax.Array | None:
         return None
     T = segments.shape[1]
     position = jnp.arange(T, dtype=jnp.int32)
-    valid = (segments > 0) & (position < lengths[:, None])
-    start = starts(jnp.where(valid, segments, 0))
+    valid, start = valid_and_starts(lengths, T, segments)
     first = lax.cummax(jnp.where(start, position, -1), axis=1)
     ends = jnp.pad(start | ~valid, ((0, 0), (0, 1)), constant_values=True)[:, 1:]  # the next token is not of it
     last = lax.cummin(jnp.where(ends, position, T), axis=1, reverse=True)

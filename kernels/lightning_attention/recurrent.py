@@ -6,12 +6,13 @@ numbers, which all later tokens read. A policy that is trained so agrees with it
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from m1jax.kernels.segments import starts
+from m1jax.kernels.segments import valid_and_starts
 
 # (qkv, log_decay, state, lengths, segments) -> out, state
 Form = Callable[..., tuple[jax.Array, jax.Array]]
@@ -27,11 +28,7 @@ def by_token(
     segments: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `reference.lightning_attention`, by a form that is given one token at a time; its gradient for all."""
-    valid = jnp.arange(qkv.shape[1]) < lengths[:, None]  # [B, T]
-    begins = jnp.zeros_like(valid)
-    if segments is not None:
-        valid &= segments > 0
-        begins = starts(jnp.where(valid, segments, 0))
+    valid, begins = valid_and_starts(lengths, qkv.shape[1], segments)
 
     def one(s: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         token, count, new = inputs
@@ -45,20 +42,12 @@ def by_token(
     return jnp.moveaxis(out, 0, 1), state
 
 
-def _forward(
-    form: Form,
-    qkv: jax.Array,
-    log_decay: jax.Array,
-    state: jax.Array,
-    lengths: jax.Array,
-    segments: jax.Array | None,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array | None, ...]]:
-    arrays = (qkv, log_decay, state, lengths, segments)
+def _forward(form: Form, *arrays: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
     return by_token(form, *arrays), arrays
 
 
 def _backward(
-    form: Form, arrays: tuple[jax.Array | None, ...], cotangents: tuple[jax.Array, jax.Array]
+    form: Form, arrays: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array | None, ...]:
     qkv, log_decay, state, *rest = arrays
     _, gradient = jax.vjp(lambda qkv, state: form(qkv, log_decay, state, *rest), qkv, state)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from m1jax.kernels.segments import starts
+from m1jax.kernels.segments import valid_and_starts
 
 
 def lightning_attention(
@@ -23,12 +23,7 @@ def lightning_attention(
       o `[B, T, H, D]` in the dtype of `qkv`, and the state after the last valid token of each row.
     """
     activated = jax.nn.silu(qkv.astype(jnp.float32))
-    B, T = qkv.shape[:2]
-    valid = jnp.arange(T) < lengths[:, None]  # [B, T]
-    start = jnp.zeros((B, T), bool)
-    if segments is not None:
-        valid &= segments > 0
-        start = starts(jnp.where(valid, segments, 0))
+    valid, start = valid_and_starts(lengths, qkv.shape[1], segments)
 
     def token(s: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         reads, resets, activated = inputs

@@ -15,7 +15,7 @@ from jax import lax
 
 from m1jax.kernels.isolate import isolated
 from m1jax.kernels.rounding import rounded
-from m1jax.kernels.segments import starts
+from m1jax.kernels.segments import valid_and_starts
 
 
 def step(qkv: jax.Array, log_decay: jax.Array, state: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -108,13 +108,12 @@ def chunks(lengths: jax.Array, segments: jax.Array | None, T: int, C: int) -> Ch
     n = -(-T // C)
     if segments is None:
         return Chunk(jnp.clip(lengths[None] - C * jnp.arange(n)[:, None], 0, C), None, None)
-    valid = (segments > 0) & (jnp.arange(T) < lengths[:, None])
+    valid, start = valid_and_starts(lengths, T, segments)
 
     def by_chunk(x: jax.Array) -> jax.Array:  # [B, T] to [n, B, C]
         return jnp.pad(x, ((0, 0), (0, n * C - T))).reshape(x.shape[0], n, C).swapaxes(0, 1)
 
-    start = by_chunk(starts(jnp.where(valid, segments, 0)))
-    valid = by_chunk(valid)
+    valid, start = by_chunk(valid), by_chunk(start)
     count = jnp.max(jnp.where(valid, 1 + jnp.arange(C), 0), axis=-1)
     return Chunk(count, valid, jnp.cumsum(start, axis=-1, dtype=jnp.int32))
 
