@@ -159,16 +159,20 @@ class Softmax(nnx.Module):
         keys_values: tuple[jax.Array, jax.Array],
         first: jax.Array,
         segments: jax.Array | None,
+        recurrent: bool = False,
     ) -> jax.Array:
-        """y `[B, T, M]` of x `[B, T, M]`, with positions from `first` int32 `[B]` on; `segments` go without caches."""
+        """y `[B, T, M]` of x `[B, T, M]`, with positions from `first` int32 `[B]` on; `segments` go without caches.
+
+        `recurrent` as in `M1.step`.
+        """
         B, T, _ = x.shape
         H, D = self.q_proj[...].shape[1:3]
         q = rotate(project(x, self.q_proj, n).reshape(B, T, H, D), rope)
         k, v = keys_values
         if k.ndim == 4:
-            out = softmax_attention(q, k, v, segments=segments)
+            out = softmax_attention(q, k, v, segments=segments, recurrent=recurrent)
         else:
-            out = softmax_attention(q, k[n], v[n], offset=first)
+            out = softmax_attention(q, k[n], v[n], offset=first, recurrent=recurrent)
         return total(project(out, self.o_proj, n), "heads")
 
 
@@ -203,23 +207,23 @@ class MoE(nnx.Module):
         k: int,
         capacity: float | None,
         route: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """x `[B, T, M]`, valid bool `[B, T]`; returns y `[B, T, M]` and router logits float32 `[B, T, E]`.
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x `[B, T, M]`, valid bool `[B, T]`; returns y `[B, T, M]`, router logits float32 `[B, T, E]` and the choice.
 
-        A `route`, integers `[B, T, k]`, takes the place of the router's choice, not of its weights. With a `capacity`
-        experts take no more tokens than `within_capacity` allows; else none is dropped.
+        The choice is int32 `[B, T, k]`, of padding too. A `route`, integers `[B, T, k]`, takes its place, not that of
+        its weights. With a `capacity` experts take no more tokens than `within_capacity` allows; else none is dropped.
         """
         B, T, M = x.shape
         flat = x.reshape(B * T, M)
         logits = linear(flat.astype(jnp.float32), self.router[...], i)
         E = logits.shape[-1]
         weights, chosen = choose(logits, k, x.dtype, None if route is None else route.reshape(-1, k).astype(jnp.int32))
-        chosen = jnp.where(valid.reshape(-1, 1), chosen, E)  # padding goes to nobody
+        taken = jnp.where(valid.reshape(-1, 1), chosen, E)  # padding goes to nobody
         if capacity is not None:
-            chosen = within_capacity(chosen.reshape(B, T, k), E, capacity).reshape(B * T, k)
+            taken = within_capacity(taken.reshape(B, T, k), E, capacity).reshape(B * T, k)
         (gate_up, layer), (down, _) = matrix(self.gate_up, i), matrix(self.down, i)
-        y = experts(flat, gate_up, down, chosen, weights, layer=layer)
-        return y.reshape(B, T, M), logits.reshape(B, T, E)
+        y = experts(flat, gate_up, down, taken, weights, layer=layer)
+        return y.reshape(B, T, M), logits.reshape(B, T, E), chosen.reshape(B, T, k)
 
 
 @nnx.dataclass

@@ -177,9 +177,11 @@ class M1(nnx.Module):
           lengths: integers `[B]` from 0 to T, how many of the T tokens of each row are valid; None is all. Those of a
             `jax.Array` are not looked at, which would wait for the device: out of range they spoil their rows.
           logits: "all" or "last", for which less of the last layer is computed.
-          recurrent: lightning attention goes token by token, in T steps one after the other. On a CPU, in bfloat16 and
-            from 32 rows on, T tokens then come to the very numbers that T steps of one token come to, but for the
-            float32 head, and for one in a million where an exp in float32 is off by its last bit.
+          recurrent: lightning attention goes token by token, in T steps one after the other, and on a CPU softmax
+            attention has all keys of a query at once. There, in bfloat16, and of so many rows that experts have 8 each
+            on average, T tokens then come to the very numbers that T steps of one token come to, but for the float32
+            head, and for one in a million where an exp in float32 is off by its last bit. Not so where the tokens of a
+            sequence are split over devices.
 
         Returns:
           Logits float32 `[B, T, V]` (undefined at padded tokens), or with "last" `[B, V]` at each row's last valid

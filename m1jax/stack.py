@@ -125,7 +125,8 @@ def body(
             carry = carry._replace(s=s)
         else:
             keys_values = model.softmax.keys_values(h, n, rope, carry.k, carry.v, tokens_seen)
-            attend = functools.partial(model.softmax.attend, n=n, keys_values=keys_values, segments=segments)
+            given = {"n": n, "keys_values": keys_values, "segments": segments, "recurrent": recurrent}
+            attend = functools.partial(model.softmax.attend, **given)
             if carry.k is not None:
                 carry = carry._replace(k=keys_values[0], v=keys_values[1])
         rest = functools.partial(_rest, model, i, capacity, None if routes is None else routes[i], attend)
@@ -134,8 +135,8 @@ def body(
             of_last = functools.partial(_only_at, at, rest)
             x = lax.cond(i < L - 1, lambda *given: rest(*given)[0], of_last, inputs, tokens_seen)
             return carry._replace(x=x)
-        x, logits = rest(inputs, tokens_seen)
-        return _noted(carry, i, x, logits, own)._replace(x=x)
+        x, logits, chosen = rest(inputs, tokens_seen)
+        return _noted(carry, i, x, logits, chosen, own)._replace(x=x)
 
     def run_layers(run: Run, carry: Carry, i: jax.Array, n: jax.Array) -> Carry:
         if run.layers == 1:
@@ -151,16 +152,14 @@ def body(
     return carry
 
 
-def _noted(carry: Carry, i: jax.Array, x: jax.Array, logits: jax.Array, own: jax.Array) -> Carry:
-    """What is asked for of layer i with output x `[B, T, M]` and router logits `[B, T, E]`."""
+def _noted(carry: Carry, i: jax.Array, x: jax.Array, logits: jax.Array, chosen: jax.Array, own: jax.Array) -> Carry:
+    """What is asked for of layer i with output x `[B, T, M]`, router logits `[B, T, E]` and choice `[B, T, k]`."""
     if carry.hidden is not None:
         carry = carry._replace(hidden=carry.hidden.at[i].set(x))
     if carry.router_logits is not None:
         carry = carry._replace(router_logits=carry.router_logits.at[i].set(logits))
     if carry.routes is not None:
-        shape = carry.routes.shape[1:]
-        _, chosen = layers.choose(logits.reshape(-1, logits.shape[-1]), shape[-1], x.dtype)
-        carry = carry._replace(routes=carry.routes.at[i].set(chosen.reshape(shape).astype(carry.routes.dtype)))
+        carry = carry._replace(routes=carry.routes.at[i].set(chosen.astype(carry.routes.dtype)))
     if carry.bad is not None:
         carry = carry._replace(bad=carry.bad.at[i].set(not_finite(x, own)))
     return carry
@@ -180,8 +179,8 @@ def _rest(
     attend: Callable[..., jax.Array] | None,
     inputs: Inputs,
     first: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Output `[B, T, M]` of layer i and its router logits.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output `[B, T, M]` of layer i, its router logits and the experts chosen, as `layers.MoE` returns them.
 
     `attend` gives the y of softmax attention, for tokens whose positions go from `first` int32 `[B]` on.
     """
@@ -194,17 +193,17 @@ def _rest(
     assert y is not None
     x = _residual(h if x is None else x, y, alpha, beta)
     h = layers.rms_norm(x, model.block.mlp_norm[...][i], cfg.rms_norm_eps)
-    y, logits = model.moe(h, i, valid, cfg.num_experts_per_tok, capacity, route)
+    y, logits, chosen = model.moe(h, i, valid, cfg.num_experts_per_tok, capacity, route)
     if model.shared is not None:
         y = model.shared(h, i, y)
-    return _residual(h if cfg.postnorm else x, y, cfg.mlp_alpha, cfg.mlp_beta), logits
+    return _residual(h if cfg.postnorm else x, y, cfg.mlp_alpha, cfg.mlp_beta), logits, chosen
 
 
 def _only_at(
-    at: jax.Array, rest: Callable[[Inputs, jax.Array], tuple[jax.Array, jax.Array]], inputs: Inputs, first: jax.Array
+    at: jax.Array, rest: Callable[[Inputs, jax.Array], tuple[jax.Array, ...]], inputs: Inputs, first: jax.Array
 ) -> jax.Array:
     """Output `[B, T, M]` of a layer at the token `at` `[B]` of each row, anything elsewhere."""
-    x, _ = rest(jax.tree.map(lambda x: token_at(x, at), inputs), first + at)
+    x, *_ = rest(jax.tree.map(lambda x: token_at(x, at), inputs), first + at)
     return inputs.h.at[jnp.arange(x.shape[0]), at].set(x[:, 0])
 
 

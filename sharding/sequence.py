@@ -18,6 +18,7 @@ from jax import lax
 
 from m1jax.kernels import lightning_attention as lightning
 from m1jax.kernels import softmax_attention as softmax
+from m1jax.kernels.gpu import capability
 from m1jax.kernels.rounding import rounded
 from m1jax.kernels.segments import numbered, starts
 from m1jax.kernels.softmax_attention import xla
@@ -37,7 +38,8 @@ def lightning_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """As the kernel of this name; T, `lengths` and `segments` are this device's, `state` that of the whole sequence.
 
-    Its implementation is "recurrent" if asked for, else chosen by device and shape.
+    Its implementation is "recurrent" if asked for, else chosen by device and shape. The states in which devices begin
+    come of chunks in any case, so that a device's tokens are decoding's to the bit on none but the first.
 
     The state before the first token comes in, the state after the last one goes out, on all devices alike.
     """
@@ -107,14 +109,17 @@ def softmax_attention(
     *,
     offset: jax.Array | None = None,
     segments: jax.Array | None = None,
+    recurrent: bool = False,
 ) -> jax.Array:
     """As the kernel of this name: q `[B, T, H, D]`, k and v `[B, K, N, D]`, `segments` `[B, T]` are this device's.
 
-    `offset` is the position of the first query of all devices.
+    `offset` is the position of the first query of all devices. With `recurrent` each query is what decoding makes of it
+    on a CPU, where one device has the whole sequence.
     """
     over = split_over("sequence")
     if not over:
-        return softmax.softmax_attention(q, k, v, offset=offset, segments=segments)
+        form = "direct" if recurrent and capability() is None else None
+        return softmax.softmax_attention(q, k, v, offset=offset, segments=segments, implementation=form)
     if offset is None:
         offset = jnp.zeros(q.shape[:1], jnp.int32)
     T, H, K, N = q.shape[1], q.shape[2], *k.shape[1:3]

@@ -112,7 +112,7 @@ def test_a_segment_past_the_length_leaves_the_state_alone(implementation: Any) -
     assert rms_error(whole[:, :20], cut) < 1e-5 and not np.any(whole[:, 20:])
 
 
-@pytest.mark.parametrize("form", ["reference", "direct", "blocked"])
+@pytest.mark.parametrize("form", ["reference", "direct", "direct in blocks", "blocked"])
 def test_softmax_attention_of_packed_rows(form: str) -> None:
     H, K, D = 4, 2, 8
     arrays = normal(0, 2, WIDTH, H, D), normal(1, 2, K, WIDTH, D), normal(2, 2, K, WIDTH, D)
@@ -121,6 +121,7 @@ def test_softmax_attention_of_packed_rows(form: str) -> None:
     forms: dict[str, Any] = {
         "reference": lambda q, k, v: softmax_attention(q, k, v, segments=segments, implementation="reference"),
         "direct": lambda q, k, v: softmax_xla.direct(q, k, v, offset, segments),
+        "direct in blocks": lambda q, k, v: softmax_xla.direct_in_blocks(q, k, v, offset, 24, segments),
         "blocked": lambda q, k, v: softmax_xla.blocked(q, k, v, offset, 32, 48, segments),
     }
 

@@ -150,6 +150,7 @@ def test_softmax_attention(T: int, N: int, offset: tuple[int, int], dtype: str) 
     at = jnp.asarray(offset)
     forms: dict[str, Any] = {
         "api": functools.partial(softmax_attention, offset=at, implementation="xla"),
+        "direct in blocks": lambda q, k, v: softmax_xla.direct_in_blocks(q, k, v, at, 64),
         "direct": functools.partial(softmax_xla.direct, offset=at),
         "blocked": functools.partial(softmax_xla.blocked, offset=at, q_block=64, k_block=96),
     }

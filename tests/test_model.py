@@ -16,6 +16,7 @@ from m1jax import layers, stack
 from m1jax import model as m1
 from m1jax.config import M1Config
 from m1jax.errors import UserError
+from m1jax.kernels.softmax_attention import api as softmax_api
 from m1jax.params import count, flatten
 from m1jax.presets import find_config
 from m1jax.sharding import flops
@@ -192,8 +193,11 @@ def test_bfloat16_rounds_alike_whatever_the_program() -> None:
     assert np.mean(stepped == whole) > 0.5  # else sums of float32 in another order
 
 
-def test_bfloat16_token_by_token_is_decoding_bit_by_bit() -> None:
-    """Of so many rows, with lightning attention in the order of decoding: but for exp, which now and then differs."""
+@pytest.mark.parametrize("scores", [softmax_api.DIRECT, 256])
+def test_bfloat16_token_by_token_is_decoding_bit_by_bit(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so many rows, with attention in the order of decoding: but for exp, which now and then differs."""
+    monkeypatch.setattr(softmax_api, "DIRECT", scores)
+    jax.clear_caches()
     model = random_model(SMALL, dtype="bfloat16")
     B, T = 32, 24
     tokens, lengths = tokens_of(SMALL, B, T), np.full(B, T)

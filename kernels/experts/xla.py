@@ -14,7 +14,7 @@ from m1jax.kernels.experts.order import by_bucket
 from m1jax.kernels.experts.quantized import Weights, join_rows, product
 from m1jax.kernels.rounding import rounded
 
-MANY = 32  # tokens, from which on a block of few rows is rare
+MANY = 8  # rows of an expert on average, from which on a block of few is rare
 EXACT = 4  # rows, from which on in bfloat16 each is bit by bit what it is among more
 
 
@@ -47,7 +47,7 @@ def blocked(
         return jnp.pad(y, ((0, rows - size), (0, 0)))
 
     # The product of few rows, one pass over the weights, sums in another order than that of more.
-    fewest = EXACT if x.dtype == jnp.bfloat16 and N >= MANY else 1
+    fewest = EXACT if x.dtype == jnp.bfloat16 and N * k >= MANY * E else 1
     sizes = _sizes(rows, fewest)
     branches = [
         lambda *_: jnp.zeros_like(x, jnp.float32, (rows, M)),

@@ -13,7 +13,7 @@ from m1jax.kernels.segments import numbered
 from m1jax.kernels.softmax_attention import gpu, reference, xla
 from m1jax.kernels.varying import alike
 
-Implementation = Literal["reference", "xla", "cudnn", "pallas", "pallas_interpreted"]
+Implementation = Literal["reference", "xla", "direct", "cudnn", "pallas", "pallas_interpreted"]
 
 Q_BLOCK, K_BLOCK = 256, 256  # tokens; a block of scores stays in a core's cache
 DIRECT = 1 << 20  # scores per row and key head up to which they are made at once
@@ -39,8 +39,9 @@ def softmax_attention(
       segments: integers `[B, N]` of packed rows, by position: the same id ≥ 1 for consecutive tokens that belong
         together, 0 for padding; where an id comes again, another segment begins. A query sees only the segment at its
         own position.
-      implementation: "reference", "xla", "cudnn" (many queries), "pallas" (one query of each row) or
-        "pallas_interpreted" (that on the CPU, for tests); None chooses by device and shape.
+      implementation: "reference", "xla", "direct" (all keys of a query at once, as "xla" has them where there are few),
+        "cudnn" (many queries), "pallas" (one query of each row) or "pallas_interpreted" (that on the CPU, for tests);
+        None chooses by device and shape.
 
     Returns:
       `[B, T, H, D]` in the dtype of `v`.
@@ -66,12 +67,18 @@ def softmax_attention(
         return gpu.pallas(q, k, v, offset, form == "pallas_interpreted", instead)
     if form == "reference":
         return reference.softmax_attention(q, k, v, offset, segments)
+    if form == "direct":
+        return xla.direct_in_blocks(q, k, v, offset, _at_once(q, k), segments)
     return _xla(q, k, v, offset, segments)
 
 
+def _at_once(q: jax.Array, k: jax.Array) -> int:
+    """Queries of a row whose scores are made at once."""
+    return DIRECT // (q.shape[2] // k.shape[1] * k.shape[2])
+
+
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, segments: jax.Array | None = None) -> jax.Array:
-    (_, T, H, _), (_, K, N, _) = q.shape, k.shape
-    if T * (H // K) * N <= DIRECT:
+    if q.shape[1] <= _at_once(q, k):
         return xla.direct(q, k, v, offset, segments)
     return xla.blocked(q, k, v, offset, Q_BLOCK, K_BLOCK, segments)
 

@@ -313,3 +313,22 @@ def direct(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, segments
     p = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
     out = jnp.einsum("bkqn,bknd->bkqd", p, v.astype(jnp.float32), precision="highest")
     return rounded(out.reshape(B, K, T, G, D).transpose(0, 2, 1, 3, 4).reshape(B, T, H, D), v.dtype)
+
+
+def direct_in_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    offset: jax.Array,
+    block: int,
+    segments: jax.Array | None = None,
+) -> jax.Array:
+    """`direct`, of so many queries at a time (at least one), so that each is what it is alone."""
+    T, block = q.shape[1], max(1, block)
+    if block >= T:
+        return direct(q, k, v, offset, segments)
+    n = -(-T // block)
+    queries = jnp.pad(q, ((0, 0), (0, n * block - T), (0, 0), (0, 0)))
+    queries = jnp.moveaxis(queries.reshape(q.shape[0], n, block, *q.shape[2:]), 1, 0)
+    out = lax.map(lambda one: direct(one[1], k, v, offset + one[0] * block, segments), (jnp.arange(n), queries))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], n * block, *q.shape[2:])[:, :T]

@@ -33,9 +33,9 @@ class RLSettings:
       temperature: of rollouts; the policy that is trained is the one at this temperature.
       replay_routes: in the updates, tokens go to the experts that they went to in the rollout, with the weights that
         the routers now give those (arXiv 2510.11370): rounding sends none elsewhere.
-      recurrent: in bfloat16, prompts and updates read lightning attention token by token, as replies are written: else
-        its float32 sums differ, and now and then what they are rounded to. As many steps one after the other as a row
-        has tokens, in each layer: if it is not said, on CPUs alone.
+      recurrent: prompts and updates read attention token by token, as replies are written, see `M1.step`: else its
+        float32 sums differ, and in bfloat16 now and then what they are rounded to. As many steps one after the other
+        as a row has tokens, in each layer, with `model.remat` twice. If it is not said, on CPUs in bfloat16 alone.
       format_reward: for a reply in M1's format; a correct answer earns 1 more.
       row_tokens: length of a packed row; it must hold the longest prompt and window.
       evaluate_every: steps between evaluations, greedy, on held-out problems; 0 is never.
@@ -107,8 +107,9 @@ class RLSettings:
 
     def recurs(self, dtype: str) -> bool:
         """Whether lightning attention goes token by token in a dtype to compute in."""
-        asked = jax.default_backend() == "cpu" if self.recurrent is None else self.recurrent
-        return asked and dtype == "bfloat16"
+        if self.recurrent is not None:
+            return self.recurrent
+        return jax.default_backend() == "cpu" and dtype == "bfloat16"
 
     @property
     def policy_loss(self) -> PolicyLoss:

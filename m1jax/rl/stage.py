@@ -85,6 +85,7 @@ class Reinforced:
             "tokenizer": fingerprint(parts.tokenizer),
             "rl.own_tasks": [digest(Path(task.file).read_bytes()) for task in self._learner.tasks if task.file],
             **{f"rl.{name}": own[name] for name in own},
+            "rl.recurrent": rl.recurs(settings.model.dtype),  # what it comes to on these devices
         }
 
     def position(self) -> Mapping[str, Any]:

@@ -28,6 +28,7 @@ LATER = {
     "rl.own_tasks": None,
     "rl.mean_over": None,
     "rl.even_updates": False,
+    "rl.recurrent": False,
 }
 
 

@@ -218,7 +218,7 @@ def make_step(
 
 def _size(segments: jax.Array) -> Metrics:
     """How many tokens there are in `[A, B, T]`, and how many their queries see in their segments, all together."""
-    seen = positions(segments.reshape(-1, segments.shape[-1])).reshape(segments.shape) + 1
+    seen = jax.vmap(positions)(segments) + 1  # A and B as one axis would be gathered from all devices
     valid = segments > 0
     return {"tokens": jnp.sum(valid), "seen": jnp.sum(jnp.where(valid, seen, 0).astype(jnp.float32))}
 
