@@ -18,7 +18,8 @@ from m1jax.errors import UserError
 
 LIGHTNING, SOFTMAX = "lightning", "softmax"
 
-_MODEL_TYPES = ("minimax_m1", "minimax_text_01", "minimax")
+# The released files' spelling, transformers', and that of the official classes, which `save_pretrained` writes.
+_MODEL_TYPES = ("minimax_m1", "minimax_text_01", "minimax", "MiniMaxM1", "MiniMaxText01")
 
 # file key -> field, where only the name differs. Official spelling first, transformers' second.
 _RENAMED = {
@@ -181,8 +182,7 @@ class M1Config:
                 )
         # The official class takes pre-norm residuals where the key is absent; transformers' class has no such key.
         fields.setdefault("postnorm", kind == "minimax")
-        if kind == "minimax":
-            fields.setdefault("rope_theta", 1_000_000.0)  # likewise transformers' default
+        fields.setdefault("rope_theta", 1_000_000.0)  # the default of either class; released files name M1's 10,000,000
         required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
         missing = [name for name in required if fields.get(name) is None]
         if missing:

@@ -9,7 +9,7 @@ M hidden, E experts, F expert width, V vocabulary, R rotary_dim.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,19 @@ from flax import nnx
 from jax import lax
 from jax.typing import ArrayLike
 
-from m1jax import layers
+from m1jax import layers, params
 from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.kernels.experts import Quantization
 from m1jax.kernels.linear import linear
-from m1jax.params import STATE_AXES, ParamSpec, join_quantized, nest, param_table
+from m1jax.params import STATE_AXES, join_quantized, nest, param_table
 from m1jax.sharding import rules
-from m1jax.sharding.region import lookup, mesh_in_use, on_mesh, rows_of, start, total, ways, whole
+from m1jax.sharding.region import lookup, mesh_in_use, on_mesh, on_mesh_of, rows_of, start, total, ways, whole
 from m1jax.stack import Carry, body, not_finite, token_at
 
 Logits = Literal["all", "last"]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 MOST_LOGITS = 1 << 24  # that exist at a time where they are only looked at
 
@@ -111,6 +113,19 @@ class Block(nnx.Module):
     mlp_norm: nnx.Param
 
 
+def _on_its_mesh(
+    method: Callable[Concatenate[Any, Arguments], Result],
+) -> Callable[Concatenate[Any, Arguments], Result]:
+    """A method of a model, computed on the mesh that its parameters lie on where none is set."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with on_mesh_of(self.embed.get_value()):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
 @nnx.dataclass
 class M1(nnx.Module):
     """The model. `model(tokens)` and `model.step(tokens, state)` are pure; see `m1jax.params` for the shapes."""
@@ -130,18 +145,30 @@ class M1(nnx.Module):
         """The compute dtype."""
         return self.embed.dtype
 
+    @_on_its_mesh
     def __call__(self, tokens: ArrayLike, segments: ArrayLike | None = None) -> jax.Array:
         """Logits float32 `[B, T, V]` of int32 tokens `[B, T]`, each row from position 0.
+
+        Those of a `jax.Array` are not looked at, which would wait for the device; others must be of the vocabulary.
 
         `segments` int32 `[B, T]` are for rows packed with several sequences: the same id ≥ 1 for consecutive tokens of
         one sequence, 0 for padding. Each sequence then gives what it gives in a row of its own.
         """
-        tokens = _tokens(tokens)
+        tokens = _tokens(tokens, self.config)
         return _forward(self, tokens, _segments(segments, tokens))
 
+    @_on_its_mesh
     def init_state(self, batch: int, max_length: int) -> M1State:
-        """The state before the first token, for `batch` rows of at most `max_length` tokens."""
+        """The state before the first token, for `batch` rows of at most `max_length` tokens.
+
+        Raises:
+          UserError: `max_length` exceeds the model's context.
+          ValueError: a number is not an integer of 1 or more.
+        """
         cfg = self.config
+        for name, count in (("batch", batch), ("max_length", max_length)):
+            if not isinstance(count, int | np.integer) or count < 1:
+                raise ValueError(f"{name}: expected an integer, 1 or more, got {count!r}")
         if max_length > cfg.max_position_embeddings:
             raise UserError(
                 f"max_length {max_length} exceeds the context of {cfg.max_position_embeddings} tokens: shorten it"
@@ -160,6 +187,7 @@ class M1(nnx.Module):
         places = jax.tree.map(lambda x, axes: rules.spec(mesh, "state", axes, x.shape), jax.eval_shape(empty), _STATE)
         return jax.jit(empty, out_shardings=places)()
 
+    @_on_its_mesh
     def step(
         self,
         tokens: ArrayLike,
@@ -172,8 +200,8 @@ class M1(nnx.Module):
 
         Args:
           tokens: int32 `[B, T]`, padded on the right.
-          state: what the tokens before left behind. The caller sees to it that `length + lengths` stays within
-            `max_length`; keys and values beyond are dropped.
+          state: what the tokens before left behind. Where `length + lengths` exceeds `max_length` keys and values are
+            dropped, and the row's logits are NaN.
           lengths: integers `[B]` from 0 to T, how many of the T tokens of each row are valid; None is all. Those of a
             `jax.Array` are not looked at, which would wait for the device: out of range they spoil their rows.
           logits: "all" or "last", for which less of the last layer is computed.
@@ -188,36 +216,40 @@ class M1(nnx.Module):
           token; and the new state.
 
         Raises:
-          ValueError: an argument has the wrong shape or dtype, or lengths on the host are out of range; says which.
+          ValueError: an argument has the wrong shape or dtype, or tokens or lengths on the host are out of range; says
+            which.
         """
-        tokens = _next_tokens(tokens, state)
+        tokens = _next_tokens(tokens, state, self.config)
         if logits not in get_args(Logits):
             raise ValueError(f"logits: expected one of {get_args(Logits)}, got {logits!r}")
         return _step(self, tokens, state, _lengths(lengths, tokens), logits, recurrent=recurrent)[:2]
 
+    @_on_its_mesh
     def routed_step(
         self, tokens: ArrayLike, state: M1State, lengths: ArrayLike | None = None, recurrent: bool = False
     ) -> tuple[jax.Array, M1State, jax.Array]:
         """`step` with the last logits, and the experts that every token went to: integers `[B, T, L, k]`."""
-        tokens = _next_tokens(tokens, state)
+        tokens = _next_tokens(tokens, state, self.config)
         values, state, routes = _step(self, tokens, state, _lengths(lengths, tokens), "last", True, recurrent)
         assert routes is not None
         return values, state, routes
 
+    @_on_its_mesh
     def trace(self, tokens: ArrayLike, segments: ArrayLike | None = None) -> Trace:
         """Inner values of `model(tokens, segments)`."""
-        tokens = _tokens(tokens)
+        tokens = _tokens(tokens, self.config)
         return _trace(self, tokens, _segments(segments, tokens))
 
+    @_on_its_mesh
     def first_bad_layer(self, tokens: ArrayLike, segments: ArrayLike | None = None) -> str | None:
         """Where NaN or infinity first appears in `model(tokens, segments)`; None if nowhere."""
-        tokens = _tokens(tokens)
+        tokens = _tokens(tokens, self.config)
         bad = np.asarray(_bad(self, tokens, _segments(segments, tokens)))
         places = ["embedding", *(f"layer {i} ({kind})" for i, kind in enumerate(self.config.layer_types)), "lm_head"]
         return next((place for place, count in zip(places, bad, strict=True) if count), None)
 
 
-def build(config: M1Config, leaf: Callable[[str, ParamSpec], Any], quantize: Quantization | None = None) -> M1:
+def build(config: M1Config, leaf: Callable[[str, params.ParamSpec], Any], quantize: Quantization | None = None) -> M1:
     """A model whose parameters are `leaf(path, spec)` for each entry of `param_table(config, quantize)`."""
     leaves = join_quantized({path: leaf(path, spec) for path, spec in param_table(config, quantize).items()})
     axes = {path: spec.axes for path, spec in param_table(config).items()}
@@ -244,7 +276,7 @@ def init_params(config: M1Config, key: jax.Array, dtype: str = "float32") -> M1:
     """A model with random parameters: normal with `initializer_range`, norms one."""
     keys = dict(zip(param_table(config), jax.random.split(key, len(param_table(config))), strict=True))
 
-    def leaf(path: str, spec: ParamSpec) -> jax.Array:
+    def leaf(path: str, spec: params.ParamSpec) -> jax.Array:
         kind = jnp.dtype(spec.dtype or dtype)
         if spec.init is None:
             return jnp.ones(spec.shape, kind)
@@ -271,15 +303,18 @@ def _logits(x: jax.Array, weight: jax.Array) -> jax.Array:
     return linear(flat, weight[None], 0).reshape(*x.shape[:-1], -1)
 
 
-def _tokens(tokens: ArrayLike) -> jax.Array:
-    tokens = jnp.asarray(tokens)
-    if tokens.ndim != 2 or tokens.shape[1] < 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens: expected integers [B, T] with T ≥ 1, got {tokens.dtype} {tokens.shape}")
-    return tokens.astype(jnp.int32)
+def _tokens(tokens: ArrayLike, config: M1Config) -> jax.Array:
+    if not isinstance(tokens, jax.Array):  # on the host, where a look is free
+        tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens: expected integers [B, T], each 1 or more, got {tokens.dtype} {tokens.shape}")
+    if isinstance(tokens, np.ndarray) and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
+        raise ValueError(f"tokens: expected 0 to {config.vocab_size - 1}, got {tokens.min()} to {tokens.max()}")
+    return jnp.asarray(tokens, jnp.int32)
 
 
-def _next_tokens(tokens: ArrayLike, state: M1State) -> jax.Array:
-    tokens = _tokens(tokens)
+def _next_tokens(tokens: ArrayLike, state: M1State, config: M1Config) -> jax.Array:
+    tokens = _tokens(tokens, config)
     if state.length.shape[0] != tokens.shape[0]:
         raise ValueError(f"state: made for {state.length.shape[0]} rows, tokens have {tokens.shape[0]}")
     return tokens
@@ -447,6 +482,7 @@ def _step(
 
     out = (("batch", "vocab") if last else (*TOKENS, "vocab"), _STATE, (*TOKENS, "layer", "router") if routed else None)
     run = on_mesh(local, model.config, out, model=(), tokens=TOKENS, state=(), lengths=("batch",))
-    values, state, routes = run(model, stretched(tokens), state, lengths)
-    T = tokens.shape[1]
-    return values if last else values[:, :T], state, None if routes is None else routes[:, :T]
+    values, after, routes = run(model, stretched(tokens), state, lengths)
+    T, over = tokens.shape[1], after.length > state.max_length
+    values = jnp.where(over.reshape(-1, *(1,) * (values.ndim - 1)), jnp.nan, values)
+    return values if last else values[:, :T], after, None if routes is None else routes[:, :T]

@@ -17,13 +17,17 @@ from m1jax.kernels.experts.quantized import Quantized
 from m1jax.loading import MARKER
 from m1jax.model import M1
 from m1jax.params import flatten, nest
-from m1jax.workplace import carry, check_space, disk_errors, open_workplace
+from m1jax.workplace import carry, check_folder, check_space, disk_errors, open_workplace
 
 CHUNK = 16 << 20  # bytes of a stored chunk at most, so that a shard of another mesh reads little more than its own
 
 
 def save(
-    model: M1, folder: str | Path, dtype: str | None = None, tokenizer: Path | None = None, overwrite: bool = False
+    model: M1,
+    folder: str | Path,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes a model so that `load` reads it, on any mesh, in any number of processes.
 
@@ -35,14 +39,15 @@ def save(
       folder: to be made; all processes must see the same.
       dtype: "float32" or "bfloat16" to store in; None is the model's own. What is always float32 stays so.
       tokenizer: a model's folder whose tokenizer and chat template go along.
-      overwrite: replaces what is there.
+      overwrite: replaces a folder that m1jax has made.
 
     Raises:
-      UserError: the folder is taken, or cannot be written.
+      UserError: the folder is taken or cannot be written, or no such `dtype`.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise UserError(f"{folder} exists and is not empty: choose another name")
+    check_folder(folder, overwrite, "choose another name")
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"dtype {dtype!r} is not supported: choose float32 or bfloat16")
     quantize = model.moe.gate_up[...].kind if isinstance(model.moe.gate_up[...], Quantized) else None
     table = checkpoint.stored_table(model.config, quantize)
     leaves = {path: leaf for path, leaf in flatten(model).items() if path in table}
@@ -57,7 +62,7 @@ def save(
         _write(partial / checkpoint.WEIGHTS, nest(arrays))
         if first:
             if tokenizer is not None:
-                carry(tokenizer, partial)
+                carry(Path(tokenizer), partial)
             config = json.dumps(model.config.to_official(), indent=1) + "\n"
             (partial / "config.json").write_text(config, encoding="utf-8")
             marker = {"format": checkpoint.FORMAT, "dtype": kind, "quantize": quantize, "dtypes": {}}

@@ -43,12 +43,17 @@ class Workplace:
 
 
 def check_paths(src: Path, dst: Path, overwrite: bool) -> None:
-    """Raises `UserError` if `dst` must not be written: it has contents, or has to do with `src`."""
-    if dst.name in ("", ".."):
-        raise UserError(f"{dst} cannot be replaced: give a new folder's name")
+    """Raises `UserError` if `dst` must not be written: as `check_folder` says, or it has to do with `src`."""
+    _check_name(dst)
     one, other = src.resolve(), dst.resolve()
-    if one == other or one.is_relative_to(other) or other.is_relative_to(one):
+    if one.is_relative_to(other) or other.is_relative_to(one):
         raise UserError(f"{dst} and {src} must be separate folders")
+    check_folder(dst, overwrite)
+
+
+def check_folder(dst: Path, overwrite: bool, remedy: str = "choose another name or give --overwrite") -> None:
+    """Raises `UserError` if `dst` cannot be made or replaced: what m1jax has not made is nobody's to replace."""
+    _check_name(dst)
     if dst.is_symlink() or (dst.exists() and not dst.is_dir()):
         raise UserError(f"{dst} exists and is not a folder: choose another name")
     if os.path.ismount(dst):
@@ -56,12 +61,17 @@ def check_paths(src: Path, dst: Path, overwrite: bool) -> None:
     if not dst.exists() or not any(dst.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"{dst} exists and is not empty: choose another name or give --overwrite")
+        raise UserError(f"{dst} exists and is not empty: {remedy}")
     if not (dst / MARKER).exists() and not is_ours(dst):
-        raise UserError(f"{dst} was not made by m1jax, so --overwrite does not replace it: choose another name")
+        raise UserError(f"{dst} was not made by m1jax, which therefore does not replace it: choose another name")
     old = _replaced(dst)
     if os.path.lexists(old) and not (old / LOCK).exists():
         raise UserError(f"{old} is in the way: move it")
+
+
+def _check_name(dst: Path) -> None:
+    if dst.name in ("", ".."):
+        raise UserError(f"{dst} cannot be replaced: give a new folder's name")
 
 
 def check_space(folder: Path, needed: int) -> None:

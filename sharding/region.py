@@ -8,6 +8,7 @@ counts as the same on all devices, and gradients through it come out wrong witho
 devices then has a gradient in parts, which the collectives' own transposes add up.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,9 +17,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from m1jax.config import M1Config
+from m1jax.sharding.mesh import AXES, mesh_of
 from m1jax.sharding.rules import rules_of, shardings, spec
 
 Axes = tuple[str, ...]
@@ -31,6 +34,18 @@ def mesh_in_use() -> AbstractMesh | None:
         return None
     rules_of(mesh)
     return mesh
+
+
+def on_mesh_of(x: jax.Array) -> contextlib.AbstractContextManager[Any]:
+    """Where no mesh is set, sets the one of `m1jax.sharding.mesh` that an array lies on, if there is one."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh_in_use() is not None or mesh.axis_names not in AXES.values():
+        return contextlib.nullcontext()
+    concrete = None if isinstance(x, Tracer) else mesh_of(x)
+    if concrete is not None:
+        with contextlib.suppress(ValueError):  # inside `jax.jit`
+            return jax.set_mesh(concrete)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def _region() -> AbstractMesh | None:

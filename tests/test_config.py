@@ -69,8 +69,14 @@ def test_official_m1() -> None:
 def test_official_text_01() -> None:
     text = {**OFFICIAL, "model_type": "minimax_text_01", "architectures": ["MiniMaxText01ForCausalLM"]}
     assert M1Config.from_dict(text) == M1Config.from_dict(OFFICIAL)
-    del text["postnorm"]
-    assert not M1Config.from_dict(text).postnorm  # the official class' default
+    del text["postnorm"], text["rope_theta"]
+    absent = M1Config.from_dict(text)
+    assert not absent.postnorm and absent.rope_theta == 1e6  # the official class' defaults
+
+
+@pytest.mark.parametrize("name", ["MiniMaxM1", "MiniMaxText01"])
+def test_what_the_official_classes_save(name: str) -> None:
+    assert M1Config.from_dict({**OFFICIAL, "model_type": name}) == M1Config.from_dict(OFFICIAL)
 
 
 def test_transformers() -> None:

@@ -297,6 +297,11 @@ def test_bad_arguments_are_named() -> None:
         MODEL(np.zeros((2, 3)))
     with pytest.raises(ValueError, match="tokens: expected integers"):
         MODEL(np.zeros((2, 0), np.int32))
+    for outside in (-1, SMALL.vocab_size):
+        with pytest.raises(ValueError, match=f"tokens: expected 0 to 60, got 0 to {max(outside, 0)}|got -1 to 0"):
+            MODEL(np.asarray([[0, outside]]))
+    with pytest.raises(ValueError, match=r"max_length: expected an integer, 1 or more, got -3"):
+        MODEL.init_state(2, -3)
     with pytest.raises(ValueError, match="state: made for 2 rows"):
         MODEL.step(np.zeros((3, 1), np.int32), MODEL.init_state(2, 8))
     with pytest.raises(ValueError, match="state: made for 2 rows"):
@@ -351,3 +356,24 @@ def test_rotated_channels_are_rounded_once() -> None:
     cos, sin = (np.asarray(part, np.float64) for part in rope)
     exact = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     np.testing.assert_allclose(np.asarray(out[..., :R], np.float64), exact, rtol=2**-8)
+
+
+def test_past_the_end_of_the_cache_there_are_no_logits() -> None:
+    """NaN, for the rows that are past it alone, where they would be those of a context with holes."""
+    model, tokens = random_model(SMALL), tokens_of(SMALL, 2, 5)
+    logits, state = model.step(tokens[:, :4], model.init_state(2, 4), lengths=[4, 3])
+    assert np.isfinite(logits).all()
+    for kind in ("all", "last"):
+        logits, _ = model.step(tokens[:, 4:], state, logits=kind)
+        assert np.isnan(logits[0]).all() and np.isfinite(logits[1]).all()
+
+
+def test_with_64_bit_integers() -> None:
+    model, tokens = random_model(SMALL), tokens_of(SMALL, 2, 5)
+    want = model(tokens)
+    with jax.enable_x64(True):
+        logits, state = model.step(tokens[:, :4], model.init_state(2, 8))
+        step, _ = model.step(tokens[:, 4:], state)
+        gradient = jax.grad(lambda model: jnp.sum(model(tokens)))(model)
+    assert rms_error(jnp.concatenate([logits, step], axis=1), want) < 1e-6
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {np.dtype(np.float32)}

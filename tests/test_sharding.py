@@ -270,3 +270,17 @@ def test_a_mesh_of_other_axes_is_refused() -> None:
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     with jax.set_mesh(mesh), pytest.raises(UserError, match="the mesh has axes x"):
         model()(TOKENS)
+
+
+def test_the_parameters_say_the_mesh_where_none_is_set() -> None:
+    """Else every device would gather all experts of all layers: called, inside `jit` and in a gradient."""
+    mesh = mesh_of("experts apart")
+    sharded, want = on(mesh), model()(TOKENS)
+    assert rms_error(sharded(TOKENS), want) < 1e-6
+    assert "shard_map" in str(jax.make_jaxpr(lambda m: m(TOKENS))(sharded))
+    assert "shard_map" in str(jax.make_jaxpr(jax.grad(lambda m: jnp.sum(m(TOKENS))))(sharded))
+    state = sharded.init_state(4, 32)
+    assert state.lightning.s.sharding.mesh == mesh
+    logits, state = jax.jit(lambda m, tokens, state: m.step(tokens, state))(sharded, TOKENS, state)
+    assert rms_error(logits, want) < 1e-6
+    assert jax.sharding.get_abstract_mesh().empty

@@ -163,7 +163,7 @@ def product(x: jax.Array, stack: Weights, index: linear.Index) -> jax.Array:
 def _product(x: jax.Array, stack: Quantized, index: linear.Index) -> jax.Array:
     lead, own = len(index), stack.scales.shape[len(index) :]
     start, size = (*index, *(0,) * len(own)), (*(1,) * lead, *own)
-    scales = lax.dynamic_slice(stack.scales, start, size).reshape(own)
+    scales = lax.dynamic_slice(stack.scales, tuple(map(jnp.int32, start)), size).reshape(own)
     values = linear.pick(stack.values, index)
     if stack.kind == "int8":
         # The values are exact in bfloat16, which is slow for a single row; the scales come after the sum.

@@ -49,7 +49,10 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """`[optimizer]`: AdamW as in the papers, and its schedule: warm up, stay, decay; in stage rl it counts updates."""
+    """`[optimizer]`: AdamW as in the papers, and its schedule: warm up, stay, decay.
+
+    In stage rl it counts planned updates, `rl.updates` of each batch, however many of them a batch has replies for.
+    """
 
     learning_rate: float = 2e-4
     warmup: int = 500  # steps (rl: updates) from 0
@@ -82,7 +85,9 @@ class GuardSettings:
     """`[guard]`: what happens at a loss or gradient that is not finite, and at a spike of the loss."""
 
     action: Literal["stop", "skip"] = "stop"
-    spike: float = 10.0  # standard deviations above the running mean; 0: no limit
+    # Standard deviations above the running mean, each at least 1% of it and 0.02; 0: no limit. With "skip", where a
+    # spike moves mean and deviation a little, a level that the loss keeps to is no spike after a while.
+    spike: float = 10.0
     skips: int = 10  # in a row, then the run stops
 
 
@@ -113,6 +118,8 @@ class Settings:
     rl: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # read by the stage itself
 
     def __post_init__(self) -> None:
+        if not self.out:
+            raise UserError("out is empty: name a folder")
         o, data = self.optimizer, ("length", "rows", "accumulate", "bins", "streams", "validate_every")
         positive = [f"data.{name}" for name in data]
         for name in ("steps", *positive, "checkpoint.keep", "guard.skips", "log.every"):
