@@ -23,8 +23,8 @@ from m1jax.tasks import Problem, Task, find, verify
 
 Z = 1.959963984540054  # two-sided 95 %
 
-# From problems to (reply, whether the model ended it itself) of each.
-Answers = Callable[[Sequence[Problem]], list[tuple[str, bool]]]
+# From problems to (reply or why there is none, whether the model ended it itself) of each.
+Answers = Callable[[Sequence[Problem]], Sequence[tuple[str | UserError, bool]]]
 
 
 class Score(NamedTuple):
@@ -37,6 +37,8 @@ class Score(NamedTuple):
     well_formed: int
     seconds: float
     cut_off: int = 0  # replies that had not ended when their tokens did
+    unanswered: int = 0  # questions without a reply
+    reason: str = ""  # why the first of them has none
 
     @property
     def accuracy(self) -> float:
@@ -60,14 +62,27 @@ def wilson(successes: int, trials: int, z: float = Z) -> tuple[float, float]:
 
 
 def score(task: Task, problems: Sequence[Problem], difficulty: int, answers: Answers) -> Score:
-    """Asks the problems and counts; a reply that was cut off is wrong."""
+    """Asks the problems and counts; a reply that was cut off is wrong, and one that never came."""
     start = time.perf_counter()
     replies = answers(problems)
-    verdicts = [(verify(p, text), ended) for p, (text, ended) in zip(problems, replies, strict=True)]
-    correct = sum(verdict.correct and ended for verdict, ended in verdicts)
-    well_formed = sum(verdict.well_formed and ended for verdict, ended in verdicts)
-    cut_off = sum(not ended for _, ended in verdicts)
-    return Score(task.name, difficulty, len(problems), correct, well_formed, time.perf_counter() - start, cut_off)
+    seconds = time.perf_counter() - start
+    reasons = [str(text) for text, _ in replies if isinstance(text, UserError)]
+    verdicts = [
+        verify(problem, text)
+        for problem, (text, ended) in zip(problems, replies, strict=True)
+        if ended and not isinstance(text, UserError)
+    ]
+    return Score(
+        task.name,
+        difficulty,
+        len(problems),
+        correct=sum(verdict.correct for verdict in verdicts),
+        well_formed=sum(verdict.well_formed for verdict in verdicts),
+        seconds=seconds,
+        cut_off=len(problems) - len(verdicts) - len(reasons),
+        unanswered=len(reasons),
+        reason=reasons[0] if reasons else "",
+    )
 
 
 # --- a model of our own --------------------------------------------------------------------------------------------
@@ -243,9 +258,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print(scores: Sequence[Score], args: argparse.Namespace) -> None:
+    asked = sum(s.problems for s in scores)
+    unanswered = sum(s.unanswered for s in scores)
+    if unanswered:
+        reason = " ".join(next(s.reason for s in scores if s.unanswered).split())
+        print(
+            f"warning: {unanswered} of {asked} questions were not answered and count as wrong; the first: {reason}",
+            file=sys.stderr,
+        )
     cut_off = sum(s.cut_off for s in scores)
     if cut_off:
-        asked = sum(s.problems for s in scores)
         print(
             f"warning: {cut_off} of {asked} replies were cut off after {args.max_tokens} tokens and count as wrong: "
             "raise --max-tokens if they would have ended",

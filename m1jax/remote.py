@@ -1,11 +1,14 @@
 """Replies of an OpenAI-compatible server, over HTTP, with the standard library."""
 
+import contextlib
 import dataclasses
 import http.client
 import json
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,17 @@ HUNG = 2  # tries of a server that takes a question and is silent
 WAIT = 1.0  # seconds before the second try, twice as many before each further one
 MOST = 60.0  # seconds, whatever the server asks for
 AWAY = 0  # in place of a status: no answer at all
+OK = 200
 BUSY = (408, 429, 500, 502, 503, 504)  # answers that may be others a little later
+REFUSED = (401, 403, 404)  # answers that every question would get: a wrong key, address or name
+LOST = (TimeoutError, ConnectionResetError, BrokenPipeError, http.client.HTTPException)  # one question may cause them
+IN_A_ROW = 5  # questions: where so many fail, it is the server
+UNENDED = ("length", "content_filter")  # servers have several other words for an end, or none
 _SHOWN = 200  # characters of a server's complaint that are shown
+
+
+class Unanswered(UserError):
+    """A question without a reply, when the next one may get one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +80,49 @@ class Remote:
             raise UserError(f"{key_file} holds more than a key: it must be one word on one line")
         remote = cls(url.rstrip("/"), name or "", key, instruction, max_tokens, connections)
         if name is None:
-            listed = remote._ask("GET", "/models", None).get("data")
+            listed = remote._ask("GET", "/models", None, lambda value: value["data"])
             first = listed[0] if isinstance(listed, list) and listed else None
             if not isinstance(first, dict) or not isinstance(first.get("id"), str):
                 raise UserError(f"{url}/models lists no model: name one with --name")
             remote = dataclasses.replace(remote, name=first["id"])
         return remote
 
-    def __call__(self, problems: Sequence[Problem]) -> list[tuple[str, bool]]:
-        """Reply and whether it ended, of each problem."""
-        with ThreadPoolExecutor(self.connections) as pool:
-            return list(pool.map(self._reply, problems))
+    def __call__(self, problems: Sequence[Problem]) -> list[tuple[str | UserError, bool]]:
+        """Reply, or why there is none, and whether it ended, of each problem.
+
+        Raises:
+          UserError: the server answers none, or not `IN_A_ROW` of them one after the other.
+        """
+        asked: list[tuple[Problem, Future[tuple[str, bool]]]] = [(problem, Future()) for problem in problems]
+        todo = deque(asked)
+        for _ in range(min(self.connections, len(asked))):
+            # Daemons, in place of an executor's threads: a Python that exits waits for those.
+            threading.Thread(target=self._work, args=(todo,), daemon=True).start()
+        replies: list[tuple[str | UserError, bool]] = []
+        failed = 0
+        try:
+            for _, reply in asked:
+                try:
+                    replies.append(reply.result())
+                    failed = 0
+                except Unanswered as error:
+                    failed += 1
+                    if failed == min(IN_A_ROW, len(asked)):
+                        raise
+                    replies.append((error, False))
+            return replies
+        finally:
+            todo.clear()
+
+    def _work(self, todo: deque[tuple[Problem, Future[tuple[str, bool]]]]) -> None:
+        """Asks what no other thread has taken, until nothing is left."""
+        with contextlib.suppress(IndexError):
+            while True:
+                problem, reply = todo.popleft()
+                try:
+                    reply.set_result(self._reply(problem))
+                except Exception as error:
+                    reply.set_exception(error)
 
     def _reply(self, problem: Problem) -> tuple[str, bool]:
         question = f"{problem.question}\n{self.instruction}" if self.instruction else problem.question
@@ -88,43 +132,42 @@ class Remote:
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
-        answer = self._ask("POST", "/chat/completions", body, TRIES, WAIT)
-        try:
-            choice = answer["choices"][0]
-            message, finish = choice["message"], choice["finish_reason"]
-            text = _text(message.get("content"))
-            thought = _text(message.get("reasoning_content") or message.get("reasoning"))
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise UserError(f"{self.url} gave no chat completion, but {json.dumps(answer)[:_SHOWN]}") from None
-        # Some servers hand over the thinking apart from the answer.
-        return (f"<think>{thought}</think>{text}" if thought else text), finish == "stop"
+        return self._ask("POST", "/chat/completions", body, _completion, TRIES, WAIT)
 
     def _ask(
-        self, method: str, path: str, body: dict[str, Any] | None, tries: int = 1, wait: float = 0.0
-    ) -> dict[str, Any]:
-        """The JSON object that the server answers; one that is busy or away is asked again, ever later."""
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        read: Callable[[Any], Any],
+        tries: int = 1,
+        wait: float = 0.0,
+    ) -> Any:
+        """What `read` finds in the JSON that the server answers; one that is busy, away or odd is asked again, later.
+
+        Raises:
+          Unanswered: the question may be the reason.
+          UserError: it is the server.
+        """
+        later = None
         try:
             status, reason, text, later = self._send(method, path, body)
         except (OSError, http.client.HTTPException) as error:
-            if tries == 1:
-                raise UserError(
-                    f"{self.url} cannot be reached ({error}): start the server, or correct the URL"
-                ) from None
-            status, reason, text, later = AWAY, "", "", None
+            status, lost = AWAY, isinstance(error, LOST)
+            complaint = f"{self.url} cannot be reached ({error}): start the server, or correct the URL"
             if isinstance(error, TimeoutError):
                 tries = min(tries, HUNG)
-        if tries > 1 and status in (AWAY, *BUSY):
+        else:
+            lost, complaint = status not in REFUSED, f"{self.url}{path} answers {status} {reason}: {text[:_SHOWN]}"
+            if status == OK:
+                try:
+                    return read(json.loads(text))
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                    complaint += " (is this an OpenAI-compatible server?)"
+        if tries > 1 and status in (AWAY, OK, *BUSY):
             time.sleep(min(wait if later is None else later, MOST))
-            return self._ask(method, path, body, tries - 1, 2 * wait)
-        if status != 200:
-            raise UserError(f"{self.url}{path} answers {status} {reason}: {text[:_SHOWN]}")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            raise UserError(f"{self.url}{path} answers no JSON object: is this an OpenAI-compatible server?")
-        return value
+            return self._ask(method, path, body, read, tries - 1, 2 * wait)
+        raise (Unanswered if lost else UserError)(complaint)
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, str, str, float | None]:
         """Status, its reason, the text, and in how many seconds to come back if the server says so."""
@@ -154,6 +197,15 @@ def _seconds(later: str) -> float | None:
     except ValueError:
         return None
     return max(0.0, date.timestamp() - time.time())
+
+
+def _completion(value: Any) -> tuple[str, bool]:
+    """The reply in a chat completion, and whether it ended. Raises what Python does where the value is none."""
+    choice = value["choices"][0]
+    message = choice["message"]
+    text, thought = _text(message.get("content")), _text(message.get("reasoning_content") or message.get("reasoning"))
+    # Some servers hand over the thinking apart from the answer.
+    return (f"<think>{thought}</think>{text}" if thought else text), choice.get("finish_reason") not in UNENDED
 
 
 def _text(content: Any) -> str:

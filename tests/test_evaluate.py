@@ -2,9 +2,13 @@
 
 import datetime
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -93,6 +97,9 @@ class Fake(ThreadingHTTPServer):
     mode = "right"
     later = "0"  # what it says then about when to come back
     refusals = 0  # questions that are still to be refused, as by a busy server
+    finish: Any = "stop"
+    bad: Sequence[str] = ()  # questions that get the answer of `status`, in spite of `mode`
+    status = 400  # 0 hangs up
     seen: list[dict[str, Any]]
 
 
@@ -121,11 +128,18 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        if any(body["messages"][0]["content"] == question for question in self.server.bad):
+            if self.server.status:
+                self._send(self.server.status, {"error": "too long"})
+            return
         if self.server.mode == "broken":
             self._send(500, {"error": "out of memory"})
             return
         if self.server.mode == "html":
             self._send(200, b"<html>hello</html>")
+            return
+        if self.server.mode == "deep":
+            self._send(200, b"[" * 200_000)
             return
         if self.server.mode == "odd":
             self._send(200, {"choices": []})
@@ -139,8 +153,7 @@ class Handler(BaseHTTPRequestHandler):
             message["content"] = total
         if self.server.mode == "reasoning":
             message["reasoning_content"] = "I add."
-        finish = "length" if self.server.mode == "cut" else "stop"
-        self._send(200, {"choices": [{"message": message, "finish_reason": finish}]})
+        self._send(200, {"choices": [{"message": message, "finish_reason": self.server.finish}]})
 
     def log_message(self, format: str, *args: Any) -> None:
         """Says nothing."""
@@ -185,7 +198,7 @@ def test_a_server_of_somebody_elses(server: Fake, tmp_path: Path, capsys: pytest
     server.mode = "parts"
     assert run(*flags) == 0
     assert json.loads(capsys.readouterr().out)["scores"][0]["correct"] == 30
-    server.mode = "cut"
+    server.finish = "length"
     assert run(*flags) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["scores"][0]["correct"] == 0
@@ -210,8 +223,9 @@ def test_a_busy_server_is_asked_again(server: Fake, monkeypatch: pytest.MonkeyPa
         Remote.open(url(server), "adder", None, "", 8, 1)(TASK.problems(1, seed=0))
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
     waits.clear()
-    with pytest.raises(UserError, match="cannot be reached"):
+    with pytest.raises(UserError, match="cannot be reached") as refused:
         Remote.open("http://127.0.0.1:9/v1", "adder", None, "", 8, 1)(TASK.problems(1, seed=0))
+    assert refused.type is UserError  # so that the first question ends it
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
     waits.clear()
     monkeypatch.setattr("m1jax.remote.TIMEOUT", 0.05)
@@ -219,6 +233,74 @@ def test_a_busy_server_is_asked_again(server: Fake, monkeypatch: pytest.MonkeyPa
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
         Remote.open(address, "adder", None, "", 8, 1)(TASK.problems(1, seed=0))
     assert waits == [1]
+
+
+@pytest.mark.parametrize(
+    ("finish", "ended"),
+    [("stop", True), (None, True), ("eos_token", True), ("stop_sequence", True), ("content_filter", False)],
+)
+def test_words_for_an_end(server: Fake, finish: str | None, ended: bool) -> None:
+    server.finish = finish
+    assert Remote.open(url(server), "adder", None, "", 8, 1)(TASK.problems(1, seed=0))[0][1] is ended
+
+
+def test_an_odd_answer_is_asked_again(server: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = iter(["html", "odd", "deep"])
+    monkeypatch.setattr(Fake, "mode", property(lambda self: mode))
+    mode = next(odd)
+
+    def wait(seconds: float) -> None:
+        nonlocal mode
+        mode = next(odd, "right")
+
+    monkeypatch.setattr("m1jax.remote.time.sleep", wait)
+    assert Remote.open(url(server), "adder", None, "", 8, 1)(TASK.problems(1, seed=0))[0][1]
+    assert len(server.seen) == 4
+
+
+def test_one_question_fails(server: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is wrong and said to be unanswered, also where its tries run out; a server that refuses all ends it."""
+    monkeypatch.setattr("m1jax.remote.WAIT", 0.0)
+    questions = [problem.question for problem in TASK.problems(12, 0, TASK.difficulty)]
+    flags = ["--against", url(server), "--task", "addition", "--problems", "12", "--json"]
+    server.bad = questions[:4] + questions[5:9]
+    for server.status in (400, 413, 422, 500, 0):
+        assert run(*flags) == 0
+        out, err = capsys.readouterr()
+        (found,) = json.loads(out)["scores"]
+        assert (found["correct"], found["unanswered"], found["cut_off"]) == (4, 8, 0)
+        assert err.startswith("warning: 8 of 12 questions were not answered and count as wrong; the first: http")
+        reason = f"answers {server.status}" if server.status else "Remote end closed connection"
+        assert reason in err and err.count("\n") == 1
+    server.bad = questions[:1]
+    for server.status in (401, 403, 404):
+        assert run(*flags) == 2
+        assert f"answers {server.status}" in capsys.readouterr().err
+    server.bad, server.status = questions[2:7], 400
+    assert run(*flags) == 2
+    assert "answers 400" in capsys.readouterr().err
+
+
+def test_ctrl_c_waits_for_no_reply() -> None:
+    # A pytest in the background ignores Ctrl-C, and what it starts would as well.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import m1jax.evaluate as e; e.main()"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        flags = ["--against", address, "--name", "x", "--task", "addition", "--batch-size", "2"]
+        with subprocess.Popen([sys.executable, "-c", code, *flags], stderr=subprocess.PIPE, text=True) as command:
+            try:
+                asked = [silent.accept()[0] for _ in range(2)]
+                start = time.monotonic()
+                command.send_signal(signal.SIGINT)
+                assert command.wait(30) == 130 and time.monotonic() - start < 5
+                assert command.stderr is not None and command.stderr.read() == "interrupted\n"
+            finally:
+                command.kill()
+            for connection in asked:
+                connection.close()
 
 
 def test_what_is_judged_is_shown_when_the_server_goes(
@@ -235,9 +317,10 @@ def test_what_is_judged_is_shown_when_the_server_goes(
     ("mode", "message"),
     [
         ("broken", 'answers 500 Internal Server Error: {"error": "out of memory"}'),
-        ("html", "answers no JSON object"),
-        ("odd", "gave no chat completion"),
-        ("number", "gave no chat completion"),
+        ("html", "answers 200 OK: <html>hello</html> (is this an OpenAI-compatible server?)"),
+        ("deep", "answers 200 OK: [[["),
+        ("odd", 'answers 200 OK: {"choices": []} (is this'),
+        ("number", "(is this an OpenAI-compatible server?)"),
         ("empty", "lists no model"),
         ("names", "lists no model"),
     ],
