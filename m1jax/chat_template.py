@@ -2,7 +2,7 @@
 
 Templates are Jinja programs, rendered in a sandbox with the conventions of Hugging Face's `apply_chat_template`. First
 messages are brought into the form that the template reads: M1's wants `content` as a list of parts and never shows an
-assistant's tool calls.
+assistant's tool calls nor its reasoning, which belongs to its words as it generated them.
 """
 
 import datetime
@@ -17,6 +17,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 from m1jax.errors import UserError
+from m1jax.reply import CLOSE, OPEN
 
 Message = Mapping[str, Any]
 
@@ -53,7 +54,8 @@ class ChatTemplate:
 
         Args:
           messages: each with a `role` (system, user, assistant, tool) and `content`, a string or a list of text parts;
-            an assistant's may have `tool_calls`.
+            an assistant's may have `tool_calls`, and `reasoning_content` or `reasoning`, which comes before its content
+            in the tags that M1 thinks in.
           tools: functions on offer, as `{"name", "description", "parameters"}` or wrapped as `{"function": …}`.
           add_generation_prompt: whether to open the assistant's turn at the end.
 
@@ -83,6 +85,7 @@ class ChatTemplate:
 
     def _message(self, message: Message, names: dict[str, str]) -> dict[str, Any]:
         """The message as this template reads it; `names` remembers the function name of each tool call's id."""
+        message = _with_reasoning(message)
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise UserError(f"message role {role!r} is unknown: use one of {', '.join(ROLES)}")
@@ -165,15 +168,31 @@ def _text(content: Any) -> str:
     return "".join(part["text"] for part in content)
 
 
+def _with_reasoning(message: Message) -> Message:
+    """The message with its reasoning at the head of its content, and nowhere else."""
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    if message.get("role") != "assistant" or not reasoning:
+        return message
+    if not isinstance(reasoning, str):
+        raise UserError("reasoning_content is not a string")
+    thought, content = f"{OPEN}\n{reasoning.strip()}\n{CLOSE}\n", message.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+    rest = {key: value for key, value in message.items() if key not in ("reasoning_content", "reasoning")}
+    return {**rest, "content": [{"type": "text", "text": thought}, *parts]}
+
+
 def _tool_results(message: Message, names: Mapping[str, str]) -> list[dict[str, Any]]:
     """A tool message's results, each with the name of the function it came from."""
-    content = message.get("content")
-    name = message.get("name") or names.get(str(message.get("tool_call_id")), "")
+    content, call = message.get("content"), message.get("tool_call_id")
+    name = message.get("name") or names.get(str(call), "")
     parts = content if isinstance(content, list) else [{"text": _text(content)}]
-    return [
-        {"type": "text", "name": part.get("name", name) if isinstance(part, Mapping) else name, "text": _text([part])}
+    results = [
+        {"type": "text", "text": _text([part]), "name": part.get("name") or name if isinstance(part, Mapping) else name}
         for part in parts
     ]
+    if call is not None and not all(result["name"] for result in results):
+        raise UserError(f"tool_call_id {call!r} is not of a tool call before it: correct it, or give a name")
+    return results
 
 
 def _call(call: Any, names: dict[str, str]) -> dict[str, Any]:

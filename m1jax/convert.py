@@ -229,7 +229,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--verify",
         action="store_true",
-        help="convert nothing: compare the logits of SRC and DST on a few prompts; exit code 1 if they differ",
+        help="convert nothing: compare the logits of SRC, rounded as DST was, and DST on a few prompts; exit code 1 if "
+        "they differ. Of a quantised DST also, for information, against SRC unrounded",
     )
     out.add_argument("--mesh", metavar="AXIS=N,…", help="with --verify, what shares each layer; auto chooses")
     return out

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from m1jax import rows as device
+from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.model import M1, M1State
 from m1jax.reply import Reply, Request, Segment
@@ -81,8 +82,7 @@ class Engine:
             )
         self.model, self.tokenizer, self.cancelled = model, tokenizer, cancelled
         self.context = config.max_position_embeddings
-        eos = config.eos_token_id
-        self.eos_ids = tokenizer.eos_ids | frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
+        self.eos_ids = end_tokens(config, tokenizer)
         self.stats = Stats()
         self.mesh = mesh_of(model.embed[...])
         self._rows = 1 if self.mesh is None else shards(self.mesh, "batch")
@@ -203,6 +203,12 @@ class Engine:
         )
 
 
+def end_tokens(config: M1Config, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end a text: the tokenizer's and the model's."""
+    eos = config.eos_token_id
+    return tokenizer.eos_ids | frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
+
+
 def check_context(prompt: int, context: int) -> None:
     """Raises `UserError` if a prompt of so many tokens leaves no room for an answer."""
     if prompt >= context:
@@ -218,6 +224,14 @@ class _Slot(NamedTuple):
 
     request: int
     reply: Reply
+
+
+class _Read(NamedTuple):
+    """A prompt that was read, of which samples are still to come: logits `[B, V]` and state, all rows the same."""
+
+    request: int
+    logits: jax.Array
+    state: M1State
 
 
 class _Pending(NamedTuple):
@@ -243,6 +257,7 @@ class Generation:
         self._chosen: list[int] = []  # how many tokens were chosen for each slot, those in flight included
         self._rows: Rows | None = None
         self._pending: _Pending | None = None
+        self._half_started: _Read | None = None
 
     @property
     def state(self) -> M1State | None:
@@ -278,6 +293,7 @@ class Generation:
     def _interrupt(self) -> Iterator[Event]:
         waiting = [*(self._slots[b] for b in self._live()), *self._queue]
         self._queue.clear()
+        self._half_started = None
         for slot in itertools.chain(waiting, self._later):
             yield Event(slot.request, slot.reply, slot.reply.end("interrupted"))
 
@@ -305,14 +321,8 @@ class Generation:
     def _begin(self, new: list[_Slot], N: int) -> tuple[jax.Array, Rows]:
         """The new texts as a batch of their own, with their first tokens."""
         engine = self._engine
-        requests = {slot.request: slot.reply.request for slot in new}
-        read = 0 if self._prior is None else int(self._prior.length[0])
-        logits, state = engine.prefill([r.tokens[read:] for r in requests.values()], N, self._prior)
-        self._prior = None
-        B, order = engine.rows_bucket(len(new)), list(requests)
-        if len(new) > len(requests):  # samples of one prompt
-            source = _padded([order.index(slot.request) for slot in new], B)
-            logits, state = engine.run(device.repeat, logits, state, source)
+        B = engine.rows_bucket(len(new))
+        logits, state = self._prompts(new, N)
         seen = np.zeros((B, engine.model.config.vocab_size), bool)
         settings = [(Sampling(temperature=0), 0, 0)] * B
         for b, slot in enumerate(new):
@@ -321,6 +331,33 @@ class Generation:
             settings[b] = (request.sampling, request.seed, slot.reply.sample)
         forced = _forced(B, {b: slot.reply for b, slot in enumerate(new)})
         return engine.run(device.begin, logits, state, seen, SamplingRows.of(settings), forced)
+
+    def _prompts(self, new: list[_Slot], N: int) -> tuple[jax.Array, M1State]:
+        """Logits and state after each new text's prompt, which is read unless an earlier sample's was kept."""
+        engine, kept = self._engine, self._half_started
+        unread = {slot.request: slot.reply.request.tokens for slot in new}
+        place: dict[int, int] = {}  # which row of all reads each request is
+        reads: list[tuple[jax.Array, M1State]] = []
+        if kept is not None:
+            del unread[kept.request]
+            place[kept.request] = 0
+            reads.append((kept.logits, kept.state))
+        if unread:
+            place |= {request: b for b, request in enumerate(unread, 0 if kept is None else engine.rows_bucket(1))}
+            known = 0 if self._prior is None else int(self._prior.length[0])
+            reads.append(engine.prefill([tokens[known:] for tokens in unread.values()], N, self._prior))
+            self._prior = None
+        last = new[-1].request
+        if not self._queue or self._queue[0].request != last:
+            self._half_started = None
+        elif last in unread:
+            room = engine.cache_bucket(len(unread[last]))
+            row = _padded([place[last]], engine.rows_bucket(1))
+            self._half_started = _Read(last, *engine.run(device.pick, tuple(reads), row, N=room))
+        if len(new) == len(unread):
+            return reads[0]
+        source = _padded([place[slot.request] for slot in new], engine.rows_bucket(len(new)))
+        return engine.run(device.pick, tuple(reads), source, N=N)
 
     def _join(self, new: Rows, live: list[int], count: int) -> Rows:
         """The live rows, then the first `count` rows of a new batch, whose cache is as long or longer."""

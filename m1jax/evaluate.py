@@ -145,8 +145,9 @@ def written(tokenizer: Any, ids: Sequence[int], ended: bool) -> str:
 
 def eos_ids(config: Any, tokenizer: Any) -> list[int]:
     """Tokens that end a reply. Raises `UserError` if there is none: no reply would end."""
-    eos = config.eos_token_id
-    ids = tokenizer.eos_ids | frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
+    from m1jax.engine import end_tokens
+
+    ids = end_tokens(config, tokenizer)
     if not ids:
         raise UserError(f"{tokenizer.folder} names no token that ends a reply: add eos_token to tokenizer_config.json")
     return sorted(ids)

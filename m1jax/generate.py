@@ -8,6 +8,7 @@
 Text goes to stdout, figures and errors to stderr. Exit code 2 is bad input, 130 Ctrl-C (what was generated is kept).
 """
 
+import sys
 from collections.abc import Sequence
 
 from m1jax import distributed
@@ -33,8 +34,10 @@ def _run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
     # Importing jax takes seconds; --help comes before, and Ctrl-C is handled meanwhile.
     from m1jax import modes
     from m1jax.config import M1Config
+    from m1jax.engine import end_tokens
     from m1jax.nano import default_model
     from m1jax.prompt import Options, Prompter
+    from m1jax.terminal import note
     from m1jax.tokenizer import Tokenizer
 
     if args.coordinator is not None and args.input is None:
@@ -47,6 +50,14 @@ def _run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
         # Whatever can be refused is, before the weights are read.
         config = M1Config.from_file(args.model)
         prompter = Prompter(Tokenizer.load(args.model))
+        if not args.raw and args.input is None:
+            _ = prompter.template  # complains: who is refused needs no warning
+        if not options.stop and not end_tokens(config, prompter.tokenizer):
+            note(
+                f"warning: {args.model} names no token that ends a text, which then goes on to --max-tokens: add "
+                "eos_token to tokenizer_config.json, or give --stop",
+                sys.stderr,
+            )
         if args.interactive:
             return modes.converse(args, options, prompter, interrupts)
         return (modes.single if args.input is None else modes.batch)(args, options, prompter, config, interrupts)

@@ -17,7 +17,7 @@ import reprlib
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -130,7 +130,7 @@ def read_lines(file: Path, options: Options, prompter: Prompter, context: int) -
 
 def _line(number: int, text: str, options: Options, prompter: Prompter) -> Line:
     try:
-        values = json.loads(text)
+        values = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON ({error})") from None
     if not isinstance(values, dict):
@@ -145,9 +145,11 @@ def _line(number: int, text: str, options: Options, prompter: Prompter) -> Line:
     options = _options(values, dataclasses.replace(options, seed=own))
     carried = {key: values[key] for key in ("id", "metadata") if key in values}
     try:
-        json.dumps(carried, ensure_ascii=False).encode()
+        json.dumps(carried, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise UserError("id and metadata must be Unicode: half a surrogate pair cannot be written as UTF-8") from None
+    except ValueError:
+        raise UserError("id and metadata must hold finite numbers: one is too large to be written again") from None
     if "prompt" in values:
         if not isinstance(values["prompt"], str):
             raise UserError("prompt must be a string")
@@ -160,6 +162,11 @@ def _line(number: int, text: str, options: Options, prompter: Prompter) -> Line:
     if tools is not None and not isinstance(tools, list):
         raise UserError("tools must be a list")
     return Line(number, prompter.chat(messages, options, tools), carried)
+
+
+def _refuse(constant: str) -> NoReturn:
+    """Python reads NaN and Infinity, and would write them again."""
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _options(values: dict[str, Any], options: Options) -> Options:

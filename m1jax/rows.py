@@ -41,10 +41,11 @@ def prefill(
     return jnp.where(lengths[:, None] > 0, new, logits), state
 
 
-@jax.jit
-def repeat(logits: jax.Array, state: M1State, source: jax.Array) -> tuple[jax.Array, M1State]:
-    """Logits `[B, V]` and state of which row b is row source[b] of a prefill's."""
-    return logits[source], state.take(source)
+@functools.partial(jax.jit, static_argnames="N")
+def pick(reads: tuple[tuple[jax.Array, M1State], ...], source: jax.Array, N: int) -> tuple[jax.Array, M1State]:
+    """Logits `[B, V]` and state of the given rows of all prefills one after the other, with room for N tokens."""
+    logits, states = zip(*reads, strict=True)
+    return jnp.concatenate(logits)[source], take_rows([grow(state, N) for state in states], source)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -98,10 +99,10 @@ def _parts(rows: Rows) -> tuple[jax.Array, jax.Array, SamplingRows]:
 
 @functools.partial(jax.jit, static_argnames="N")
 def grow(state: M1State, N: int) -> M1State:
-    """The same state with room for N tokens."""
+    """The same state with room for N tokens, no fewer than it has read."""
 
     def longer(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, N - x.shape[3]), (0, 0)))
+        return jnp.pad(x[:, :, :, :N], ((0, 0), (0, 0), (0, 0), (0, max(0, N - x.shape[3])), (0, 0)))
 
     return dataclasses.replace(state, cache=KVCache(longer(state.cache.k), longer(state.cache.v)))
 

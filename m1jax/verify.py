@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,32 +47,41 @@ class Parity(NamedTuple):
 def verify(src: Path, dst: Path, mesh: str | None = None) -> bool:
     """Prints a table of the parity in float32 of two checkpoints; true if they agree. Raises `UserError`.
 
-    What was rounded to make `dst`, to bfloat16 or in quantising, is rounded in `src` too while it is read. `mesh` as
-    in `m1jax.load`.
+    What was rounded to make `dst`, to bfloat16 or in quantising, is rounded in `src` too while it is read. What
+    quantising costs is a second table, of `dst` against `src` as it is, and decides nothing. `mesh` as in `m1jax.load`.
     """
     marker = read_marker(dst) if (dst / MARKER).exists() else {"dtype": "keep", "quantize": None}
     rounded, quantize = marker["dtype"] == "bfloat16", marker["quantize"]
     # Both are opened before the first is computed, which may take long.
-    source, other = open_parameters(src, quantize), open_parameters(dst)
+    source, other, plain = open_parameters(src, quantize), open_parameters(dst), open_parameters(src)
     with contextlib.ExitStack() as stack:
         if mesh is not None:
             devices = parsed_mesh(mesh, source.config, quantize=quantize)
             check(source.config, devices, quantize)
             stack.enter_context(jax.set_mesh(devices))
         wanted, found = _logits(src, _rounding(source) if rounded else source), _logits(dst, other)
+        exact = _logits(src, plain) if quantize and plain.quantize is None else None
     if {name: logits.shape for name, logits in wanted.items()} != {
         name: logits.shape for name, logits in found.items()
     }:
         raise UserError(f"{src} and {dst} are different models: their vocabularies or tokenizers differ")
+    good = all(row.same for row in _table(wanted, found))
+    how = [*(["rounded to bfloat16"] if rounded else []), *([f"experts in {quantize}"] if quantize else [])]
+    why = ", ".join(["the same weights", *how])
+    print(f"{'same' if good else 'DIFFERENT'}: relative RMS at most {_TOLERANCE:.0e} allowed ({why})")
+    if exact is not None:
+        print(f"\nfor information, what {quantize} costs: {dst} against {src} unrounded")
+        _table(exact, found)
+    return good
+
+
+def _table(wanted: Mapping[str, NDArray[np.float32]], found: Mapping[str, NDArray[np.float32]]) -> list[Parity]:
+    """The parity of each prompt's logits, printed."""
     rows = [compare(name, wanted[name], found[name]) for name in wanted]
     print(f"{'prompt':<44} {'max abs':>9} {'rel. RMS':>9} {'argmax':>7}")
     for row in rows:
         print(f"{row.prompt:<44} {row.max_abs:>9.2e} {row.relative_rms:>9.2e} {row.argmax:>7.1%}")
-    good = all(row.same for row in rows)
-    how = [*(["rounded to bfloat16"] if rounded else []), *([f"experts in {quantize}"] if quantize else [])]
-    why = ", ".join(["the same weights", *how])
-    print(f"{'same' if good else 'DIFFERENT'}: relative RMS at most {_TOLERANCE:.0e} allowed ({why})")
-    return good
+    return rows
 
 
 def _rounding(source: Source) -> Source:

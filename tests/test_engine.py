@@ -116,6 +116,25 @@ def test_samples_share_a_prefill_and_differ(engine: Engine) -> None:
     assert one(engine, dataclasses.replace(request, n=1)).tokens == out[0, 0].tokens
 
 
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 4])
+def test_a_prompt_is_read_once_however_its_samples_start(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, max_rows: int
+) -> None:
+    """Requests whose samples start in several batches, alone and beside the next one's, in caches that grow."""
+    lengths = [(3, 9), (1, 4), (5, 12), (2, 6)]
+    requests = [
+        Request(tokens, seed=i, n=n, max_tokens=limit)
+        for i, (tokens, (n, limit)) in enumerate(zip(prompts(engine), lengths, strict=False))
+    ]
+    want = {(i, k): r.tokens for i, one in enumerate(requests) for (_, k), r in replies(engine, [one], 8).items()}
+    monkeypatch.setattr(engine_module, "SMALLEST_CACHE", 16)
+    monkeypatch.setattr(engine_module, "ROOM", 4)
+    before = engine.stats.prompt_tokens
+    got = replies(engine, requests, max_rows)
+    assert {key: reply.tokens for key, reply in got.items()} == want
+    assert engine.stats.prompt_tokens - before == sum(len(request.tokens) for request in requests)
+
+
 def test_chunked_prefill_equals_one_shot(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [
         Request(tuple(engine.tokenizer.encode(text)), GREEDY, max_tokens=6) for text in ("fox " * 7, "dog " * 3)

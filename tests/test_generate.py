@@ -111,6 +111,8 @@ def test_json(run: Run) -> None:
     assert stats["peak_process_memory_bytes"] > 2**20 and stats["prompt_tokens_per_second"] > 0
     one = json.loads(run("--prompt", "Hello", "--max-tokens", 8, "--seed", 5, "--json").out)
     assert one["text"] == out["text"] and one["stats"]["prompt_tokens"] == stats["prompt_tokens"]
+    few = run("--prompt", "Hello", "--max-tokens", 8, "-n", 3, "--batch-size", 1, "--seed", 5, "--json")
+    assert json.loads(few.out)["stats"]["prompt_tokens"] == stats["prompt_tokens"]
 
 
 def test_samples_have_headings(run: Run) -> None:
@@ -321,6 +323,9 @@ def test_foreign_output_is_left_alone(run: Run, tmp_path: Path, content: str) ->
         ('{"prompt": "\\ud800"}', "line 2: the text is not valid UTF-8"),
         ('{"prompt": "x", "metadata": "\\ud800"}', "line 2: id and metadata must be Unicode"),
         ('{"prompt": "x", "id": ["\\udfff"]}', "line 2: id and metadata must be Unicode"),
+        ('{"prompt": "x", "id": NaN}', "line 2: not valid JSON (NaN is not JSON)"),
+        ('{"prompt": "x", "metadata": [-Infinity]}', "line 2: not valid JSON (-Infinity is not JSON)"),
+        ('{"prompt": "x", "id": 1e999}', "line 2: id and metadata must hold finite numbers"),
     ],
 )
 def test_malformed_lines_are_named(run: Run, tmp_path: Path, line: str, error: str) -> None:
@@ -427,7 +432,17 @@ def test_bad_folders_get_one_line(run: Run, model: Path, tmp_path: Path) -> None
     for path, error in cases:
         result = run("--prompt", "x", folder=path)
         assert result.code == 2 and error in result.err and len(result.err.splitlines()) == 1, path
-    assert run("--prompt", "x", "--raw", "--max-tokens", 2, folder=tmp_path / "c").code == 0
+
+
+def test_a_folder_without_end_token_is_warned_about(run: Run, model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer_config.json")))
+    flags = ("--prompt", "x", "--raw", "--max-tokens", 2)
+    result = run(*flags, folder=folder)
+    warning, _ = result.err.splitlines()
+    assert result.code == 0 and str(folder) in warning and "eos_token" in warning and "--stop" in warning
+    assert "warning" not in run(*flags, "--stop", "zzz", folder=folder).err + run(*flags).err
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert "warning" not in run(*flags, folder=folder).err
 
 
 def test_nan_weights_are_located(run: Run, model: Path, tmp_path: Path) -> None:

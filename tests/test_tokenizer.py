@@ -161,6 +161,36 @@ def test_m1_template_shows_tool_calls_and_results() -> None:
     assert out == "<begin_of_document>" + "".join(turns)
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("content", ["So 3.", [{"type": "text", "text": "So 3."}]])
+def test_reasoning_comes_before_what_is_said(key: str, content: object) -> None:
+    """In every turn, as M1's template keeps earlier thinking; once, also where a template reads the key itself."""
+    messages = [
+        {"role": "user", "content": "1+2?"},
+        {"role": "assistant", "content": content, key: " I add.\n"},
+        {"role": "user", "content": "Sure?", key: "not an assistant's"},
+    ]
+    out = ChatTemplate(M1_TEMPLATE).render(messages)
+    said = "<think>\nI add.\n</think>\nSo 3."
+    turns = [USER.format("1+2?"), AI, said, "<end_of_sentence>\n", USER.format("Sure?"), AI]
+    assert out == "<begin_of_document>" + "".join(turns)
+    reader = ChatTemplate("{% for m in messages %}{{ m.reasoning_content }}{{ m.content }}{% endfor %}")
+    assert reader.render(messages[:2]) == "1+2?" + said
+
+
+def test_a_tool_result_has_the_name_of_its_call_or_its_own() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "name": "add", "arguments": {}}]}
+    for own in (
+        {"name": "sum", "content": "3"},
+        {"content": [{"type": "text", "name": "sum", "text": "3"}]},
+    ):
+        out = ChatTemplate(M1_TEMPLATE).render([call, {"role": "tool", "tool_call_id": "c2", **own}])
+        assert "tool name: sum\ntool result: 3" in out
+    nameless = {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "3"}]}
+    with pytest.raises(UserError, match="tool_call_id 'c2'"):
+        ChatTemplate(M1_TEMPLATE).render([call, nameless])
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_m1_template_shows_tools_bare(wrapped: bool) -> None:
     tool = {"name": "add", "description": "größer", "parameters": {}}

@@ -44,9 +44,15 @@ def test_verify(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_what_was_rounded_is_rounded_in_the_source(tmp_path: Path, quantize: Quantization | None) -> None:
+def test_what_was_rounded_is_rounded_in_the_source(
+    tmp_path: Path, quantize: Quantization | None, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_convert(TINY, tmp_path / "m", dtype="bfloat16", quantize=quantize)
     assert verify(TINY, tmp_path / "m")
+    agreement, _, cost = capsys.readouterr().out.partition(f"for information, what {quantize} costs")
+    assert "same: " in agreement and bool(cost) == bool(quantize)
+    if quantize:  # much apart, and no verdict on it
+        assert 1e-4 < float(cost.splitlines()[2].split()[-2]) < 1 and "same" not in cost and "DIFFERENT" not in cost
     tensors = {name: np.array(value) for name, value in golden().items()}
     tensors["model.layers.0.self_attn.out_proj.weight"] *= np.float32(1.004)  # about what bfloat16 rounds
     other = write_checkpoint(tmp_path / "other", M1Config.from_file(TINY), tensors)

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +10,12 @@ from numpy.typing import NDArray
 
 from m1jax.chat_template import ChatTemplate
 from m1jax.errors import UserError
-from m1jax.reply import CLOSE, OPEN
 from m1jax.tokenizer import Tokenizer
 from m1jax.train.documents import Place, digest
 
 Sample = dict[str, NDArray[Any]]
+
+_MOST = float(np.finfo(np.float32).max)  # that a weight may be
 
 # What tokens, ends of turns and chat template come from.
 _TOKENIZER = (
@@ -44,7 +44,17 @@ def _blamed(place: Place) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{place}: {error}" if str(place) not in str(error) else str(error)) from None
+        if str(place) not in str(error):
+            error.args = (f"{place}: {error}",)
+        raise
+
+
+class TooLong(UserError):
+    """A conversation of so many tokens does not fit in a row."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(f"the conversation has {tokens} tokens: raise data.length or remove it")
+        self.tokens = tokens
 
 
 class Encoder:
@@ -62,8 +72,9 @@ class Encoder:
 
     def __call__(self, document: tuple[Place, Any]) -> list[Sample]:
         """Samples of a document; empty for one of fewer than two tokens. Raises `UserError` naming its place."""
-        with _blamed(document[0]):
-            return self._samples(document[1])
+        place, value = document
+        with _blamed(place):
+            return self._text(value, place.ends) if isinstance(value, str) else self._samples(value)
 
     def check(self, document: tuple[Place, Any]) -> None:
         """Raises the `UserError` that the call would, without encoding texts, which takes long."""
@@ -78,8 +89,6 @@ class Encoder:
     def _samples(self, value: Any) -> list[Sample]:
         if isinstance(value, np.ndarray):
             return self._cut(value, np.ones(len(value), np.float32))
-        if isinstance(value, str):
-            return self._text(value)
         if "text" in value:
             if not isinstance(value["text"], str):
                 raise UserError("text is not a string")
@@ -88,7 +97,7 @@ class Encoder:
             return self._encoded(value)
         tokens, weights = chat_tokens(self._need_tokenizer(), _messages(value), _tools(value))
         if len(tokens) - 1 > self._length:
-            raise UserError(f"the conversation has {len(tokens)} tokens: raise data.length or remove it")
+            raise TooLong(len(tokens))
         return self._cut(tokens, weights)
 
     def _encoded(self, value: Mapping[str, Any]) -> list[Sample]:
@@ -110,9 +119,9 @@ class Encoder:
             raise UserError("text needs a tokenizer: set model.tokenizer")
         return self._tokenizer
 
-    def _text(self, text: str) -> list[Sample]:
+    def _text(self, text: str, ends: bool = True) -> list[Sample]:
         ids = self._need_tokenizer().encode(text)
-        tokens = np.asarray([*ids, *([] if self._end is None else [self._end])], np.int32)
+        tokens = np.asarray([*ids, *([self._end] if ends and self._end is not None else [])], np.int32)
         return self._cut(tokens, np.ones(len(tokens), np.float32))
 
     def _cut(self, tokens: NDArray[np.integer[Any]], weights: NDArray[np.float32]) -> list[Sample]:
@@ -160,7 +169,6 @@ def chat_tokens(
     if tokenizer.template is None:
         raise UserError(f"{tokenizer.folder} has no chat template: conversations need one")
     template = _template(tokenizer)
-    messages = [_with_reasoning(message) for message in messages]
     ids: list[int] = []
     weights: list[float] = []
     done = ""
@@ -181,22 +189,10 @@ def chat_tokens(
     return np.asarray(ids, np.int32), np.asarray(weights, np.float32)
 
 
-def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message with its reasoning at the head of its content."""
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
-    if message.get("role") != "assistant" or not reasoning:
-        return message
-    if not isinstance(reasoning, str):
-        raise UserError("reasoning_content is not a string")
-    thought, content = f"{OPEN}\n{reasoning.strip()}\n{CLOSE}\n", message.get("content")
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
-    return {**message, "content": [{"type": "text", "text": thought}, *parts]}
-
-
 def _weight(message: Mapping[str, Any]) -> float:
     weight = message.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise UserError(f"weight {weight!r} of a message must be a number, 0 or more")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= _MOST:
+        raise UserError(f"weight {weight!r} of a message must be a number, 0 or more, that float32 holds")
     return float(weight)
 
 
