@@ -122,6 +122,22 @@ def test_a_batch_of_few_groups_has_fewer_updates(even: bool, sizes: dict[int, li
         assert sorted(part.targets[part.weights > 0].min() for part in parts)[0] == 1
 
 
+def test_the_schedule_counts_the_updates_that_were_planned() -> None:
+    """So that the last batch ends where the schedule does, however few there were before."""
+    rl = RLSettings(questions=8, replies=4, updates=4, row_tokens=16, windows=(8,))
+    learner = Learner(rl, None, [0], "float32", 0, 9)  # pyright: ignore[reportArgumentType]
+    places: list[int] = []
+
+    def update(state: Any, batch: Any, at: int) -> Any:
+        places.append(at)
+        return state, {"agreement": np.zeros((2, 6))}
+
+    state: Any = None
+    for number, groups in enumerate((8, 3, 1, 6)):
+        learner.learn(state, [reply(1, 2)] * (4 * groups), number, update)
+    assert places == [0, 1, 2, 3, 5, 7, 11, 12, 13, 15]
+
+
 def test_updates_follow_the_advantages() -> None:
     """After updates, what had a positive advantage is likelier, the rest less likely; the ratio starts at 1."""
     model = init_params(variant(initializer_range=0.2), jax.random.key(0))
@@ -131,8 +147,8 @@ def test_updates_follow_the_advantages() -> None:
     loss = policy_gradient(rl.policy_loss, rl.temperature, "float32", "none", Balance(0.0))
     step = make_step(loss, optimizer, GuardSettings())
 
-    def update(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        state, metrics = step(state, jax.device_put(dict(batch)))
+    def update(state: TrainState, batch: Any, at: int) -> tuple[TrainState, Any]:
+        state, metrics = step(state, jax.device_put(dict(batch)), at)
         return state, jax.device_get(metrics)
 
     learner = Learner(rl, None, [0], "float32", 0, 9)  # pyright: ignore[reportArgumentType]

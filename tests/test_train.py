@@ -18,6 +18,7 @@ from m1jax.params import flatten
 from m1jax.rl.settings import RLSettings
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import data
+from m1jax.train import documents as documents_of
 from m1jax.train.documents import Documents
 from m1jax.train.encoder import Encoder, chat_tokens
 from m1jax.train.forward import Routing
@@ -27,6 +28,7 @@ from m1jax.train.step import accumulated, adamw, computing, cross_entropy, init_
 from tests.tools import DATA, SMALL, random_model, rms_error, variant
 
 HELLO = DATA / "m1_hello"
+TALK = {"role": "assistant", "content": "One. " * 90}
 TABLE: dict[str, Any] = {"stage": "sft", "out": "run", "steps": 10, "model": {"path": "somewhere"}}
 
 
@@ -179,6 +181,11 @@ def file_of(save: Any, array: np.ndarray) -> bytes:
             b'{"messages": [{"role": "assistant", "content": "x", "weight": "1"}]}\n',
             "weight '1' of a message",
         ),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "assistant", "content": "x", "weight": 1e39}]}\n',
+            "weight 1e[+]39 of a message must be a number, 0 or more, that float32 holds",
+        ),
         ("a.jsonl", b'{"messages": [{"role": "assistant", "reasoning": 1}]}\n', "reasoning_content is not a string"),
         ("a.jsonl", b"\xef\xbb\xbf", "a.jsonl is empty"),
         ("a.csv", b"x", "unknown kind '.csv'"),
@@ -214,6 +221,33 @@ def test_data_that_gives_nothing_is_refused(tmp_path: Path) -> None:
         encoder(vocab=9)(Documents([write(tmp_path / "b.jsonl", {"text": "Hello there"})], 8)[0])
 
 
+def test_conversations_that_are_too_long_are_all_counted(tmp_path: Path) -> None:
+    said = [{"prompt": "Hello!", "response": "One. " * n} for n in (1, 90, 1, 10, 60)]
+    documents = Documents([write(tmp_path / "a.jsonl", *said)], 64)
+    longest = len(chat_tokens(Tokenizer.load(HELLO), [{"role": "user", "content": "Hello!"}, TALK])[0])
+    found = rf"line 2: the conversation has \d+ tokens: .* … and 1 more; the longest has {longest} tokens$"
+    with pytest.raises(UserError, match=found):
+        data.check(documents, encoder(100))
+    with pytest.raises(UserError, match=r"line 2: the conversation has \d+ tokens: raise data.length or remove it$"):
+        data.check(Documents([write(tmp_path / "b.jsonl", *said[:3])], 64), encoder(100))
+
+
+def test_a_text_in_parts_ends_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part before the last has no end token, and a run from when it had one does not go on."""
+    file = tmp_path / "a.txt"
+    file.write_text("One two.\n" * 6)
+    whole = Documents([str(file)], 512)
+    monkeypatch.setattr(documents_of, "_PART", 20)  # three lines each
+    parts = Documents([str(file)], 512)
+    assert (len(whole), len(parts)) == (1, 2) and "".join(text for _, text in parts.part(0, 1)) == "One two.\n" * 6
+    last = [encoder(512, end=3)(parts[i])[-1]["targets"][-1] for i in range(2)]
+    assert last[0] != 3 and last[1] == 3 == encoder(512, end=3)(whole[0])[-1]["targets"][-1]
+    assert whole.fingerprint == parts.fingerprint and whole.contents != parts.contents
+    lines = [{"text": "One."}, {"text": "Two."}]
+    documents = Documents([write(tmp_path / "b.jsonl", *lines)], 8)
+    assert all(encoder(end=3)(documents[i])[-1]["targets"][-1] == 3 for i in range(2))
+
+
 def test_files_of_a_byte_order_mark_and_links(tmp_path: Path) -> None:
     """The mark is no text; a file that several names lead to is read once, and one of `without` not at all."""
     folder = tmp_path / "corpus"
@@ -232,6 +266,12 @@ def test_files_of_a_byte_order_mark_and_links(tmp_path: Path) -> None:
     assert [place for place, _ in documents.part(1, 2)] == [documents.place(i) for i in (1, 3, 5)]
     with pytest.raises(UserError, match=r"matches nothing but files of data\.validation"):
         Documents([f"{folder}/c*"], 8, without=[f"{folder}/*"])
+
+
+def test_rows_that_no_machine_holds_are_refused(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, length=10**11)
+    with pytest.raises(UserError, match=r"data.length = 100000000000 with data.bins = 4 .* needs \d+ GB of memory"):
+        data.Batches(corpus(tmp_path), encoder(12), settings, 0)
 
 
 SETTINGS = DataSettings(length=12, rows=2, accumulate=2, bins=4)
@@ -418,6 +458,7 @@ def test_a_checkpoint_fits_whatever_the_rates() -> None:
         ("softmax.*", "optimizer.rates: 'softmax.*' must be NAME=FACTOR, a factor of 0 or more"),
         ("norm=-1", "optimizer.rates: 'norm=-1' must be NAME=FACTOR"),
         ("norm=nan", "optimizer.rates: 'norm=nan' must be NAME=FACTOR"),
+        ("*=0", "optimizer.rates = '*=0' leaves nothing to train: give a parameter a factor above 0"),
         ("norm=1,attention.*=2", "optimizer.rates: no parameter is named 'attention.*': there are embed, "),
     ],
 )
@@ -440,6 +481,21 @@ def test_the_schedule_warms_up_stays_and_decays() -> None:
     assert [float(np.asarray(constant(i))) for i in range(5)] == pytest.approx([2.0] * 5)
 
 
+def test_an_update_is_where_in_the_schedule_it_is_said_to_be() -> None:
+    settings = OptimizerSettings(learning_rate=1.0, warmup=2, decay=4, final=0.1, weight_decay=0.0)
+    optimizer, rate, model = adamw(CONFIG, settings, 10), schedule(settings, 10), random_model(CONFIG)
+    state = optimizer.init(model)  # pyright: ignore[reportArgumentType]
+    step_of: Any = jax.jit(lambda state, at: optimizer.update(model, state, model, at=at))  # pyright: ignore
+    update, moved = step_of(state, None)
+    plain = float(jnp.max(flatten(update)["moe.router"]) / rate(0))
+    for at in (0, 1, 5, 8, 9):
+        update, after = step_of(state, at)
+        assert float(jnp.max(flatten(update)["moe.router"])) == pytest.approx(plain * float(np.asarray(rate(at))))
+        assert jax.tree.structure(after) == jax.tree.structure(moved)
+        again, _ = step_of(after, None)  # the one after it
+        assert float(jnp.max(flatten(again)["moe.router"])) == pytest.approx(plain * float(np.asarray(rate(at + 1))))
+
+
 def test_bfloat16_computes_with_float32_weights_head_and_router() -> None:
     model = random_model(SMALL)
     compute = flatten(computing(model, "bfloat16"))
@@ -447,25 +503,30 @@ def test_bfloat16_computes_with_float32_weights_head_and_router() -> None:
     assert np.array_equal(compute["lm_head"], flatten(model)["lm_head"])
 
 
-def test_a_bad_step_changes_nothing_but_the_count() -> None:
+def loss_at(value: float) -> Any:
+    return batch(0) | {"value": np.full((1, 2, 10), value, np.float32)}
+
+
+def told_loss(**guard: Any) -> tuple[Any, Any]:
+    """A step whose loss is what the batch says, and a state to begin with."""
     optimizer = adamw(CONFIG, OptimizerSettings(learning_rate=1e-2, warmup=0), 200)
 
     def loss(model: Any, batch: Any, total: Any) -> Any:
-        fake = batch["value"][0, 0] * jnp.mean(model.norm[...])
-        return fake, {}
+        mean = jnp.mean(model.norm[...])
+        return batch["value"][0, 0] + mean - jax.lax.stop_gradient(mean), {}
 
-    step, state = make_step(loss, optimizer, GuardSettings(spike=5.0)), init_state(random_model(CONFIG), optimizer)
+    return make_step(loss, optimizer, GuardSettings(**guard)), init_state(random_model(CONFIG), optimizer)
 
-    def at(value: float) -> Any:
-        return batch(0) | {"value": np.full((1, 2, 10), value, np.float32)}
 
+def test_a_bad_step_changes_nothing_but_the_count() -> None:
+    step, state = told_loss(spike=5.0)
     rng = np.random.default_rng(0)
     for _ in range(60):
-        state, metrics = step(state, at(1 + 0.01 * rng.standard_normal()))
+        state, metrics = step(state, loss_at(1 + 0.01 * rng.standard_normal()))
         assert metrics["good"]
     for value, good in ((np.nan, False), (np.inf, False), (50.0, False), (1.0, True)):
         before = jax.tree.map(np.array, state)
-        state, metrics = step(state, at(value))
+        state, metrics = step(state, loss_at(value))
         assert bool(metrics["good"]) == good, value
         assert int(state.step) == int(before.step) + 1
         same = all(
@@ -474,3 +535,38 @@ def test_a_bad_step_changes_nothing_but_the_count() -> None:
             for a, b in zip(*(jax.tree.leaves(getattr(s, name)) for s in (before, state)), strict=True)
         )
         assert same != good
+
+
+def test_a_loss_that_hardly_varies_has_no_spikes_of_nothing() -> None:
+    for level, limit in ((0.001, 0.201), (5.0, 5.5)):
+        step, state = told_loss(spike=10.0)
+        for _ in range(54):
+            state, _ = step(state, loss_at(level))
+        state, metrics = step(state, loss_at(level))
+        assert float(metrics["loss_limit"]) == pytest.approx(limit)
+        for value, good in ((0.99 * limit, True), (1.2 * limit, False)):
+            assert step(jax.tree.map(jnp.copy, state), loss_at(value))[1]["good"] == good
+
+
+def test_skipped_a_new_level_is_accepted_after_a_while_and_an_outlier_is_none() -> None:
+    step, state = told_loss(spike=10.0, action="skip")
+    rng = np.random.default_rng(0)
+
+    def after(state: Any, *values: float) -> tuple[Any, list[bool], float]:
+        good, limit = [], 0.0
+        for value in values:
+            state, metrics = step(state, loss_at(value))
+            good.append(bool(metrics["good"]))
+            limit = float(metrics["loss_limit"])
+        return state, good, limit
+
+    state, good, _ = after(state, *(1 + 0.05 * rng.standard_normal(60)))
+    assert all(good)
+    before = jax.tree.map(np.array, state)
+    state, good, limit = after(state, 1e30, 1.0)
+    wider = (limit - float(state.mean)) / 10 / float(np.sqrt(before.variance))
+    assert good == [False, True] and wider < 1.3
+    state, good, _ = after(state, 1e30, np.nan, 1.0, 2.5)
+    assert good == [False, False, True, False]
+    _, good, _ = after(state, *[2.5] * 9)  # before the tenth the run would stop
+    assert not good[0] and good[-1] and good == sorted(good)

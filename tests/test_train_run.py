@@ -29,9 +29,9 @@ from m1jax.sharding import sizes
 from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import __main__ as command
-from m1jax.train import data, guard, loop, saving, supervised
+from m1jax.train import data, guard, loop, saving, step, supervised
 from m1jax.train import settings as s
-from m1jax.train.report import Report, _peak_tflops
+from m1jax.train.report import Report, _peak_tflops, curves
 from m1jax.workplace import LOCK, alone
 from tests.checkpoints import run as run_command
 from tests.tools import DATA, rms_error, variant
@@ -256,6 +256,24 @@ def test_figures_that_are_added_never_take_the_step_away(folder: Path, tmp_path:
     assert rows(tmp_path) == [before[0] | {"validation_loss": 3.0}]
 
 
+def test_the_console_tells_of_evaluations_and_of_the_time_left(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first step of a process compiles: nothing is to be foretold from it."""
+    clock = iter([100.0, 170.0, 172.0, 174.0])
+    with Report(settings(folder, tmp_path), CONFIG, 1, 2) as report, monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: next(clock))
+        report.resume()
+        report.step(2, {"loss": 1.0}, 700, 10.0)
+        report.step(3, {"loss": 1.0, "reward": 0.25, "accuracy": 0.125}, 100, 10.0)
+        report.add({"held_out/addition": 0.25, "held_out": 0.5})
+    assert capsys.readouterr().err.splitlines() == [
+        "step 3/8 loss 1.0000, 10 tokens/s left ?",
+        "step 4/8 loss 1.0000, reward 0.2500, accuracy 0.1250, 50 tokens/s left 8 s",
+        "step 4/8 held_out 0.5000",
+    ]
+
+
 def test_auto_takes_all_devices(folder: Path, tmp_path: Path) -> None:
     parts = loop.prepare(settings(folder, tmp_path / "out", mesh="auto"))
     assert parts.mesh.size == jax.device_count() > 1
@@ -288,6 +306,30 @@ def test_a_signal_waits_for_the_step_and_leaves_a_checkpoint(
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["3"]
     supervised.run(once)
     assert losses(tmp_path / "out") == losses(whole)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_signal_in_an_evaluation_ends_the_run_after_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """Without one more step; also in the evaluation that a run begins with which was killed there."""
+    (tmp_path / "validation.jsonl").write_text('{"text": "This one is fine."}\n')
+    held = {"validation": [str(tmp_path / "validation.jsonl")], "validate_every": 2}
+    once, original = settings(folder, tmp_path / "out", data=held), supervised.Supervised.evaluate
+
+    def dies(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def hears(self: supervised.Supervised, state: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return original(self, state)
+
+    for evaluate in [dies, hears] if again else [hears]:
+        monkeypatch.setattr(supervised.Supervised, "evaluate", evaluate)
+        with pytest.raises(KeyboardInterrupt):
+            supervised.run(once)
+    assert [row["step"] for row in rows(tmp_path / "out")] == [1, 2] and "validation_loss" in rows(tmp_path / "out")[-1]
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["2"]
 
 
 def test_the_guard_leaves_a_checkpoint_of_the_state_before_the_bad_step(
@@ -337,11 +379,29 @@ def test_skipped_steps_are_named_until_there_are_too_many(
 ) -> None:
     model = {"config": "", "path": str(spoilt(folder, "softmax.o_proj"))}
     guard = {"action": "skip", "skips": 3}
-    with pytest.raises(UserError, match=r"step 3: .* that was the 3th in a row"):
+    with pytest.raises(UserError, match=r"step 3: .* that makes 3 in a row"):
         supervised.run(settings(folder, tmp_path / "out", model=model, guard=guard))
     text = capsys.readouterr().err
-    assert text.count("the step is skipped") == 3 and "layer 1 (softmax)" in text
+    assert (
+        text.count("the step is skipped") == 2
+        and "step 3" not in text.replace("step 3/8", "")
+        and "layer 1 (softmax)" in text
+    )
     assert [row["good"] for row in rows(tmp_path / "out")] == [0, 0, 0]
+
+
+def test_a_spike_is_told_with_its_limit(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(step, "CALM", 2)
+    step.make_step.cache_clear()
+    low: dict[str, Any] = {"optimizer": {"learning_rate": 0.3, "warmup": 0, "decay": 0}, "guard": {"spike": 1e-3}}
+    with pytest.raises(
+        UserError, match=r"the loss \d+\.\d+ is a spike, above \d+\.\d+, the limit by guard.spike = 0.001"
+    ):
+        supervised.run(settings(folder, tmp_path / "out", **low))
+    step.make_step.cache_clear()
+    assert "loss_limit" not in rows(tmp_path / "out")[0]
 
 
 def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(
@@ -386,6 +446,24 @@ def test_a_full_disk_while_drawing_keeps_the_model(
     assert all(np.array_equal(ours[path], theirs[path]) for path in ours)
     supervised.run(settings(folder, out))
     assert losses(out) == losses(whole) and (out / "curves.png").exists()
+
+
+def test_curves_of_few_points_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, file, **_: drawn.append(self) or file.touch())
+    lines = [{"step": n, "loss": 1.0 / n} for n in range(1, 9)]
+    lines[-1]["validation_loss"] = 0.5
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert [axes.lines[0].get_marker() for axes in drawn[0].axes] == ["", "o"]
+
+
+def test_without_grain_there_is_one_line(folder: Path, tmp_path: Path) -> None:
+    file = write_toml(toml(folder, tmp_path / "out"), tmp_path / "a.toml")
+    code = "import sys; sys.modules['grain'] = None; from m1jax.train.__main__ import main; main()"
+    line = [sys.executable, "-c", code, "--config", str(file)]
+    done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: training needs grain: pip install 'm1jax[train]'\n")
 
 
 def test_what_drawing_needs_is_missed_before_the_training(

@@ -23,8 +23,8 @@ from m1jax.tasks import Problem, Task, find, mixture
 from m1jax.train.step import TrainState, computing
 
 Metrics = dict[str, Any]
-# (state, batch [A, B, T]) -> state, metrics on the host
-UpdateFunction = Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Mapping[str, Any]]]
+# (state, batch [A, B, T], step of the schedule) -> state, metrics on the host
+UpdateFunction = Callable[[TrainState, Mapping[str, Any], int], tuple[TrainState, Mapping[str, Any]]]
 # (state, batch [A, B, T]) -> metrics of its first [B, T] on the host, nothing learnt
 MeasureFunction = Callable[[TrainState, Mapping[str, Any]], Mapping[str, Any]]
 
@@ -194,11 +194,15 @@ class Learner:
     def learn(
         self, state: TrainState, replies: list[Reply], number: int, update: UpdateFunction
     ) -> tuple[TrainState, Metrics]:
-        """Updates on the replies, shuffled and split evenly; in the first one the log-probs are of the same weights."""
+        """Updates on the replies, shuffled and split evenly; in the first one the log-probs are of the same weights.
+
+        The schedule counts the updates that were planned: where a batch has fewer, each takes several of its steps.
+        """
         batches = stacked(self._packed(replies, number), self._accumulate, self._ways)
         told: list[Mapping[str, Any]] = []
-        for batch in batches:
-            state, metrics = update(state, batch)
+        planned = self.settings.updates
+        for k, batch in enumerate(batches, 1):
+            state, metrics = update(state, batch, number * planned + k * planned // len(batches) - 1)
             told.append(metrics)
         means = {name: np.mean([metrics[name] for metrics in told], axis=0) for name in told[0] if name != "agreement"}
         return state, means | {"updates": len(batches)} | _correlations(told[0])

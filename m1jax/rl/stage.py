@@ -31,7 +31,7 @@ def run(settings: Settings, profile: bool = False) -> None:
     """Reinforcement learning from settings to the trained model; checkpoints in `out` are gone on from.
 
     Args:
-      settings: of the run; `steps` counts generation batches, the schedule of the optimizer its updates.
+      settings: of the run; `steps` counts generation batches, the schedule of the optimizer the updates planned.
       profile: write a trace of three steps to `out/profile`.
 
     Raises:
@@ -97,12 +97,13 @@ class Reinforced:
 
     def step(self, state: TrainState, number: int, report: Report) -> TrainState:
         """Does and reports one generation batch and its updates; the learning rate is that of the first."""
-        rate = float(np.asarray(self._rate(int(state.accepted))))
         sizes: list[tuple[int, float]] = []
+        places: list[int] = []  # of the updates in the schedule
 
-        def update(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Mapping[str, Any]]:
+        def update(state: TrainState, batch: Mapping[str, Any], at: int) -> tuple[TrainState, Mapping[str, Any]]:
             arrays = to_devices(batch, self._parts.mesh)
-            state, metrics = self._step(state, arrays)
+            places.append(at)
+            state, metrics = self._step(state, arrays, at)
             values = fetched(metrics)
             sizes.append(size(values))
             self._guard.look(number, state, arrays, values, report)
@@ -114,6 +115,7 @@ class Reinforced:
         state, values = self._learner.step(state, number, update, measure)
         tokens = sum(count for count, _ in sizes)
         context = sum(count * seen for count, seen in sizes) / max(tokens, 1)
+        rate = float(np.asarray(self._rate(places[0] if places else number * self._rl.updates)))
         report.step(number, values | {"learning_rate": rate}, tokens, context, values["rollout_seconds"])
         return state
 

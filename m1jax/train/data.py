@@ -8,7 +8,6 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +15,18 @@ from tqdm import tqdm
 
 from m1jax import distributed
 from m1jax.errors import UserError
+from m1jax.sharding import sizes
 from m1jax.train.documents import Documents, Place
-from m1jax.train.encoder import Encoder, Sample
+from m1jax.train.encoder import Encoder, Sample, TooLong
 from m1jax.train.settings import DataSettings
 
+try:
+    import grain
+except ImportError:
+    raise UserError("training needs grain: pip install 'm1jax[train]'") from None
+
 PATIENCE = 5  # seconds after which a bar shows how far the check is
+FILLING, FILLED = 36, 16  # bytes of a token in rows that are being filled, with grain's own notes, and in a batch
 
 
 class _Split(grain.experimental.FlatMapTransform):
@@ -47,6 +53,9 @@ class Batches:
       settings: shapes, and how rows are filled.
       seed: of the order.
       own: the rows that are asked for; the streams of others are not read, and their rows hold zeros.
+
+    Raises:
+      UserError: the rows do not fit into memory.
     """
 
     def __init__(
@@ -59,11 +68,16 @@ class Batches:
     ) -> None:
         self._settings, self._each = settings, settings.rows // settings.streams
         rows = {row for part in own for row in range(*part.indices(settings.rows))}
+        streams = sorted({row // self._each for row in rows})
+        each = FILLING * settings.bins + FILLED * settings.accumulate * self._each
+        needed = each * settings.length * len(streams)
+        if needed > sizes.host_memory():
+            raise UserError(
+                f"data.length = {settings.length} with data.bins = {settings.bins} and data.rows = {settings.rows} "
+                f"needs {needed / 1e9:.0f} GB of memory: lower one of them"
+            )
         shuffled = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()  # pyright: ignore
-        self._streams = {
-            str(s): self._stream(shuffled[s :: settings.streams], encoder)
-            for s in sorted({row // self._each for row in rows})
-        }
+        self._streams = {str(s): self._stream(shuffled[s :: settings.streams], encoder) for s in streams}
 
     def _stream(self, documents: Any, encoder: Encoder) -> grain.DatasetIterator:
         accumulate = self._settings.accumulate
@@ -125,9 +139,10 @@ def check(documents: Documents, encoder: Encoder) -> None:
     """Raises `UserError`, in every process, if a document is not as it should be, or none has two tokens.
 
     A bad one, found late, would end the run and every one after it: without it the data would not be the same.
-    Several processes divide the documents among themselves.
+    Several processes divide the documents among themselves. Of conversations that are too long all are counted.
     """
     problem, first, step = None, jax.process_index(), jax.process_count()
+    long: list[TooLong] = []
     own = tqdm(
         documents.part(first, step),
         f"checking {documents.name}",
@@ -138,12 +153,20 @@ def check(documents: Documents, encoder: Encoder) -> None:
     )
     try:
         for document in own:
-            encoder.check(document)
+            try:
+                encoder.check(document)
+            except TooLong as error:
+                long.append(error)
     except UserError as error:
         problem = str(error)
-    for found in distributed.gathered(problem):
+    told = distributed.gathered((problem, [str(error) for error in long[:1]], [error.tokens for error in long]))
+    for found, _, _ in told:
         if found is not None:
             raise UserError(found)
+    if tokens := [n for _, _, some in told for n in some]:
+        one = next(text for _, texts, _ in told for text in texts)
+        more = f" … and {len(tokens) - 1} more; the longest has {max(tokens)} tokens"
+        raise UserError(one + more * (len(tokens) > 1))
     # Without a single sample grain would look for one forever.
     if not any(encoder(document) for document in documents.part(0, 1)):
         raise UserError(f"{documents.name}: no document has two tokens or more")

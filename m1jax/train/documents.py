@@ -32,7 +32,12 @@ class Place:
     kind: Kind
     first: int
     last: int
-    line: int
+    line: int  # of a JSONL file; of a text 0, but in parts of it that others follow
+
+    @property
+    def ends(self) -> bool:
+        """Whether the document is not a part of a text that others follow."""
+        return self.kind != "text" or not self.line
 
     def __str__(self) -> str:
         return f"{self.file}, line {self.line}" if self.kind == "jsonl" else str(self.file)
@@ -67,7 +72,9 @@ class Documents:
         self._shelves = [_shelf(file, length, name) for file in files]
         self._ends = list(itertools.accumulate(map(len, self._shelves)))
         self.fingerprint = digest([(file.name, file.stat().st_size) for file in files])
-        self.contents = digest([_ends(file) for file in files])
+        # Once, each part of a text had a token at its end: runs of that time do not go on with what is read now.
+        parted = [b"parts"] * any(not shelf[0].ends for shelf in self._shelves)
+        self.contents = digest([_ends(file) for file in files] + parted)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -211,13 +218,13 @@ def _text_bounds(file: Path, kind: Kind) -> Iterator[tuple[int, int, int]]:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(f"{file} is not UTF-8 (line {number}, byte {at + error.start}): save it so") from None
+            if kind == "text" and at - first >= _PART:
+                yield first, at, number - 1
+                first = at
             at += len(line)
             if kind == "jsonl":
                 if line.strip():
                     yield first, at, number
-                first = at
-            elif at - first >= _PART:
-                yield first, at, number
                 first = at
     if at > first:
         yield first, at, 0

@@ -43,13 +43,14 @@ class Guard:
         what = f"step {number + 1}: {self._what(state, batch, values)}; the weights are as before"
         if guard.action == "stop":
             raise Stopped(f'{what}: look at the data or lower the learning rate, or set guard.action = "skip"')
-        report.say(f"warning: {what}, the step is skipped")
         if self._bad >= guard.skips:
-            raise Stopped(f"{what}; that was the {self._bad}th in a row: look at the data or the learning rate")
+            raise Stopped(f"{what}; that makes {self._bad} in a row: look at the data or the learning rate")
+        report.say(f"warning: {what}, the step is skipped")
 
     def _what(self, state: TrainState, batch: Any, values: Mapping[str, Any]) -> str:
         if np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"]):
-            return f"the loss {values['loss']:.4f} is a spike"
+            limit = f"{values['loss_limit']:.4f}, the limit by guard.spike = {self._settings.guard.spike:g} (0 is none)"
+            return f"the loss {values['loss']:.4f} is a spike, above {limit}"
         model = computing(state.model, self._settings.model.dtype)
         for i in range(batch["tokens"].shape[0]):
             place = model.first_bad_layer(batch["tokens"][i], batch["segments"][i])

@@ -33,7 +33,7 @@ from m1jax.train.interruption import Interruption
 from m1jax.train.report import Report
 from m1jax.train.settings import Settings
 from m1jax.train.step import TrainState, adamw, init_state
-from m1jax.workplace import LOCK, alone, disk_errors
+from m1jax.workplace import LOCK, alone, check_folder, disk_errors
 
 MODEL = "model"  # the trained model's folder in `out`
 COMPILED = 3  # steps after the first, then all is compiled
@@ -187,6 +187,7 @@ def drive(parts: Parts, stage: Stage, profile: bool) -> None:
         if jax.process_count() == 1:  # of several, one that fails ends without waiting for the others
             stack.callback(checkpoints.close)
         state, first = None, checkpoints.latest or 0
+        _check_place(settings, out / MODEL, first)
         if first > settings.steps:
             raise UserError(f"{out} is at step {first} of its run already: steps = {settings.steps} is less")
         if first:
@@ -204,6 +205,18 @@ def drive(parts: Parts, stage: Stage, profile: bool) -> None:
         folder = Path(parts.tokenizer.folder) if parts.tokenizer is not None else None
         save(state.model, out / MODEL, settings.model.save_dtype, folder, overwrite=True)
         report.draw()
+
+
+def _check_place(settings: Settings, place: Path, first: int) -> None:
+    """Raises `UserError` if the trained model would take the place of what this run, at step `first`, has not made."""
+    for begins in (settings.model.path, settings.model.tokenizer):
+        if begins and Path(begins).resolve().is_relative_to(place.resolve()):
+            raise UserError(
+                f"{place} is where the trained model goes, and {begins} what it begins with: choose another out"
+            )
+    check_folder(
+        place, overwrite=first > 0, remedy="move it or choose another out, no checkpoint says it is this run's"
+    )
 
 
 def _steps(
@@ -226,9 +239,20 @@ def _steps(
         report.say("warning: no step is left to profile")
     killed_at_evaluation = bool(first) and stage.evaluates(first - 1) and not report.has(stage.judged_by)
     interruption = Interruption()
+
+    def end(number: int) -> None:
+        _keep(state, number + 1, stage.position(), checkpoints, report)
+        wait("interrupted")  # whoever ends first takes the others along
+        raise KeyboardInterrupt
+
+    def evaluate(number: int) -> None:
+        report.add(stage.evaluate(state))
+        if jax.process_count() == 1 and interruption.ends(number):  # several are asked once after each step
+            end(number)
+
     with contextlib.ExitStack() as trace, jax.set_mesh(parts.mesh), interruption.held_back():
         if killed_at_evaluation:
-            report.add(stage.evaluate(state))
+            evaluate(first - 1)
         report.resume()
         for number in range(first, settings.steps):
             if number in traced[:1]:
@@ -247,11 +271,9 @@ def _steps(
                 if problem:
                     report.say(f"warning: {problem}; training goes on")
             if interruption.ends(number):
-                _keep(state, number + 1, stage.position(), checkpoints, report)
-                wait("interrupted")  # whoever ends first takes the others along
-                raise KeyboardInterrupt
+                end(number)
             if stage.evaluates(number):
-                report.add(stage.evaluate(state))
+                evaluate(number)
             report.resume()
     return state
 
@@ -297,7 +319,7 @@ def fetched(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics of a step for the report; the load of the experts becomes shares and their extremes."""
-    out = {name: value for name, value in metrics.items() if name not in ("load", "limit", "tokens", "seen")}
+    out = {name: value for name, value in metrics.items() if name not in ("load", "loss_limit", "tokens", "seen")}
     if "load" in metrics:
         load = np.asarray(metrics["load"], np.float64)
         share = load / max(load[0].sum(), 1.0) * load.shape[1]  # 1 where all experts are used alike

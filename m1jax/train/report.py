@@ -24,6 +24,7 @@ from m1jax.train.settings import Settings
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
 RECENT = 20  # steps that the time left is estimated from
+SPARSE = 3  # points of a curve at most that are marked: of one alone there is no line
 
 
 def flops_per_token(config: M1Config, context: float) -> float:
@@ -60,6 +61,7 @@ class Report:
         self._stream = self._board = None
         self._row: dict[str, Any] = {"step": first}  # of the last step, and where its line starts in the file
         self._start = 0
+        self._first = first
         if jax.process_index() == 0:
             _drawing()  # what is missing is missed now, not after the training
             self._board = _board(self._out / "tensorboard", first) if settings.log.tensorboard else None
@@ -92,7 +94,8 @@ class Report:
             figures["utilisation"] = tflops / self._peak
         self._bar.set_postfix_str(self._text(figures), refresh=False)
         self._bar.update(1)
-        self._recent.append(seconds)
+        if step != self._first:  # which compiles
+            self._recent.append(seconds)
         self._row = {"step": step + 1}
         if self._stream is not None:
             self._start = self._file.stat().st_size
@@ -100,13 +103,19 @@ class Report:
             return
         arrays = {name: value for name, value in values.items() if np.ndim(value)}
         self._row |= {name: np.asarray(value, np.float64).round(6).tolist() for name, value in arrays.items()}
-        self.add(figures)
+        self._add(figures)
         if self._plain and self._bar.disable:
-            left = statistics.median(self._recent) * (self._settings.steps - step - 1)  # the first one compiles
-            print(f"step {step + 1}/{self._settings.steps} {self._text(figures)} left {left:.0f} s", file=sys.stderr)
+            steps = self._settings.steps - step - 1
+            left = f"{statistics.median(self._recent) * steps:.0f} s" if self._recent else "?"
+            print(f"step {step + 1}/{self._settings.steps} {self._text(figures)} left {left}", file=sys.stderr)
 
     def add(self, figures: Mapping[str, float]) -> None:
-        """Adds figures to those of the step that was reported last."""
+        """Adds figures of an evaluation to those of the step that was reported last, and says them."""
+        self._add(figures)
+        means = [f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name]
+        self.say(f"step {self._row['step']}/{self._settings.steps} {', '.join(means)}")
+
+    def _add(self, figures: Mapping[str, float]) -> None:
         self._row |= {name: _finite(value) for name, value in figures.items()}
         if self._stream is not None:
             # The longer line goes over the one it begins like, which is never gone.
@@ -130,7 +139,8 @@ class Report:
         self._clock = time.perf_counter()
 
     def _text(self, figures: Mapping[str, float]) -> str:
-        parts = [f"loss {figures['loss']:.4f}", f"{figures['tokens_per_second']:.0f} tokens/s"]
+        parts = [f"{name} {figures[name]:.4f}" for name in ("loss", "reward", "accuracy") if name in figures]
+        parts += [f"{figures['tokens_per_second']:.0f} tokens/s"]
         if "utilisation" in figures:
             parts.append(f"MFU {figures['utilisation']:.1%}")
         return ", ".join(parts)
@@ -225,7 +235,7 @@ def curves(metrics: Path, picture: Path) -> None:
         axes = figure.add_subplot(down, 3, i + 1)
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         axes.locator_params(nbins=4)  # most of the time goes into ticks
-        axes.plot(*zip(*points, strict=True), linewidth=1)
+        axes.plot(*zip(*points, strict=True), linewidth=1, marker="o" if len(points) <= SPARSE else "", markersize=3)
         axes.set_title(name.replace("_", " "), fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)

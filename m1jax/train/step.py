@@ -28,6 +28,8 @@ Loss = Callable[[M1, Batch, Metrics], tuple[jax.Array, Metrics]]
 
 CALM = 50  # steps before a spike is called one
 MEMORY = 0.98  # of the running mean and variance of the loss
+DEVIATION = 0.01, 0.02  # that a loss has at the least: as a part of the mean, and itself
+NOTED = 5  # deviations that a spike counts for in the mean and variance: ten in a row make the limit six times as wide
 KEPT = functools.lru_cache(maxsize=8)  # runs of one process that are set alike share what is compiled
 
 
@@ -76,7 +78,7 @@ def rate_factors(config: M1Config, text: str) -> dict[str, float]:
     """Factor of the learning rate by parameter, from a setting such as "softmax.*=5,moe.router=0".
 
     Raises:
-      UserError: it is written otherwise, a factor is negative, or a pattern fits no parameter.
+      UserError: it is written otherwise, a factor is negative, all are 0, or a pattern fits no parameter.
     """
     factors = dict.fromkeys(param_table(config), 1.0)
     for part in filter(None, text.split(",")):
@@ -91,22 +93,28 @@ def rate_factors(config: M1Config, text: str) -> dict[str, float]:
         if not names:
             raise UserError(f"optimizer.rates: no parameter is named {pattern!r}: there are {', '.join(factors)}")
         factors |= dict.fromkeys(names, factor)
+    if not any(factors.values()):
+        raise UserError(f"optimizer.rates = {text!r} leaves nothing to train: give a parameter a factor above 0")
     return factors
 
 
-def adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
-    """Clipping, AdamW without decay of norms, schedule, each parameter's own rate. Raises `UserError`."""
+def adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.GradientTransformationExtraArgs:
+    """Clipping, AdamW without decay of norms, schedule, each parameter's own rate. Raises `UserError`.
+
+    An update is at step `at` of the schedule; without one, at that after the update before.
+    """
     return _adamw(config, settings, steps if settings.decay else 0)  # without a way down their number is of no matter
 
 
 @KEPT
-def _adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
+def _adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.GradientTransformationExtraArgs:
     decayed = build(config, lambda _, spec: spec.init is not None)
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
     rate, factor = optax.scale_by_learning_rate(schedule(settings, steps)), rate_factors(config, settings.rates)
     factors = build(config, lambda path, _: factor[path])
 
-    def scaled(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def scaled(updates: Any, state: Any, params: Any = None, *, at: Any = None, **_: Any) -> tuple[Any, Any]:
+        state = state if at is None else state._replace(count=jnp.asarray(at, state.count.dtype))
         updates, state = rate.update(updates, state, params)
         return jax.tree.map(jnp.multiply, updates, factors), state
 
@@ -114,7 +122,7 @@ def _adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.G
         clip,
         optax.scale_by_adam(settings.b1, settings.b2, settings.eps or 1e-8),
         optax.add_decayed_weights(settings.weight_decay, decayed),
-        optax.GradientTransformation(rate.init, scaled),  # no state of its own: a run goes on with other rates
+        optax.GradientTransformationExtraArgs(rate.init, scaled),  # no state of its own: a run goes on with other rates
     )
 
 
@@ -189,29 +197,38 @@ def _of_trained(loss: Loss, setting: str) -> Loss:
 
 @KEPT
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, guard: GuardSettings, rates: str = ""
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    loss: Loss, optimizer: optax.GradientTransformationExtraArgs, guard: GuardSettings, rates: str = ""
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The compiled step; the old state's memory is given to the new one.
 
-    It takes a batch with a leading axis of batches to accumulate, `[A, B, T]`. A step whose loss or gradient is not
-    finite, or whose loss is a spike, changes no weight: metric `good` is then false. `rates` as in `OptimizerSettings`.
-    Metrics are those of the loss and what else a report wants; those of `_size` are sums.
+    It takes a batch with a leading axis of batches to accumulate, `[A, B, T]`, and `at` as `adamw` does. A step whose
+    loss or gradient is not finite, or whose loss is a spike, above metric `loss_limit`, changes no weight: metric
+    `good` is then false. `rates` as in `OptimizerSettings`. Metrics are those of the loss and what else a report wants;
+    those of `_size` are sums.
     """
     loss = _of_trained(loss, rates)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, at: int | None = None) -> tuple[TrainState, Metrics]:
         gradient, metrics = accumulated(loss, state.model, batch)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
-        limit = state.mean + guard.spike * jnp.sqrt(state.variance)
+        deviation = jnp.maximum(jnp.sqrt(state.variance), _least(state.mean))
+        limit = state.mean + guard.spike * deviation
         calm = (state.accepted < CALM) | (metrics["loss"] <= limit) | (guard.spike == 0)
         metrics["good"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"]) & calm
-        metrics["limit"] = limit
+        metrics["loss_limit"] = limit
         metrics |= _size(batch["segments"])
 
-        update, moved = optimizer.update(gradient, state.optimizer, state.model)  # pyright: ignore[reportArgumentType]
-        new = _accept(state, jax.tree.map(jnp.add, state.model, update), moved, metrics["loss"])
-        state = dataclasses.replace(state, step=state.step + 1)
-        return jax.tree.map(lambda a, b: jnp.where(metrics["good"], a, b), new, state), metrics
+        update, moved = optimizer.update(gradient, state.optimizer, state.model, at=at)  # pyright: ignore[reportArgumentType]
+        mean, variance = _noted(state, metrics["loss"])
+        model = jax.tree.map(jnp.add, state.model, update)
+        new = TrainState(model, moved, state.step + 1, state.accepted + 1, mean, variance)
+        old = dataclasses.replace(state, step=state.step + 1)
+        if guard.action == "skip":  # a level that the loss keeps to is no spike after a while
+            noted = _noted(state, jnp.minimum(metrics["loss"], state.mean + NOTED * deviation))
+            known = jnp.isfinite(metrics["loss"])
+            mean, variance = (jnp.where(known, a, b) for a, b in zip(noted, (state.mean, state.variance), strict=True))
+            old = dataclasses.replace(old, mean=mean, variance=variance)
+        return jax.tree.map(lambda a, b: jnp.where(metrics["good"], a, b), new, old), metrics
 
     return jax.jit(step, donate_argnums=0)
 
@@ -223,12 +240,19 @@ def _size(segments: jax.Array) -> Metrics:
     return {"tokens": jnp.sum(valid), "seen": jnp.sum(jnp.where(valid, seen, 0).astype(jnp.float32))}
 
 
-def _accept(state: TrainState, model: M1, optimizer: Any, loss: jax.Array) -> TrainState:
+def _least(mean: jax.Array) -> jax.Array:
+    """The least deviation of a loss of this mean."""
+    part, itself = DEVIATION
+    return jnp.maximum(part * jnp.abs(mean), itself)
+
+
+def _noted(state: TrainState, loss: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance with one more loss."""
     keep = jnp.where(state.accepted == 0, 0.0, MEMORY)
     away = loss - state.mean
     mean = state.mean + (1 - keep) * away
     variance = jnp.where(state.accepted == 0, 0.0, keep * (state.variance + (1 - keep) * away * away))
-    return TrainState(model, optimizer, state.step + 1, state.accepted + 1, mean, variance)
+    return mean, variance
 
 
 def accumulated(loss: Loss, model: M1, batch: Batch) -> tuple[M1, Metrics]:

@@ -114,9 +114,9 @@ class Supervised:
         values = figures(metrics)
         report.step(number, values | {"learning_rate": rate}, *size(metrics))
         try:
-            self._guard.look(number, state, batch, values, report)
+            self._guard.look(number, state, batch, metrics, report)
         except Stopped as stopped:
-            stopped.state = dataclasses.replace(state, step=state.step - 1)  # a bad step changes nothing else
+            stopped.state = dataclasses.replace(state, step=state.step - 1)  # a bad step changes no weight
             raise
         return state
 
