@@ -471,18 +471,19 @@ def _step(
     recurrent: bool = False,
 ) -> tuple[jax.Array, M1State, jax.Array | None]:
     """Logits, the new state, and the experts that the tokens went to if `routed`."""
-    last = logits == "last"
+    last, room = logits == "last", state.max_length
 
     def local(
         model: M1, tokens: jax.Array, state: M1State, lengths: jax.Array
     ) -> tuple[jax.Array, M1State, jax.Array | None]:
         # Of the last layer's tokens all choose experts.
         x, state, routes = read(model, tokens, state, lengths, last and not routed, routed, recurrent)
-        return head(model, final_norm(model, last_valid(x, lengths) if last else x)), state, routes
+        values = head(model, final_norm(model, last_valid(x, lengths) if last else x))
+        over = (state.length > room).reshape(-1, *(1,) * (values.ndim - 1))
+        return jnp.where(over, jnp.nan, values), state, routes
 
     out = (("batch", "vocab") if last else (*TOKENS, "vocab"), _STATE, (*TOKENS, "layer", "router") if routed else None)
     run = on_mesh(local, model.config, out, model=(), tokens=TOKENS, state=(), lengths=("batch",))
-    values, after, routes = run(model, stretched(tokens), state, lengths)
-    T, over = tokens.shape[1], after.length > state.max_length
-    values = jnp.where(over.reshape(-1, *(1,) * (values.ndim - 1)), jnp.nan, values)
-    return values if last else values[:, :T], after, None if routes is None else routes[:, :T]
+    values, state, routes = run(model, stretched(tokens), state, lengths)
+    T = tokens.shape[1]
+    return values if last else values[:, :T], state, None if routes is None else routes[:, :T]

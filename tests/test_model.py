@@ -361,7 +361,7 @@ def test_rotated_channels_are_rounded_once() -> None:
 def test_past_the_end_of_the_cache_there_are_no_logits() -> None:
     """NaN, for the rows that are past it alone, where they would be those of a context with holes."""
     model, tokens = random_model(SMALL), tokens_of(SMALL, 2, 5)
-    logits, state = model.step(tokens[:, :4], model.init_state(2, 4), lengths=[4, 3])
+    logits, state = model.step(tokens[:, :4], model.init_state(2, 4), lengths=np.asarray([4, 3]))
     assert np.isfinite(logits).all()
     for kind in ("all", "last"):
         logits, _ = model.step(tokens[:, 4:], state, logits=kind)
