@@ -26,6 +26,7 @@ from m1jax.reply import Reply, Request, Segment
 from m1jax.rows import Rows
 from m1jax.sampling import Sampling, SamplingRows
 from m1jax.sharding.mesh import mesh_of
+from m1jax.sharding.region import on_mesh_of
 from m1jax.sharding.rules import shards
 from m1jax.tokenizer import Tokenizer
 
@@ -84,8 +85,8 @@ class Engine:
         self.context = config.max_position_embeddings
         self.eos_ids = end_tokens(config, tokenizer)
         self.stats = Stats()
-        self.mesh = mesh_of(model.embed[...])
-        self._rows = 1 if self.mesh is None else shards(self.mesh, "batch")
+        mesh = mesh_of(model.embed.get_value())
+        self._rows = 1 if mesh is None else shards(mesh, "batch")
         self._compiled: dict[Hashable, Any] = {}
 
     def generate(
@@ -124,15 +125,11 @@ class Engine:
         key = (function.__name__, shapes, *static.items())
         if key not in self._compiled:
             start = time.perf_counter()
-            with self.on_mesh():
+            with on_mesh_of(self.model.embed.get_value()):
                 self._compiled[key] = function.lower(*args, **static).compile()
             self.stats.compile_seconds += time.perf_counter() - start
             self.stats.compilations += 1
         return self._compiled[key](*args)
-
-    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
-        """Sets the mesh of the model, if it lies on one."""
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -195,9 +192,7 @@ class Engine:
     def not_finite(self, tokens: Sequence[int]) -> UserError:
         """The error for logits that are NaN after these tokens."""
         context = np.tile(np.asarray(tokens[-TRACED:], np.int32), (self._rows, 1))
-        with self.on_mesh():
-            place = self.model.first_bad_layer(context)
-        place = place or "the state left by earlier tokens"
+        place = self.model.first_bad_layer(context) or "the state left by earlier tokens"
         return UserError(
             f"the model computes NaN or infinity, first in {place}: its weights are damaged or overflow this dtype"
         )

@@ -9,7 +9,6 @@ Replies are greedy, problems are the same for every model. `--against` asks an O
 """
 
 import argparse
-import contextlib
 import json
 import math
 import sys
@@ -112,6 +111,7 @@ class Local:
         from m1jax.prompt import Options
         from m1jax.rl.rollout import padded_prompts, rollout, sampling_rows
         from m1jax.sharding.mesh import mesh_of
+        from m1jax.sharding.region import on_mesh_of
         from m1jax.sharding.rules import shards
 
         tokenizer = self.prompter.tokenizer
@@ -120,7 +120,8 @@ class Local:
         # Prompts of similar length go together: their state grows with the longest.
         order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
         out: dict[int, tuple[str, bool]] = {}
-        mesh = mesh_of(self.model.embed[...])
+        embedding = self.model.embed.get_value()
+        mesh = mesh_of(embedding)
         ways = 1 if mesh is None else shards(mesh, "batch")
         rows = -(-min(self.rows, len(prompts)) // ways) * ways
         for first in range(0, len(order), rows):
@@ -128,7 +129,7 @@ class Local:
             padded = [prompts[n] for n in part] + [prompts[part[0]]] * (rows - len(part))
             tokens, lengths = padded_prompts(padded, 64)
             greedy = sampling_rows([0] * rows, 1, 0.0)
-            with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            with on_mesh_of(embedding):
                 found = jax.device_get(
                     rollout(self.model, tokens, lengths, greedy, eos, self.window, replies=1, window=self.window)
                 )

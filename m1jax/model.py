@@ -9,7 +9,7 @@ M hidden, E experts, F expert width, V vocabulary, R rotary_dim.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +18,18 @@ from flax import nnx
 from jax import lax
 from jax.typing import ArrayLike
 
-from m1jax import layers, params
+from m1jax import layers
 from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.kernels.experts import Quantization
 from m1jax.kernels.linear import linear
-from m1jax.params import STATE_AXES, join_quantized, nest, param_table
+from m1jax.params import STATE_AXES, ParamSpec, join_quantized, nest, param_table
 from m1jax.sharding import rules
 from m1jax.sharding.region import lookup, mesh_in_use, on_mesh, on_mesh_of, rows_of, start, total, ways, whole
 from m1jax.stack import Carry, body, not_finite, token_at
 
 Logits = Literal["all", "last"]
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 MOST_LOGITS = 1 << 24  # that exist at a time where they are only looked at
 
@@ -113,17 +112,15 @@ class Block(nnx.Module):
     mlp_norm: nnx.Param
 
 
-def _on_its_mesh(
-    method: Callable[Concatenate[Any, Arguments], Result],
-) -> Callable[Concatenate[Any, Arguments], Result]:
+def _on_its_mesh(method: Method) -> Method:
     """A method of a model, computed on the mesh that its parameters lie on where none is set."""
 
     @functools.wraps(method)
-    def run(self: Any, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def run(self: "M1", *args: Any, **kwargs: Any) -> Any:
         with on_mesh_of(self.embed.get_value()):
             return method(self, *args, **kwargs)
 
-    return run
+    return cast(Method, run)
 
 
 @nnx.dataclass
@@ -249,7 +246,7 @@ class M1(nnx.Module):
         return next((place for place, count in zip(places, bad, strict=True) if count), None)
 
 
-def build(config: M1Config, leaf: Callable[[str, params.ParamSpec], Any], quantize: Quantization | None = None) -> M1:
+def build(config: M1Config, leaf: Callable[[str, ParamSpec], Any], quantize: Quantization | None = None) -> M1:
     """A model whose parameters are `leaf(path, spec)` for each entry of `param_table(config, quantize)`."""
     leaves = join_quantized({path: leaf(path, spec) for path, spec in param_table(config, quantize).items()})
     axes = {path: spec.axes for path, spec in param_table(config).items()}
@@ -276,7 +273,7 @@ def init_params(config: M1Config, key: jax.Array, dtype: str = "float32") -> M1:
     """A model with random parameters: normal with `initializer_range`, norms one."""
     keys = dict(zip(param_table(config), jax.random.split(key, len(param_table(config))), strict=True))
 
-    def leaf(path: str, spec: params.ParamSpec) -> jax.Array:
+    def leaf(path: str, spec: ParamSpec) -> jax.Array:
         kind = jnp.dtype(spec.dtype or dtype)
         if spec.init is None:
             return jnp.ones(spec.shape, kind)

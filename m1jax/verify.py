@@ -53,14 +53,15 @@ def verify(src: Path, dst: Path, mesh: str | None = None) -> bool:
     marker = read_marker(dst) if (dst / MARKER).exists() else {"dtype": "keep", "quantize": None}
     rounded, quantize = marker["dtype"] == "bfloat16", marker["quantize"]
     # Both are opened before the first is computed, which may take long.
-    source, other, plain = open_parameters(src, quantize), open_parameters(dst), open_parameters(src)
+    source, other = open_parameters(src, quantize), open_parameters(dst)
+    plain = open_parameters(src) if quantize else None
     with contextlib.ExitStack() as stack:
         if mesh is not None:
             devices = parsed_mesh(mesh, source.config, quantize=quantize)
             check(source.config, devices, quantize)
             stack.enter_context(jax.set_mesh(devices))
         wanted, found = _logits(src, _rounding(source) if rounded else source), _logits(dst, other)
-        exact = _logits(src, plain) if quantize and plain.quantize is None else None
+        exact = _logits(src, plain) if plain is not None and plain.quantize is None else None
     if {name: logits.shape for name, logits in wanted.items()} != {
         name: logits.shape for name, logits in found.items()
     }:

@@ -92,8 +92,8 @@ def pick(stack: jax.Array, index: Index, first: jax.Array | int = 0, rows: int |
     """`stack[index][first : first + rows]` for a stack `[..., O, I]`."""
     O, I = stack.shape[-2:]
     rows = O if rows is None else rows
-    start = (jnp.int32(i) for i in (*index, first, 0))  # all of one kind with 64-bit integers, too
-    return lax.dynamic_slice(stack, tuple(start), (1,) * len(index) + (rows, I)).reshape(rows, I)
+    start = tuple(map(jnp.int32, (*index, first, 0)))  # all of one kind with 64-bit integers, too
+    return lax.dynamic_slice(stack, start, (1,) * len(index) + (rows, I)).reshape(rows, I)
 
 
 def dot(x: jax.Array, w: jax.Array) -> jax.Array:
