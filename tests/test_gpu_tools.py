@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from concurrent import futures
 from pathlib import Path
 
 import jax
@@ -61,6 +62,24 @@ def test_what_a_kernel_touches_outside_its_arrays_shows() -> None:
     x = np.zeros(8, np.float32)
     with pytest.raises(Exception, match="outside its arrays"):
         interpret.run(triton_kernels.add, (3,), x, 1.0, np.zeros_like(x), N=4)
+
+
+def test_kernels_at_once_in_the_interpreter() -> None:
+    """XLA calls the host from several threads where nothing orders the calls; the interpreter has one state for all."""
+
+    def raised(amount: int) -> np.ndarray:
+        out = np.full(64, np.nan, np.float32)
+        interpret.run(triton_kernels.add, (16,), np.zeros(64, np.float32), float(amount), out, N=4)
+        return out
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with futures.ThreadPoolExecutor(4) as threads:
+            for amount, got in enumerate(threads.map(raised, range(16))):
+                assert np.array_equal(got, np.full(64, amount))
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_target_is_the_device_of_the_mesh() -> None:

@@ -5,6 +5,7 @@ The interpreter must be chosen before triton is imported (TRITON_INTERPRET=1), a
 
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,6 +130,7 @@ def _converted(source: Any, kind: Any) -> Any:
     return _from_integers(source, kind)
 
 
+_one_at_a_time = threading.Lock()  # the interpreter keeps what runs in globals, and XLA calls the host from any thread
 _memory: list[tuple[int, int]] = []  # arrays of the running kernel: first address, first behind
 
 
@@ -167,9 +169,9 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
       IndexError: it reads or writes outside them.
     """
     arrays = [a for a in args if isinstance(a, np.ndarray)]
-    _memory[:] = [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in arrays]
     wrapped = [_Tensor(a) if isinstance(a, np.ndarray) else a for a in args]
-    with np.errstate(over="ignore", under="ignore"):
+    with _one_at_a_time, np.errstate(over="ignore", under="ignore"):
+        _memory[:] = [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in arrays]
         kernel[grid](*wrapped, **constants)
 
 
