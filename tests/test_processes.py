@@ -28,7 +28,7 @@ from m1jax.rendezvous import meet
 from m1jax.rl import stage
 from m1jax.train import supervised
 from m1jax.train.__main__ import main as train
-from tests import test_rl, test_train_run
+from tests import test_rl, training
 from tests.checkpoints import random_tensors, write_checkpoint
 from tests.generation_fixtures import tiny_config, write_model
 from tests.tools import DATA, rms_error, variant
@@ -65,7 +65,7 @@ def run(address: str, count: int, module: str, args: Sequence[str]) -> list[Ende
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=os.environ | test_train_run.CACHED,
+            env=os.environ | training.CACHED,
         )
         for i in range(count)
     ]
@@ -247,29 +247,29 @@ def test_trains_as_one_process(tmp_path: Path, address: str, monkeypatch: pytest
     """
     path = tmp_path / "data"
     path.mkdir()
-    (path / "config.json").write_text(json.dumps(test_train_run.CONFIG.to_official()))
+    (path / "config.json").write_text(json.dumps(training.CONFIG.to_official()))
     lines = [json.dumps({"text": f"{i} + {i} = {2 * i}. " * (1 + i % 2)}) for i in range(64)]
     (path / "corpus.jsonl").write_text("\n".join(lines))
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     shutil.copy(path / "corpus.jsonl", path / "held.jsonl")
     data = {"validation": [str(path / "held.jsonl")], "validate_every": 2, "streams": 2}
-    test_train_run.on_two_devices(monkeypatch)
+    training.on_two_devices(monkeypatch)
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     for mesh, dtype, first in (("fsdp=2", "bfloat16", 0), ("tensor=2", "float32", 2)):
         changes: dict[str, Any] = {"steps": 4, "mesh": mesh, "model": {"dtype": dtype}, "data": data}
-        supervised.run(test_train_run.settings(path, alone, **changes))
-        file = test_train_run.write_toml(test_train_run.toml(path, shared, **changes), tmp_path / "shared.toml")
+        supervised.run(training.settings(path, alone, **changes))
+        file = training.write_toml(training.toml(path, shared, **changes), tmp_path / "shared.toml")
         ended = several(address, 2, "train", "--config", file)
         assert [e.code for e in ended] == [0, 0], ended
         assert "complete" in ended[0].out and ended[1].out == ""
         assert ("going on from step 2 of 4" in ended[0].err) == bool(first)
-        found = [test_train_run.losses(out) for out in (shared, alone)]
+        found = [training.losses(out) for out in (shared, alone)]
         assert [row[0] for row in found[0]] == [1, 2, 3, 4]
         assert rms_error(*([row[1:] for row in rows] for rows in found)) < 1e-5
         ours, theirs = (flatten(m1jax.load(out / "model")) for out in (shared, alone))
         assert all(rms_error(ours[name], theirs[name]) < 1e-4 for name in ours)
         assert (shared / "model" / "tokenizer.json").exists() and (shared / "curves.png").exists()
-        validated = [[row.get("validation_loss") for row in test_train_run.rows(out)] for out in (shared, alone)]
+        validated = [[row.get("validation_loss") for row in training.rows(out)] for out in (shared, alone)]
         assert [value is None for value in validated[0]] == [True, False] * 2
         assert rms_error(*(row[1::2] for row in validated)) < 1e-5
         for out in (alone, shared):
@@ -280,7 +280,7 @@ def test_trains_as_one_process(tmp_path: Path, address: str, monkeypatch: pytest
 
 def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path, address: str) -> None:
     """With a checkpoint of that step, from which the run goes on as if nothing had been."""
-    (tmp_path / "config.json").write_text(json.dumps(test_train_run.CONFIG.to_official()))
+    (tmp_path / "config.json").write_text(json.dumps(training.CONFIG.to_official()))
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "1 + 1 = 2. " * 40}))
 
     def start(out: Path, steps: int) -> Callable[[], list[Ended]]:
@@ -290,23 +290,23 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path, ad
             "checkpoint": {"every": 1000},
             "optimizer": {"decay": 0},
         }
-        file = test_train_run.write_toml(test_train_run.toml(tmp_path, out, **changes), tmp_path / f"{out.name}.toml")
+        file = training.write_toml(training.toml(tmp_path, out, **changes), tmp_path / f"{out.name}.toml")
         return lambda: several(address, 2, "train", "--config", file)
 
     out, whole = tmp_path / "out", tmp_path / "whole"
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(start(out, 100_000))
-        while not (out / "metrics.jsonl").exists() or len(test_train_run.rows(out)) < 3:
+        while not (out / "metrics.jsonl").exists() or len(training.rows(out)) < 3:
             assert not ended.done(), ended.result()
             time.sleep(0.05)
         (second,) = children_with("--process-id", "1")
         os.kill(second, signal.SIGTERM)
         assert [e.code for e in ended.result()] == [130, 130], ended.result()
-    done = len(test_train_run.rows(out))
+    done = len(training.rows(out))
     assert f"the same command goes on from step {done}" in ended.result()[0].err
     for folder in (out, whole):
         assert [e.code for e in start(folder, done + 2)()] == [0, 0]
-    assert test_train_run.losses(out) == test_train_run.losses(whole)
+    assert training.losses(out) == training.losses(whole)
 
 
 def children_with(*arguments: str) -> list[int]:
@@ -322,12 +322,12 @@ def test_reinforces_as_one_process(tmp_path: Path, address: str, monkeypatch: py
     """Replies, rewards and losses of one process with two devices, also gone on from; one process writes."""
     changes: dict[str, Any] = {"evaluate_every": 1, "evaluate_problems": 6}
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    test_train_run.on_two_devices(monkeypatch)
+    training.on_two_devices(monkeypatch)
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     for steps, mesh in ((1, "fsdp=2"), (2, "tensor=2")):
         stage.run(dataclasses.replace(test_rl.settings(alone, steps, **changes), mesh=mesh))
         table = test_rl.table(shared, steps, **changes) | {"mesh": mesh}
-        file = test_train_run.write_toml(table, tmp_path / "shared.toml")
+        file = training.write_toml(table, tmp_path / "shared.toml")
         ended = several(address, 2, "train", "--config", file)
         assert [e.code for e in ended] == [0, 0], ended
         assert "complete" in ended[0].out and ended[1].out == ""
@@ -348,7 +348,7 @@ def test_processes_that_do_not_do_the_same_are_told(tmp_path: Path, address: str
     tables = [test_rl.table(tmp_path / "out", 1, tasks=[str(tmp_path / "own.py")]) for _ in range(2)]
     for seed, message in ((7, "another settings or data than"), (0, "another draw of problems, which the seed alone")):
         for i, table in enumerate(tables):
-            test_train_run.write_toml(table | {"mesh": "fsdp=2", "seed": seed * i}, tmp_path / f"{i}.toml")
+            training.write_toml(table | {"mesh": "fsdp=2", "seed": seed * i}, tmp_path / f"{i}.toml")
         ended = several(address, 2, "train", "--config", tmp_path / "{index}.toml")
         assert all(e.code == 2 for e in ended) and message in ended[0].err, ended
 

@@ -1,9 +1,8 @@
-"""Whole runs of `python -m m1jax.train`: killed and continued, stopped by NaN, by a full disk, by bad input."""
+"""Whole runs of `python -m m1jax.train`: killed and continued, stopped by a signal, by NaN, by a full disk."""
 
 import dataclasses
 import errno
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -23,77 +21,29 @@ import m1jax
 from m1jax.errors import UserError
 from m1jax.export import export
 from m1jax.model import build
-from m1jax.params import count, flatten
+from m1jax.params import flatten
 from m1jax.saving import save
-from m1jax.sharding import sizes
-from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.tokenizer import Tokenizer
-from m1jax.train import __main__ as command
-from m1jax.train import data, guard, loop, saving, step, supervised
-from m1jax.train import settings as s
-from m1jax.train.report import Report, _peak_tflops, curves
+from m1jax.train import guard, loop, saving, step, supervised
 from m1jax.workplace import LOCK, alone
-from tests.checkpoints import run as run_command
-from tests.tools import DATA, rms_error, variant
-
-HELLO = DATA / "m1_hello"
-CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"  # as in conftest
-CACHED = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
-ENVIRONMENT = os.environ | CACHED
-CONFIG = variant(layer_types=("lightning", "softmax"), vocab_size=512, hidden_size=16, num_hidden_layers=2)
+from tests.tools import rms_error
+from tests.training import (
+    CONFIG,
+    ENVIRONMENT,
+    HELLO,
+    losses,
+    on_two_devices,
+    rows,
+    settings,
+    toml,
+    write_corpus,
+    write_toml,
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config and a corpus."""
-    path = tmp_path_factory.mktemp("train")
-    (path / "config.json").write_text(json.dumps(CONFIG.to_official()))
-    lines = [json.dumps({"text": f"{i} + {i} = {2 * i}. " * (1 + i % 2)}) for i in range(64)]
-    (path / "corpus.jsonl").write_text("\n".join(lines))
-    return path
-
-
-def toml(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    """A table of settings: 8 steps of two small rows, a checkpoint every second."""
-    table: dict[str, Any] = {
-        "stage": "pretrain",
-        "out": str(out),
-        "steps": 8,
-        "model": {"config": str(folder / "config.json"), "tokenizer": str(HELLO), "dtype": "float32"},
-        "data": {"files": [str(folder / "corpus.jsonl")], "length": 24, "rows": 2, "accumulate": 2, "bins": 4},
-        "optimizer": {"learning_rate": 1e-2, "warmup": 2, "decay": 2},
-        "checkpoint": {"every": 2, "keep": 2},
-        "log": {"tensorboard": False},
-        "guard": {},
-    }
-    for name, value in changes.items():
-        table[name] = table[name] | value if isinstance(value, dict) else value
-    return table
-
-
-def write_toml(table: dict[str, Any], file: Path) -> Path:
-    def line(key: str, value: Any) -> str:
-        return f"{key} = {json.dumps(value)}\n"
-
-    text = "".join(line(k, v) for k, v in table.items() if not isinstance(v, dict))
-    for name, part in table.items():
-        if isinstance(part, dict):
-            text += f"[{name}]\n" + "".join(line(k, v) for k, v in part.items())
-    file.write_text(text)
-    return file
-
-
-def settings(folder: Path, out: Path, **changes: Any) -> s.Settings:
-    return s.parse(s.Settings, toml(folder, out, **changes))
-
-
-def rows(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(out: Path) -> list[tuple[int, float, float]]:
-    """Bit by bit: JSON holds every digit."""
-    return [(row["step"], row["loss"], row["gradient_norm"]) for row in rows(out)]
+    return write_corpus(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +104,6 @@ def test_killed_at_any_moment_it_goes_on_bit_by_bit(folder: Path, whole: Path) -
     assert all(np.array_equal(ours[path], theirs[path]) for path in ours)
 
 
-def on_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes runs of this process take its first two devices for all there are."""
-    monkeypatch.setattr(loop, "mesh_of", lambda text, _: make_mesh(MeshShape.parse(text), "train", jax.devices()[:2]))
-
-
 def test_other_devices_give_the_same_losses_up_to_rounding(
     folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,91 +132,6 @@ def test_the_validation_loss_is_that_of_every_document_once(folder: Path, whole:
         log_p = jax.nn.log_softmax(model(tokens[None, :-1])[0])
         each += np.take_along_axis(np.asarray(log_p), tokens[1:, None], axis=1)[:, 0].tolist()
     assert found[8] == pytest.approx(-np.mean(each), rel=1e-5)
-
-
-def test_a_bad_validation_document_is_found_before_the_training(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "validation.jsonl").write_text('{"text": "This one is fine."}\n{"text": 3}\n')
-    with pytest.raises(UserError, match="line 2: text is not a string"):
-        supervised.run(settings(folder, tmp_path / "out", data={"validation": [str(tmp_path / "validation.jsonl")]}))
-    assert not (tmp_path / "out" / "metrics.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    ("stage", "bad", "message"),
-    [
-        ("sft", {"prompt": "Hello!", "response": "One. " * 90}, r"the conversation has \d+ tokens: raise data.length"),
-        ("pretrain", {"text": 3}, "text is not a string"),
-        ("pretrain", {"tokens": [1, 512]}, "token 512 is outside the model's vocabulary"),
-        ("pretrain", {"text": "a\ud800b"}, "the text is not valid UTF-8"),
-    ],
-)
-def test_a_bad_document_is_found_before_the_training(
-    folder: Path, tmp_path: Path, stage: str, bad: dict[str, Any], message: str
-) -> None:
-    """The last of all, which the first epoch would reach late: without it the run could not go on."""
-    lines = [{"prompt": "Hello!", "response": "One."}] * 60 + [bad]
-    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    data = {"files": [str(tmp_path / "chat.jsonl")], "length": 64}
-    with pytest.raises(UserError, match=f"line 61: {message}"):
-        supervised.Supervised(loop.prepare(settings(folder, tmp_path / "out", stage=stage, data=data)))
-
-
-def test_the_utilisation_is_flops_over_what_the_devices_can_do(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = settings(folder, tmp_path, log={"peak_tflops": 0.5})
-    clock = iter([100.0, 104.0, 106.0])
-    with Report(run, CONFIG, 2, 0) as report, monkeypatch.context() as patch:
-        patch.setattr(time, "perf_counter", lambda: next(clock))
-        report.resume()
-        report.step(0, {"loss": 1.0}, 3000, 10.0)
-        report.step(1, {"loss": 1.0}, 3000, 10.0, aside=1.0)
-    lightning, softmax, experts, router, norms, head = 5 * 512, 3 * 512, 2 * 2 * 3 * 24 * 16, 2 * 64, 112, 512 * 16
-    used = lightning + softmax + experts + router + norms + head  # parameters that a token meets
-    flops = 3000 * 3 * (2 * used + 4 * 4 * 8 * 8 + 4 * 4 * 8 * 10)
-    first, second = rows(tmp_path)
-    assert first["utilisation"] == pytest.approx(flops / (4 * 2 * 0.5e12))
-    assert second["utilisation"] == pytest.approx(flops / ((2 - 1) * 2 * 0.5e12)) and second["seconds"] == 2
-
-
-def test_the_peak_is_that_of_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    class H100:
-        device_kind = "NVIDIA H100 80GB HBM3"
-
-    monkeypatch.setattr(jax, "devices", lambda: [H100])
-    assert (_peak_tflops("bfloat16"), _peak_tflops("float32")) == (989.0, 494.5)
-
-
-def test_figures_that_are_added_never_take_the_step_away(folder: Path, tmp_path: Path) -> None:
-    """An evaluation makes the step's line longer; a process that ends before it is written leaves the line."""
-    with Report(settings(folder, tmp_path), CONFIG, 1, 0) as report:
-        report.step(0, {"loss": 1.0}, 10, 1.0)
-        before, stream = rows(tmp_path), report._stream
-        report._stream = Mock(wraps=stream, write=Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            report.add({"validation_loss": 2.0})
-        assert rows(tmp_path) == before
-        report._stream = stream
-        report.add({"validation_loss": 3.0})
-    assert rows(tmp_path) == [before[0] | {"validation_loss": 3.0}]
-
-
-def test_the_console_tells_of_evaluations_and_of_the_time_left(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The first step of a process compiles: nothing is to be foretold from it."""
-    clock = iter([100.0, 170.0, 172.0, 174.0])
-    with Report(settings(folder, tmp_path), CONFIG, 1, 2) as report, monkeypatch.context() as patch:
-        patch.setattr(time, "perf_counter", lambda: next(clock))
-        report.resume()
-        report.step(2, {"loss": 1.0}, 700, 10.0)
-        report.step(3, {"loss": 1.0, "reward": 0.25, "accuracy": 0.125}, 100, 10.0)
-        report.add({"held_out/addition": 0.25, "held_out": 0.5})
-    assert capsys.readouterr().err.splitlines() == [
-        "step 3/8 loss 1.0000, 10 tokens/s left ?",
-        "step 4/8 loss 1.0000, reward 0.2500, accuracy 0.1250, 50 tokens/s left 8 s",
-        "step 4/8 held_out 0.5000",
-    ]
 
 
 def test_auto_takes_all_devices(folder: Path, tmp_path: Path) -> None:
@@ -448,61 +308,6 @@ def test_a_full_disk_while_drawing_keeps_the_model(
     assert losses(out) == losses(whole) and (out / "curves.png").exists()
 
 
-def test_curves_of_few_points_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, file, **_: drawn.append(self) or file.touch())
-    lines = [{"step": n, "loss": 1.0 / n} for n in range(1, 9)]
-    lines[-1]["validation_loss"] = 0.5
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    assert [axes.lines[0].get_marker() for axes in drawn[0].axes] == ["", "o"]
-
-
-def test_without_grain_there_is_one_line(folder: Path, tmp_path: Path) -> None:
-    file = write_toml(toml(folder, tmp_path / "out"), tmp_path / "a.toml")
-    code = "import sys; sys.modules['grain'] = None; from m1jax.train.__main__ import main; main()"
-    line = [sys.executable, "-c", code, "--config", str(file)]
-    done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: training needs grain: pip install 'm1jax[train]'\n")
-
-
-def test_what_drawing_needs_is_missed_before_the_training(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r"needs matplotlib: pip install 'm1jax\[train\]'"):
-        supervised.run(settings(folder, tmp_path / "out"))
-    assert not (tmp_path / "out" / "metrics.jsonl").exists()
-
-
-def test_a_disk_that_fills_up_while_a_checkpoint_is_written(folder: Path, tmp_path: Path) -> None:
-    """The limit on the size of files stands in for the disk: writes fail in Orbax's threads."""
-    code = """
-import resource, signal, sys
-from pathlib import Path
-from m1jax.train import saving
-import jax.numpy as jnp
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-out, state = Path(sys.argv[1]), {"w": jnp.arange(200_000.0)}
-checkpoints = saving.Checkpoints(out, 2, {})
-assert checkpoints.save(1, state, {"at": 1}) is None and checkpoints.wait() is None
-_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
-problem = checkpoints.save(2, state, {}) or checkpoints.wait()
-assert "step 2 was not written" in problem and "last good one is that of step 1" in problem, problem
-resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-assert checkpoints.latest == 1
-loaded, position = checkpoints.load(state)
-assert (loaded["w"] == state["w"]).all() and position == {"at": 1}
-assert checkpoints.save(3, state, {}) is None and checkpoints.close() is None
-assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["1", "3"]
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def test_a_checkpoint_of_another_model_or_of_other_data_is_refused(folder: Path, whole: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(dataclasses.replace(CONFIG, hidden_size=32).to_official()))
@@ -525,21 +330,6 @@ def test_a_checkpoint_of_another_model_or_of_other_data_is_refused(folder: Path,
         supervised.run(settings(folder, whole, data={"files": [str(tmp_path / "corpus.jsonl")]}))
 
 
-def test_a_checkpoint_from_before_contents_were_noted_is_read(tmp_path: Path) -> None:
-    noted = {"data": "a", "data.contents": "b", "tokenizer": "c", "data.streams": 1}
-    state = {"w": jnp.ones(3)}
-    old = saving.Checkpoints(tmp_path, 1, {"data": "a"})
-    assert old.save(1, state, {"at": 5}) is None and old.close() is None
-    new = saving.Checkpoints(tmp_path, 1, noted)
-    assert new.load(state)[1] == {"at": 5} and new.save(2, state, {"at": 6}) is None and new.close() is None
-    with pytest.raises(UserError, match="tokenizer 'c', not 'd'"):
-        saving.Checkpoints(tmp_path, 1, noted | {"tokenizer": "d"}).load(state)
-    older = saving.Checkpoints(tmp_path / "older", 1, {"data": "a"})
-    assert older.save(1, state, {}) is None and older.close() is None
-    with pytest.raises(UserError, match=r"data\.streams 1, not 2"):
-        saving.Checkpoints(tmp_path / "older", 1, noted | {"data.streams": 2}).load(state)
-
-
 def test_one_run_at_a_time_and_never_backwards(
     folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -553,35 +343,6 @@ def test_one_run_at_a_time_and_never_backwards(
     assert "warning: optimizer.warmup = 2 is not over when the run is" in capsys.readouterr().err
 
 
-def test_data_is_looked_at_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a large corpus the check takes long: runs that go on from a kill, with the same data, leave it out."""
-    looked: list[str] = []
-    monkeypatch.setattr(data, "check", lambda documents, encoder: looked.append(documents.name))
-    (tmp_path / "held.jsonl").write_text('{"text": "This one is fine."}\n')
-    held = {"data": {"validation": [str(tmp_path / "held.jsonl")]}}
-    for changes, times in (({}, 1), ({}, 1), ({"data": {"length": 20}}, 2), (held, 4)):
-        supervised.Supervised(loop.prepare(settings(folder, tmp_path / "out", **changes))).close()
-        assert len(looked) == times
-    assert looked[-1] == "data.validation"
-
-
-def test_a_model_of_one_kind_of_layer_is_written_too(tmp_path: Path) -> None:
-    """It has arrays of no layers for the kind that it lacks, which Orbax refuses."""
-    config = dataclasses.replace(CONFIG, layer_types=("lightning",) * 2)
-    model = build(config, lambda _, spec: jnp.arange(spec.size, dtype=jnp.float32).reshape(spec.shape))
-    assert min(leaf.size for leaf in jax.tree.leaves(model)) == 0
-    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    for where in (jax.devices()[0], jax.sharding.NamedSharding(mesh, jax.P())):
-        state, out = jax.device_put(model, where), tmp_path / str(isinstance(where, jax.Device))
-        checkpoints = saving.Checkpoints(out, 1, {})
-        assert checkpoints.save(1, state, {"at": 5}) is None and checkpoints.close() is None
-        found, position = saving.Checkpoints(out, 1, {}).load(state)
-        assert position == {"at": 5} and jax.tree.structure(found) == jax.tree.structure(state)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
-            assert a.sharding == b.sharding and a.dtype == b.dtype
-            np.testing.assert_array_equal(a, b)
-
-
 def test_a_damaged_checkpoint_is_named(folder: Path, whole: Path, tmp_path: Path) -> None:
     """In a process of its own: Orbax gives up at the first error, and its other reads outlive the call."""
     out = tmp_path / "out"
@@ -593,50 +354,6 @@ def test_a_damaged_checkpoint_is_named(folder: Path, whole: Path, tmp_path: Path
     done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=False)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "checkpoints/8 cannot be read" in done.stderr and "delete it to go on from the one before" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"data": {"row": 3}}, "unknown key data.row: did you mean data.rows?"),
-        ({"data": {"files": ["none/*.txt"]}}, "none/*.txt matches no file"),
-        ({"data": {"validation": ["none/*.txt"]}}, "data.validation: none/*.txt matches no file"),
-        ({"data": {"validate_every": 0}}, "data.validate_every = 0 must be 1 or more"),
-        ({"stage": "rl", "data": {"validation": ["a.txt"]}}, "data.validation has no meaning in stage rl"),
-        ({"model": {"tokenizer": "none"}}, "none has no tokenizer.json"),
-        ({"mesh": "data=3"}, "needs 3 devices"),
-        ({"mesh": "datum=1"}, "unknown axis 'datum'"),
-        ({"data": {"end_token": "<none>"}}, "'<none>' is no token of"),
-        ({"mesh": "data=8"}, "data.rows = 2 does not divide among 8 groups of devices"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(
-    folder: Path,
-    tmp_path: Path,
-    changes: dict[str, Any],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(loop, "fresh", None)  # what is cheap is checked before a weight is made
-    file = write_toml(toml(folder, tmp_path / "out", **changes), tmp_path / "a.toml")
-    assert run_command(command, "--config", file, monkeypatch=monkeypatch) == 2
-    text = capsys.readouterr().err
-    assert message in text and text.startswith("error: ") and text.count("\n") == 1
-
-
-def test_a_model_larger_than_memory_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights and two moments, and the counters, on each device."""
-    needed = 3 * 4 * count(CONFIG) + 6 * 4
-    split = settings(folder, tmp_path, mesh="data=2,expert=4", data={"rows": 8})
-    monkeypatch.setattr(sizes, "host_memory", lambda: needed)
-    parts = loop.prepare(settings(folder, tmp_path))
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(loop.fresh(parts))) == needed
-    with pytest.raises(UserError, match=r"config.json needs .* GB of memory on this machine for weights and moments"):
-        loop.prepare(split)
-    monkeypatch.setattr(sizes, "host_memory", lambda: needed - 1)
-    with pytest.raises(UserError, match="split it over more machines"):
-        loop.prepare(settings(folder, tmp_path))
 
 
 def test_profile_writes_a_trace(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
