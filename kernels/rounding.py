@@ -5,6 +5,7 @@ and training would then differ by up to 2^-9 in each layer, and a token now and 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,3 +31,36 @@ def in_float32(fn: Callable[..., jax.Array], *operands: jax.Array, dtype: DTypeL
 
     # The gradient keeps the operands as they are, not in float32. In a loop nothing could be merged.
     return jax.checkpoint(compute, prevent_cse=False)(*operands)
+
+
+def mapped(fn: Callable[[Any, Any], jax.Array], weights: Any, parts: Any) -> jax.Array:
+    """`lax.map` of `fn(weights, part)` over the leading axis of `parts`; gradients of `weights` are summed in float32.
+
+    The loop's own sum is in the dtype of the weights: in bfloat16 it loses bits with every part.
+    """
+    leaves, tree = jax.tree.flatten(weights)
+    sums = [_zeros(w) if jnp.issubdtype(w.dtype, jnp.floating) else None for w in leaves]
+
+    def one(part: Any) -> jax.Array:
+        added = [w if s is None else _adding(lax.stop_gradient(w), s) for w, s in zip(leaves, sums, strict=True)]
+        return fn(jax.tree.unflatten(tree, added), part)
+
+    return lax.map(one, parts)
+
+
+@jax.custom_vjp
+def _zeros(w: jax.Array) -> jax.Array:
+    """In float32, for `_adding` alone: what it gathers becomes w's gradient."""
+    return jnp.zeros(w.shape, jnp.float32)
+
+
+_zeros.defvjp(lambda w: (_zeros(w), jnp.zeros(0, w.dtype)), lambda like, d: (rounded(d, like.dtype),))
+
+
+@jax.custom_vjp
+def _adding(w: jax.Array, sums: jax.Array) -> jax.Array:
+    """w; its gradient goes to `sums`."""
+    return w
+
+
+_adding.defvjp(lambda w, sums: (w, None), lambda _, d: (None, d.astype(jnp.float32)))

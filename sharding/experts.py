@@ -26,13 +26,14 @@ from jax import lax
 
 from m1jax.kernels import experts as kernel
 from m1jax.kernels.experts.order import by_bucket
-from m1jax.kernels.rounding import rounded
+from m1jax.kernels.rounding import mapped, rounded
 from m1jax.sharding.flops import ONCE
 from m1jax.sharding.region import Axes, every_axis, index, size_of, split_over
 
 CHUNK = 8192  # tokens of one device whose rows travel, or are computed, at once
 FEW = 512  # tokens of all devices up to which they are gathered: 6 MB of bfloat16 in M1
 SLACK = 1.25  # rows that a device receives at most in one round, as a multiple of those it sends
+Stacks = tuple[Any, Any]  # gate_up and down of this device's experts
 
 
 def experts(
@@ -53,25 +54,25 @@ def experts(
     different = split_over("batch") + split_over("sequence")
     apart = tuple(axis for axis in group if axis in different)  # axes of the group along which tokens differ
     together = tuple(axis for axis in group if axis not in different)
-    compute = functools.partial(_own, gate_up=gate_up, down=down, layer=layer, group=group)
+    stacks: Stacks = (gate_up, down)
     if not apart:
-        y = _by_chunks(compute, x, chosen, weights)
+        y = _by_chunks(functools.partial(_own, group, layer), stacks, x, chosen, weights)
     elif x.shape[0] * size_of(apart) <= FEW:
         everyone = (lax.all_gather(a, apart, tiled=True) for a in (x, chosen, weights))
-        y = lax.psum_scatter(compute(*everyone), apart, tiled=True)
+        y = lax.psum_scatter(_own(group, layer, stacks, *everyone), apart, tiled=True)
     else:
         places = Places(group, apart, together, gate_up.shape[1])
-        y = _by_chunks(functools.partial(_exchanged, places, gate_up, down, layer), x, chosen, weights)
+        y = _by_chunks(functools.partial(_exchanged, places, layer), stacks, x, chosen, weights)
     rest = together + width
     return lax.psum(y, rest) if rest else y
 
 
-def _by_chunks(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """`function` of arrays `[N, ...]`, at most `CHUNK` rows at a time."""
+def _by_chunks(function: Callable[..., jax.Array], stacks: Stacks, *arrays: jax.Array) -> jax.Array:
+    """`function(stacks, *arrays)` of arrays `[N, ...]`, at most `CHUNK` rows at a time."""
     N = arrays[0].shape[0]
     n = -(-N // CHUNK)
     if n == 1:
-        return function(*arrays)
+        return function(stacks, *arrays)
     size = -(-N // n)
 
     def chunks(x: jax.Array) -> jax.Array:
@@ -79,25 +80,18 @@ def _by_chunks(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Ar
         padded = jnp.concatenate([x, jnp.broadcast_to(x[:1], (n * size - N, *x.shape[1:]))])
         return padded.reshape(n, size, *x.shape[1:])
 
-    out = lax.map(lambda parts: function(*parts), tuple(map(chunks, arrays)))
+    out = mapped(lambda stacks, parts: function(stacks, *parts), stacks, tuple(map(chunks, arrays)))
     return out.reshape(n * size, -1)[:N]
 
 
 def _own(
-    x: jax.Array,
-    chosen: jax.Array,
-    weights: jax.Array,
-    *,
-    gate_up: Any,
-    down: Any,
-    layer: jax.Array | int,
-    group: Axes,
+    group: Axes, layer: jax.Array | int, stacks: Stacks, x: jax.Array, chosen: jax.Array, weights: jax.Array
 ) -> jax.Array:
     """What this device's experts add for tokens `[N, M]`."""
-    E = gate_up.shape[1]
+    E = stacks[0].shape[1]
     here = chosen - index(group) * E
     here = jnp.where((here >= 0) & (here < E), here, E)
-    return rounded(kernel.experts(x, gate_up, down, here, weights, layer=layer), x.dtype)
+    return rounded(kernel.experts(x, *stacks, here, weights, layer=layer), x.dtype)
 
 
 class Places(NamedTuple):
@@ -138,9 +132,8 @@ class Route(NamedTuple):
 
 def _exchanged(
     places: Places,
-    gate_up: Any,
-    down: Any,
     layer: jax.Array | int,
+    stacks: Stacks,
     x: jax.Array,
     chosen: jax.Array,
     weights: jax.Array,
@@ -157,19 +150,16 @@ def _exchanged(
     # The same on all devices, so that they take part in the same exchanges.
     rounds = jnp.maximum(-(-jnp.max(jnp.sum(counts, axis=0)) // _limit(A)), 1)
     rounds = lax.pmax(rounds, every_axis())
-    y: Any = _all_rounds(places, rows, (gate_up, down), layer, numbers, counts, rounds)
+    y: Any = _all_rounds(places, rows, stacks, layer, numbers, counts, rounds)
     parts = y[place].reshape(N, k, -1).astype(jnp.float32)
     return rounded(jnp.einsum("nkm,nk->nm", parts, weights, precision="highest"), x.dtype)
-
-
-Weights = tuple[Any, Any]  # gate_up, down
 
 
 def _one_round(
     places: Places,
     step: jax.Array,
     rows: jax.Array,
-    weights: Weights,
+    stacks: Stacks,
     layer: jax.Array | int,
     numbers: jax.Array,
     counts: jax.Array,
@@ -182,7 +172,7 @@ def _one_round(
     received: Any = exchange(rows, there, back, (A, R), places.apart)
     expert = _travel(numbers + 1, there, R, places.apart) - 1  # 0 where nothing came
     nobody = jnp.where(expert < 0, E, expert)[:, None]
-    y = kernel.experts(received, *weights, nobody, jnp.ones(nobody.shape, jnp.float32), layer=layer)
+    y = kernel.experts(received, *stacks, nobody, jnp.ones(nobody.shape, jnp.float32), layer=layer)
     out: Any = exchange(rounded(y, rows.dtype), back, there, (R, A), places.apart)
     return out
 
@@ -196,8 +186,11 @@ def _sum_rounds(places: Places, A: int, rounds: jax.Array, part: Callable[[jax.A
     """The sum of `part(step)` over all rounds."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, jnp.int32(0)))
 
+    def more(sums: Any, step: jax.Array) -> Any:
+        return jax.tree.map(jnp.add, sums, part(step))
+
     def body(sums: Any, step: jax.Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, lax.cond(step < rounds, part, lambda _: zeros, step)), None
+        return lax.cond(step < rounds, more, lambda sums, _: sums, sums, step), None
 
     most = -(-size_of(places.apart) * A // _limit(A))
     with jax.named_scope(ONCE):
@@ -205,22 +198,22 @@ def _sum_rounds(places: Places, A: int, rounds: jax.Array, part: Callable[[jax.A
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _all_rounds(places: Places, rows: jax.Array, weights: Weights, *rest: jax.Array) -> jax.Array:
+def _all_rounds(places: Places, rows: jax.Array, stacks: Stacks, *rest: jax.Array) -> jax.Array:
     """Results `[A, M]` of `rows` `[A, M]`; `rest` as in `_one_round`."""
-    return _sum_rounds(places, rows.shape[0], rest[-1], lambda step: _one_round(places, step, rows, weights, *rest))
+    return _sum_rounds(places, rows.shape[0], rest[-1], lambda step: _one_round(places, step, rows, stacks, *rest))
 
 
 def _all_rounds_fwd(
-    places: Places, rows: jax.Array, weights: Weights, *rest: jax.Array
+    places: Places, rows: jax.Array, stacks: Stacks, *rest: jax.Array
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    return _all_rounds(places, rows, weights, *rest), (rows, weights, rest)
+    return _all_rounds(places, rows, stacks, *rest), (rows, stacks, rest)
 
 
 def _all_rounds_bwd(places: Places, residuals: tuple[Any, ...], d_y: jax.Array) -> tuple[Any, ...]:
     """Each round once more, with its gradient; of the weights only this layer's take part."""
-    rows, weights, (layer, *rest) = residuals
-    one = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, keepdims=True), weights)
-    constant = [not isinstance(w, jax.Array) for w in weights]  # quantised
+    rows, stacks, (layer, *rest) = residuals
+    one = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, keepdims=True), stacks)
+    constant = [not isinstance(w, jax.Array) for w in stacks]  # quantised
 
     def part(step: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         def run(rows: jax.Array, trained: list[jax.Array]) -> jax.Array:
@@ -229,15 +222,16 @@ def _all_rounds_bwd(places: Places, residuals: tuple[Any, ...], d_y: jax.Array) 
             return _one_round(places, step, rows, whole, 0, *rest)
 
         trained = [w for w, fixed in zip(one, constant, strict=True) if not fixed]
-        return jax.vjp(run, rows, trained)[1](d_y)
+        d_rows, d_trained = jax.vjp(run, rows, trained)[1](d_y)
+        return d_rows, [d.astype(jnp.float32) for d in d_trained]  # of every round
 
     d_rows, d_trained = _sum_rounds(places, rows.shape[0], rest[-1], part)
     left = iter(d_trained)
-    d_weights = tuple(
-        None if fixed else lax.dynamic_update_slice_in_dim(jnp.zeros_like(w), next(left), layer, 0)
-        for w, fixed in zip(weights, constant, strict=True)
+    d_stacks = tuple(
+        None if fixed else lax.dynamic_update_slice_in_dim(jnp.zeros_like(w), rounded(next(left), w.dtype), layer, 0)
+        for w, fixed in zip(stacks, constant, strict=True)
     )
-    return d_rows, d_weights, *(None for _ in (layer, *rest))
+    return d_rows, d_stacks, *(None for _ in (layer, *rest))
 
 
 _all_rounds.defvjp(_all_rounds_fwd, _all_rounds_bwd)

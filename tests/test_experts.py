@@ -136,6 +136,26 @@ def test_chunks_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rms_error(got, exact(x, weights, *args)) < TOLERANCE["float32"]
 
 
+def test_gradients_over_many_chunks_are_rounded_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Summed in bfloat16 they would lose a digit more with every few chunks."""
+    x, weights, args = normal(0, 512, M), weights_of("bfloat16"), routing(512, 2, False)
+
+    def gradients(dtype: Any) -> Any:
+        cast: Any = jax.tree.map(lambda w: w.astype(dtype), weights)
+
+        def loss(weights: Any) -> jax.Array:
+            y = experts(x.astype(dtype), *weights, *args, layer=1, implementation="triton_interpreted")
+            return jnp.sum(y * jnp.cos(jnp.arange(M)))
+
+        return jax.jit(jax.grad(loss))(cast)
+
+    want, once = gradients(jnp.float32), gradients(jnp.bfloat16)
+    monkeypatch.setattr(gpu, "CHUNK", 16)
+    for ours, whole, exact_one in zip(gradients(jnp.bfloat16), once, want, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert rms_error(ours, exact_one) < 1.2 * rms_error(whole, exact_one)
+
+
 @pytest.mark.parametrize("skew", [False, True])
 def test_route(skew: bool) -> None:
     """Every assignment is in one tile of its expert, and the programs of a span are those of its tiles."""
@@ -210,6 +230,14 @@ def test_the_share_of_nobody_counts_nothing() -> None:
     for implementation in (*IMPLEMENTATIONS, "reference"):
         got = experts(x, w13, w2, chosen, shares, layer=1, implementation=implementation)
         assert rms_error(got, want) < TOLERANCE["float32"], implementation
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_arrays_of_numpy(implementation: Any) -> None:
+    x, weights, args = normal(0, 5, M), weights_of("float32"), routing(5, 2, False)
+    given: Any = tuple(map(np.asarray, (x, *weights, *args)))
+    got = experts(*given, layer=1, implementation=implementation)
+    assert rms_error(got, exact(x, weights, *args)) < TOLERANCE["float32"]
 
 
 def test_bad_arguments_are_named() -> None:

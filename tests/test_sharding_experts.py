@@ -42,6 +42,14 @@ CASES = [
     *((mesh, 512, ("skewed",)) for mesh in APART),  # gathered
     *((mesh, 0, ("skewed", "nothing but padding")) for mesh in MESHES if mesh not in APART),
 ]
+TOKENS = ("batch", "sequence", "channel")
+AXES = {
+    "x": TOKENS,
+    "gate_up": ("layer", "experts", "gate_up", "expert_width", "channel"),
+    "down": ("layer", "experts", "channel", "expert_width"),
+    "chosen": TOKENS,
+    "weights": TOKENS,
+}
 B, T = 8, 6
 RNG = np.random.default_rng(3)
 X, TARGET = (RNG.standard_normal((B, T, M), dtype=np.float32) for _ in range(2))
@@ -87,18 +95,10 @@ def test_every_form_equals_one_device(
 ) -> None:
     monkeypatch.setattr(parallel, "FEW", few)
     monkeypatch.setattr(parallel, "CHUNK", 7)  # several chunks, the last one smaller
-    tokens = ("batch", "sequence", "channel")
-    axes = {
-        "x": tokens,
-        "gate_up": ("layer", "experts", "gate_up", "expert_width", "channel"),
-        "down": ("layer", "experts", "channel", "expert_width"),
-        "chosen": tokens,
-        "weights": tokens,
-    }
     shape = MeshShape.parse(MESHES[mesh])
     there = make_mesh(shape, "serve", jax.devices()[: shape.size])
     with jax.set_mesh(there):
-        on_several = with_gradients(on_mesh(functools.partial(flattened, parallel.experts), CONFIG, tokens, **axes))
+        on_several = with_gradients(on_mesh(functools.partial(flattened, parallel.experts), CONFIG, TOKENS, **AXES))
     for routing in routings:
         chosen = ROUTING[routing](np.random.default_rng(4), B * T).astype(np.int32).reshape(B, T, K)
         want, want_gradients = on_one_device(chosen)
@@ -110,3 +110,29 @@ def test_every_form_equals_one_device(
         assert rms_error(got, want) < 2e-6, routing
         for ours, theirs in zip(gradients, want_gradients, strict=True):
             assert rms_error(ours, theirs) < 1e-5, routing
+
+
+@pytest.mark.parametrize("mesh", ["apart", "together"])
+def test_gradients_over_many_chunks_are_summed_in_float32(mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of rows that travel in more than one round."""
+    monkeypatch.setattr(parallel, "FEW", 0)
+    shape = MeshShape.parse(MESHES[mesh])
+    there = make_mesh(shape, "serve", jax.devices()[: shape.size])
+    rng = np.random.default_rng(5)
+    x, target = (rng.standard_normal((8, 128, M), dtype=np.float32) for _ in range(2))
+    chosen = ROUTING["skewed"](rng, 8 * 128).astype(np.int32).reshape(8, 128, K)
+    shares = rng.random((8, 128, K), dtype=np.float32)
+
+    def gradients(dtype: Any) -> Any:
+        with jax.set_mesh(there):
+            form = on_mesh(functools.partial(flattened, parallel.experts), CONFIG, TOKENS, **AXES)
+
+            def loss(*weights: jax.Array) -> jax.Array:
+                return jnp.sum(form(x.astype(dtype), *weights, chosen, shares) * target)
+
+            return jax.jit(jax.grad(loss, argnums=(0, 1)))(GATE_UP.astype(dtype), DOWN.astype(dtype))
+
+    want, once = gradients(jnp.float32), gradients(jnp.bfloat16)
+    monkeypatch.setattr(parallel, "CHUNK", 8)
+    for ours, whole, exact in zip(gradients(jnp.bfloat16), once, want, strict=True):
+        assert rms_error(ours, exact) < 1.2 * rms_error(whole, exact)

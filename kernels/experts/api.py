@@ -46,6 +46,7 @@ def experts(
       ValueError: a shape, a dtype or (where its value is known) the layer does not fit, or a named
         implementation cannot run; says which and why.
     """
+    x = jnp.asarray(x)  # of NumPy: it is indexed with what is traced
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"x: expected float32 or bfloat16, got {x.dtype}")
     gate_up, down = _checked("gate_up", gate_up, x.dtype), _checked("down", down, x.dtype)

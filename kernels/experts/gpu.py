@@ -17,6 +17,7 @@ from m1jax.kernels.experts.order import by_bucket
 from m1jax.kernels.experts.quantized import Quantized, Weights
 from m1jax.kernels.gpu import launch
 from m1jax.kernels.gpu.tiles import Tiles
+from m1jax.kernels.rounding import mapped
 
 FEW = 256  # assignments, up to which each program finds its rows on its own
 CHUNK = 32_768  # tokens computed at once: h of more would fill the memory
@@ -122,11 +123,11 @@ def _in_chunks(
         a = jnp.pad(a, ((0, chunks * CHUNK - N), (0, 0)), constant_values=padding)
         return a.reshape(chunks, CHUNK, -1)
 
-    def one(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        x, chosen, weights = args
-        return experts(x, gate_up, down, layer, chosen, weights, interpreted=interpreted)
+    def one(stacks: tuple[Weights, Weights], part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        x, chosen, weights = part
+        return experts(x, *stacks, layer, chosen, weights, interpreted=interpreted)
 
-    return lax.map(one, (cut(x), cut(chosen, E), cut(weights))).reshape(chunks * CHUNK, -1)[:N]
+    return mapped(one, (gate_up, down), (cut(x), cut(chosen, E), cut(weights))).reshape(chunks * CHUNK, -1)[:N]
 
 
 def route(chosen: jax.Array, E: int, R: int) -> Routing:
