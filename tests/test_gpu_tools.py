@@ -145,7 +145,13 @@ def test_a_warp_group_that_uses_more_registers_than_it_keeps() -> None:
     assert aot._counted("k", 128, 0, (first + second).replace("R127", "R62")).faults(matmul=False)
     for text, last in {
         "LDS.128 R56, [R80+0x10] ;": 59,
-        "IMAD.WIDE.U32 R2, R3, 0x4, R6 ;": 6,
+        "IMAD.WIDE.U32 R2, R3, 0x4, R6 ;": 7,
+        "CS2R R78, SRZ ;": 79,
+        "CS2R.32 R78, SR_CLOCKLO ;": 78,
+        "LDSM.16.M88.4 R76, [R10] ;": 79,
+        "LDSM.16.MT88.2 R76, [R10] ;": 77,
+        "STSM.16.M88.4 [R3+0x400], R12 ;": 15,
+        "STSM.16.M88 [R3], R12 ;": 12,
         "@P1 STG.E.64 desc[UR4][R90.64], R60 ;": 61,
         "HGMMA.64x64x16.F32.BF16 R24, R88, gdesc[UR8], R24 ;": 119,
         "EXIT ;": 0,

@@ -176,7 +176,7 @@ def test_the_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "refusal", lambda: None)
     monkeypatch.setattr(api, "capability", lambda: 90)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    at, segments = jnp.zeros(2, jnp.int32), jnp.ones((2, 255), jnp.int32)
+    at, segments, T = jnp.zeros(2, jnp.int32), jnp.ones((2, 255), jnp.int32), 16_384
 
     def choice(T: int, N: int, **options: Any) -> str:
         q, k, _ = inputs(T, N, "bfloat16")
@@ -186,6 +186,9 @@ def test_the_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice(256, 256, segments=jnp.ones((2, 256), jnp.int32)) == "cudnn"
     assert choice(255, 255, segments=segments) == "xla"
     assert choice(256, 256, segments=jnp.ones((2, 256), jnp.int32), offset=at) == "xla"
+    for rows, chosen in ((1, "cudnn"), (3, "xla")):  # of the mask, in memory
+        q, k, ids = (jax.ShapeDtypeStruct((rows, *shape), jnp.bfloat16) for shape in ((T, 2, 16), (2, T, 16), (T,)))
+        assert api._choose(None, q, k, None, ids) == chosen  # pyright: ignore
     with pytest.raises(ValueError, match="even number"):
         softmax_attention(*inputs(255, 255, "bfloat16"), segments=segments, implementation="cudnn")
     monkeypatch.setattr(gpu, "_DECODE", "jax.nowhere.decode_attention")

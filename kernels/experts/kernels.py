@@ -346,7 +346,6 @@ def backward_rows(
     matrix = (number_of(layer, L) * E + e) * O
     pointer = values + matrix * WIDTH
     i = block * BI + tl.arange(0, BI)
-    stored = tl.minimum(i, I - 1)
     acc = tl.zeros((R, BI), tl.float32)
     place = a[:, None].to(tl.int64)
     for at in range(0, (O + BO - 1) // BO):
@@ -362,7 +361,7 @@ def backward_rows(
             w = tl.reshape(tl.permute(pair, (0, 2, 1)), (BO, BI)).to(tl.float32)
             w *= tl.load(scales + (matrix + row) * (I // GROUP) + block)[:, None]
         else:
-            w = tl.load(pointer + row[:, None] * WIDTH + stored[None, :])
+            w = weights(pointer, row, i, WIDTH, I % BI == 0)
             if BITS == 8:
                 w = w.to(tl.float32) * tl.load(scales + matrix + row)[:, None]
         acc = tl.dot(left, w.to(left.dtype), acc, input_precision=PRECISION)

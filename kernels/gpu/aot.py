@@ -79,9 +79,19 @@ class Report:
 def _last_register(instruction: str) -> int:
     """The highest register of an instruction; of several in a row it names the first."""
     code = re.sub(r"\[[^]]*\]", "", instruction)  # an address is one register or two, and computed by others
-    wide = re.search(r"HGMMA\.64x(\d+)x\d+\.F32|\.(64|128)\b", code)
-    more = 0 if wide is None else int(wide[1]) // 2 - 1 if wide[1] else int(wide[2]) // 32 - 1
+    more = _in_a_row(code) - 1
     return max((int(number) + more for number in re.findall(r"\bR(\d+)\b", code)), default=0)
+
+
+def _in_a_row(code: str) -> int:
+    """The most registers that an operand stands for."""
+    if sums := re.search(r"HGMMA\.64x(\d+)x\d+\.F32", code):
+        return int(sums[1]) // 2
+    if bits := re.search(r"\.(64|128)\b", code):
+        return int(bits[1]) // 32
+    if matrices := re.search(r"\b(?:LDSM|STSM)\S*\.([24])\b", code):
+        return int(matrices[1])
+    return 2 if re.search(r"\bCS2R |\.WIDE\b", code) else 1
 
 
 def launches(jaxpr: Any) -> Iterator[Launch]:

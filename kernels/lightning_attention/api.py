@@ -66,10 +66,11 @@ def lightning_attention(
       layer: int32, which of the states to go on with and to replace; on a GPU in place, if the argument is donated.
       implementation: "reference"; "xla"; "recurrent", token by token, each as None computes it alone, with the gradient
         of None; "triton", on Hopper GPUs, head_dim 32, 64 or 128; "mosaic", with faster
-        sweeps: bfloat16, head_dim 64 or 128, a multiple of 8 tokens, no segments, log λ ≥ -1.25 (below, where it is not
-        known before, NaN), jax ≥ 0.11; "triton_interpreted", "mosaic_interpreted", these on the CPU, for tests. None is
-        the first of "mosaic", "triton" that can run, except for more than one token in float32, else "xla"; rows of
-        fewer than 256 tokens, less than the states that "triton" updates in place, it does not give to "mosaic".
+        sweeps: bfloat16, head_dim 64 or 128, a multiple of 8 tokens, no segments, log λ ≥ -1.25 (M1's are -1 or more),
+        jax ≥ 0.11; "triton_interpreted", "mosaic_interpreted", these on the CPU, for tests. None is the first of
+        "mosaic", "triton" that can run, except for more than one token in float32, else "xla"; rows of fewer than 256
+        tokens, less than the states that "triton" updates in place, it does not give to "mosaic". Where log_decay is
+        traced nobody knows its values: "mosaic", named or chosen, gives NaN below -1.25; name "triton" for those.
 
     Returns:
       o `[B, T, H, D]` in the dtype of `qkv` (undefined, but finite, at padded tokens), and the float32 state

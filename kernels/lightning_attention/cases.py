@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from m1jax.kernels.gpu.case import Case, Normal
 from m1jax.kernels.lightning_attention import gpu
@@ -16,6 +17,7 @@ class LightningCase(Case):
     """B rows of T tokens, H heads of D channels.
 
     `layers` is how many layers' states are given, of which one is used: 0 is none, so zeros, 1 the state itself.
+    `of` is the layer of M1 whose decays they are: of H of its 64 heads, evenly from the fastest on.
     """
 
     T: int
@@ -23,6 +25,7 @@ class LightningCase(Case):
     H: int = 64
     D: int = 128
     layers: int = 0
+    of: int = 35
     ragged: bool = False
     packed: bool = False
 
@@ -40,28 +43,49 @@ class LightningCase(Case):
     def forms(self) -> tuple[str, ...]:
         """Mosaic's sweeps where they do it."""
         qkv = jax.ShapeDtypeStruct((self.B, self.T, self.H, 3, self.D), self.dtype)
-        why_not = gpu.refusal_of_mosaic(qkv, self.packed, log_decay(self.H, 35, 80))
+        why_not = gpu.refusal_of_mosaic(qkv, self.packed, self.decay)
         return ("triton",) if why_not else ("mosaic", "triton")
+
+    @property
+    def decay(self) -> np.ndarray:
+        """log λ of each head, float32 `[H]`."""
+        return log_decay(64, self.of, 80)[:: 64 // self.H]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Of ragged rows, int32 `[B]`."""
+        return self.T - self.T * np.arange(self.B, dtype=np.int32) // self.B
+
+    @property
+    def segments(self) -> np.ndarray:
+        """Five of each packed row, int32 `[B, T]`: the third is padding, before them too in all rows but the first."""
+        position, row = np.arange(self.T, dtype=np.int32), np.arange(self.B)[:, None]
+        ids = 1 + position * 5 // self.T
+        return np.where((ids == 3) | (position < row * self.T // 2), 0, ids)
+
+    @property
+    def valid(self) -> int:
+        """Tokens that are not padding."""
+        if self.packed:
+            return int(np.sum(self.segments > 0))
+        return int(np.sum(self.lengths)) if self.ragged else self.B * self.T
 
     def arguments(self, normal: Normal) -> dict[str, Any]:
         """Those of `lightning_attention`, and `d_out`, zero where o is undefined."""
         B, T, H, D = self.B, self.T, self.H, self.D
         found: dict[str, Any] = {
             "qkv": normal(1, (B, T, H, 3, D), self.dtype, 1),
-            "log_decay": jnp.asarray(log_decay(H, 35, 80)),
+            "log_decay": jnp.asarray(self.decay),
         }
         if self.layers:
             lead = (self.layers,) if self.layers > 1 else ()
             found["state"] = normal(2, (*lead, B, H, D, D), "float32", 1)
         if self.layers > 1:
             found["layer"] = jnp.asarray(1)
-        row = jnp.arange(B)[:, None]
         if self.ragged:
-            found["lengths"] = T - T * row[:, 0] // B
-        if self.packed:  # five segments, of which the third is padding; in all rows but the first padding before them
-            position = jnp.arange(T)
-            ids = 1 + position * 5 // T
-            found["segments"] = jnp.where((ids == 3) | (position < row * T // 2), 0, ids)
+            found["lengths"] = jnp.asarray(self.lengths)
+        if self.packed:
+            found["segments"] = jnp.asarray(self.segments)
         if self.grad:
             found["d_out"] = self._at_valid(found, normal(3, (B, T, H, D), self.dtype, 1))
         return found
@@ -77,8 +101,17 @@ class LightningCase(Case):
         return vjp((d_out, wanted.get("state", jnp.zeros_like(state))))
 
     def defined(self, arguments: dict[str, Any], outputs: Any) -> Any:
-        """Without o at padded tokens."""
-        return outputs if self.grad else (self._at_valid(arguments, outputs[0]), outputs[1])
+        """Without o at padded tokens; each head apart, and q, k and v: those of slow decays outweigh all others."""
+        if self.grad:
+            found = outputs[0]
+            by_head = [jnp.moveaxis(found["qkv"], (2, 3), (0, 1)).reshape(-1, self.B, self.T, self.D)]
+            state = found.get("state")
+        else:
+            o, state = outputs
+            by_head = [jnp.moveaxis(self._at_valid(arguments, o), 2, 0)]
+        if state is not None:
+            by_head.append(jnp.moveaxis(state, -3, 0))
+        return [list(a) for a in by_head]
 
     def _at_valid(self, arguments: dict[str, Any], out: jax.Array) -> jax.Array:
         if self.ragged:
@@ -108,6 +141,7 @@ CASES = (
     LightningCase(name="backward 8 heads, in parts", T=8192, H=8, layers=1, grad=True),
     LightningCase(name="backward 8 heads packed, in parts", T=8192, H=8, layers=1, packed=True, grad=True),
     LightningCase(name="backward uneven parts", T=UNEVEN, B=2, H=8, layers=3, ragged=True, grad=True, whole=True),
+    LightningCase(name="backward of the first layer", T=UNEVEN, B=2, H=16, layers=1, of=0, grad=True, whole=True),
     LightningCase(name="backward packed, uneven parts", T=UNEVEN, B=3, H=4, packed=True, grad=True, whole=True),
     LightningCase(name="backward head_dim 64", T=2048, D=64, layers=1, grad=True),
     LightningCase(name="backward head_dim 32", T=2048, D=32, layers=1, grad=True),

@@ -16,7 +16,7 @@ from m1jax.kernels.gpu import capability, refusal
 Form = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # of q, k, v and offset
 Library = Literal["cudnn", "xla"]  # behind `jax.nn.dot_product_attention`; "xla" is for tests
 
-LONGEST_MASK = 16_384  # tokens of a packed row: cuDNN takes segments as a mask, in memory
+LARGEST_MASK = 1 << 30  # bytes: cuDNN takes segments as [B, T, T] numbers of the dtype of q, in memory
 OLDEST = 80  # compute capability with flash attention in cuDNN
 _SPLITS, _BLOCK = 16, 128  # of the keys in a decode step: programs, and keys at a time at most
 _DECODE = "jax.experimental.pallas.ops.gpu.decode_attention"
@@ -31,8 +31,10 @@ def refusal_of_cudnn(q: jax.Array, k: jax.Array, offset: jax.Array | None, segme
         return f"it takes a head_dim of a multiple of 8 up to 256, not {q.shape[3]}"
     if segments is not None and offset is not None:
         return "it takes packed rows without an offset only"
-    if segments is not None and (q.shape[1] != k.shape[2] or q.shape[1] > LONGEST_MASK):
-        return f"packed rows need T = N ≤ {LONGEST_MASK} tokens, got T {q.shape[1]} and N {k.shape[2]}"
+    if segments is not None and q.shape[1] != k.shape[2]:
+        return f"packed rows need T = N, got T {q.shape[1]} and N {k.shape[2]}"
+    if segments is not None and (mask := q.shape[0] * q.shape[1] ** 2 * q.dtype.itemsize) > LARGEST_MASK:
+        return f"packed rows are a mask of B·T² numbers, here {mask / 1e9:.1f} GB, more than {LARGEST_MASK / 1e9:.1f}"
     if segments is not None and q.shape[1] % 2:
         return f"packed rows need an even number of tokens for a gradient, got {q.shape[1]}"
     if offset is not None and not _exists(_FUSED):

@@ -47,11 +47,15 @@ def _lightning(report: Report, case: LightningCase) -> list[Measurement]:
 
 
 def _bytes(case: LightningCase) -> float:
-    """The least that is read and written: the state by a step, else q, k, v, o, of which a gradient sweeps twice."""
+    """The least that is read and written: the state by a step, else q, k, v, o, of which a gradient sweeps twice.
+
+    Of padding nothing need be read.
+    """
     if case.T == 1:
         return 2 * 4 * case.B * case.H * case.D**2
-    arrays = 10 if case.grad else 4
-    return arrays * case.B * case.T * case.H * case.D * jnp.dtype(case.dtype).itemsize
+    read, written = (7, 3) if case.grad else (3, 1)  # forward k, v, d_o for d_q; backward all four for d_k and d_v
+    tokens = case.valid * read + case.B * case.T * written
+    return tokens * case.H * case.D * jnp.dtype(case.dtype).itemsize
 
 
 def _measurement(report: Report, case: LightningCase, name: Any, add: Any, must: float | None = None) -> Measurement:
