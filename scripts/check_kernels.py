@@ -75,7 +75,7 @@ def sizes(case: Case) -> Iterator[Case]:
 
 
 def check_mosaic(word: str, mesh: jax.sharding.Mesh) -> int:
-    """The same for Mosaic's kernels, one of those that differ in the number of tokens alone."""
+    """The same for Mosaic's kernels, one of those that differ in the number of tokens or in decays alone."""
     if jax.__version_info__ < (0, 11):
         print(f"Mosaic's kernels need jax 0.11, this is {jax.__version__}: not compiled")
         return 0
@@ -83,7 +83,7 @@ def check_mosaic(word: str, mesh: jax.sharding.Mesh) -> int:
     for name, case in cases(word):
         for size in sizes(case):
             if isinstance(size, LightningCase) and "mosaic" in size.forms:
-                alike = dataclasses.replace(size, name="", must=None, T=min(size.T, 8192), whole=False)
+                alike = dataclasses.replace(size, name="", must=None, T=min(size.T, 8192), of=0, whole=False)
                 chosen.setdefault(alike, (name if size is case else f"{name}, {size.T} tokens", size))
     with aot.mosaic_dumps() as folder:
         return sum(_check_mosaic(name, case, mesh, folder) for name, case in chosen.values())

@@ -12,14 +12,12 @@ import time
 from typing import Literal
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
 from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.sharding.machines import Device
-from m1jax.sharding.mesh import AXES, MeshShape
+from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.sharding.steps import Workload, make_step
 
 Platform = Literal["cpu", "cuda", "tpu"]
@@ -53,10 +51,7 @@ def compile_step(config: M1Config, work: Workload, mesh: MeshShape, platform: Pl
     Raises:
       UserError: the backend's wheel is missing, or it does not know the device.
     """
-    devices = _devices(platform, mesh.size, device)
-    names = AXES[work.use]
-    sizes = [getattr(mesh, axis) for axis in names]
-    real = Mesh(np.asarray(devices).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(names))
+    real = make_mesh(mesh, work.use, _devices(platform, mesh.size, device))
     step = make_step(config, work, real)
     start = time.perf_counter()
     # What does not fit is to be counted as it stands: squeezing it takes the compiler minutes.

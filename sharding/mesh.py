@@ -23,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from m1jax.config import M1Config
@@ -167,7 +169,23 @@ def make_mesh(shape: MeshShape, use: Use = "serve", devices: Sequence[Any] | Non
             f"{len(devices)}"
         )
     names, sizes = _axes(shape, use)
-    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
+    return Mesh(_placed(sizes, devices), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _placed(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices in an array of this shape; those that differ in the last axes only are the nearest.
+
+    `jax.make_mesh` refuses GPUs of more than one machine, and TPU meshes that split an axis of the torus.
+    """
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    outer = next((axis for axis, size in enumerate(sizes) if size % slices == 0), None)
+    if outer is None:
+        raise UserError(f"mesh {sizes} over {slices} TPU slices: one of its sizes must be a multiple of {slices}")
+    across = tuple(slices if axis == outer else 1 for axis in range(len(sizes)))
+    within = tuple(size // n for size, n in zip(sizes, across, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def parsed_mesh(

@@ -141,7 +141,9 @@ CASES = (
     LightningCase(name="backward 8 heads, in parts", T=8192, H=8, layers=1, grad=True),
     LightningCase(name="backward 8 heads packed, in parts", T=8192, H=8, layers=1, packed=True, grad=True),
     LightningCase(name="backward uneven parts", T=UNEVEN, B=2, H=8, layers=3, ragged=True, grad=True, whole=True),
-    LightningCase(name="backward of the first layer", T=UNEVEN, B=2, H=16, layers=1, of=0, grad=True, whole=True),
+    LightningCase(
+        name="backward of the first layer", T=UNEVEN, B=2, H=16, layers=3, of=0, ragged=True, grad=True, whole=True
+    ),
     LightningCase(name="backward packed, uneven parts", T=UNEVEN, B=3, H=4, packed=True, grad=True, whole=True),
     LightningCase(name="backward head_dim 64", T=2048, D=64, layers=1, grad=True),
     LightningCase(name="backward head_dim 32", T=2048, D=32, layers=1, grad=True),
