@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from m1jax import layers
 from m1jax.config import M1Config
@@ -85,7 +85,8 @@ def take_rows(states: Sequence[M1State], rows: jax.Array) -> M1State:
         named = {f"state {i}": axes for i in range(len(parts))}
         return on_mesh(local, None, axes, rows=("batch",), **named)(rows, *parts)
 
-    return jax.tree.map(taken, _STATE, *states, is_leaf=lambda x: isinstance(x, tuple))
+    with on_mesh_of(states[0].length):
+        return jax.tree.map(taken, _STATE, *states, is_leaf=lambda x: isinstance(x, tuple))
 
 
 _STATE: Any = M1State(
@@ -93,6 +94,20 @@ _STATE: Any = M1State(
     KVCache(STATE_AXES["cache.k"], STATE_AXES["cache.v"]),  # pyright: ignore[reportArgumentType]
     STATE_AXES["length"],  # pyright: ignore[reportArgumentType]
 )
+
+
+def _empty(lightning: tuple[int, ...], cache: tuple[int, ...], dtype: DTypeLike) -> M1State:
+    """Zeros of these shapes, that nothing was read into."""
+    kv = jnp.zeros(cache, dtype)
+    state, length = jnp.zeros(lightning, jnp.float32), jnp.zeros(lightning[1:2], jnp.int32)
+    return M1State(LightningState(state), KVCache(kv, jnp.zeros_like(kv)), length)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _placed(lightning: tuple[int, ...], cache: tuple[int, ...], dtype: DTypeLike, places: tuple[jax.P, ...]) -> M1State:
+    """The same on a mesh. Each device makes its own part: one alone might have no room for all of it."""
+    leaves, tree = jax.tree.flatten(_empty(lightning, cache, dtype))
+    return tree.unflatten(map(lax.with_sharding_constraint, leaves, places))
 
 
 class Trace(NamedTuple):
@@ -172,17 +187,17 @@ class M1(nnx.Module):
             )
         H, K, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
 
-        def empty() -> M1State:
-            s = jnp.zeros((len(cfg.lightning_layers), batch, H, D, D), jnp.float32)
-            kv = jnp.zeros((len(cfg.softmax_layers), batch, K, max_length, D), self.dtype)
-            return M1State(LightningState(s), KVCache(kv, jnp.zeros_like(kv)), jnp.zeros((batch,), jnp.int32))
-
+        lightning, cache = (
+            (len(cfg.lightning_layers), batch, H, D, D),
+            (len(cfg.softmax_layers), batch, K, max_length, D),
+        )
         mesh = mesh_in_use()
         if mesh is None:
-            return empty()
-        # Each device makes its own part: one alone might have no room for all of it.
-        places = jax.tree.map(lambda x, axes: rules.spec(mesh, "state", axes, x.shape), jax.eval_shape(empty), _STATE)
-        return jax.jit(empty, out_shardings=places)()
+            return _empty(lightning, cache, self.dtype)
+        axes = jax.tree.leaves(_STATE, is_leaf=lambda x: isinstance(x, tuple))
+        shapes = (lightning, cache, cache, (batch,))
+        places = tuple(rules.spec(mesh, "state", a, shape) for a, shape in zip(axes, shapes, strict=True))
+        return _placed(lightning, cache, self.dtype, places)
 
     @_on_its_mesh
     def step(

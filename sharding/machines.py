@@ -33,9 +33,9 @@ DEVICES = {
         Device("H800", 80e9, 3.35e12, 989e12, 200e9, NETWORK, 8, "cuda"),
         Device("H200", 141e9, 4.8e12, 989e12, 450e9, NETWORK, 8, "cuda"),
         Device("B200", 180e9, 7.7e12, 2250e12, 900e9, NETWORK, 8, "cuda"),
-        Device("v5e", 16e9, 0.819e12, 197e12, 100e9, NETWORK / 8, 256, "tpu"),
-        Device("v5p", 95e9, 2.765e12, 459e12, 300e9, NETWORK / 8, 8960, "tpu"),
-        Device("v6e", 32e9, 1.64e12, 918e12, 200e9, NETWORK / 8, 256, "tpu"),
+        Device("v5e", 16e9, 0.819e12, 197e12, 200e9, NETWORK / 8, 256, "tpu"),
+        Device("v5p", 95 * 2**30, 2.765e12, 459e12, 600e9, NETWORK / 8, 8960, "tpu"),
+        Device("v6e", 32e9, 1.64e12, 918e12, 400e9, NETWORK / 8, 256, "tpu"),
     )
 }
 

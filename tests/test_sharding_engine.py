@@ -1,5 +1,6 @@
 """Text from a mesh is the text from one device."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -8,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m1jax import engine
 from m1jax.generate import main
 from m1jax.model import M1State, abstract, take_rows
+from m1jax.sampling import Sampling
 from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.sharding.rules import shardings
-from tests.tools import DATA, variant
+from m1jax.tokenizer import Tokenizer
+from tests.tools import DATA, random_model, variant
 
 HELLO = DATA / "m1_hello"
 CONFIG = variant(vocab_size=64, num_key_value_heads=4, num_local_experts=8, layer_types=("lightning", "softmax") * 4)
@@ -60,6 +64,29 @@ def test_rows_join_without_a_device_holding_all(mesh: str) -> None:
         assert x.sharding.is_equivalent_to(where, x.ndim)
     memory = joined.memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes < memory.output_size_in_bytes
+
+
+@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "expert=4", "seq=2,expert=2"])
+def test_nothing_is_compiled_twice(mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What begins lies where a step leaves its own; a prompt of several chunks finds the program of the first."""
+    shape = MeshShape.parse(mesh)
+    there = make_mesh(shape, devices=jax.devices()[: shape.size])
+    model = random_model(dataclasses.replace(CONFIG, vocab_size=512))
+    model = jax.device_put(model, shardings(model.config, there, model))
+    step = jax.jit(lambda model, tokens, state: model.step(tokens, state, logits="last"))
+    state = model.init_state(4, 32)
+    for _ in range(2):
+        _, state = step(model, np.zeros((4, 1), np.int32), state)
+    assert step._cache_size() == 1
+    taken = state.take(np.arange(4))  # without `jax.set_mesh`
+    for ours, theirs in zip(jax.tree.leaves(taken), jax.tree.leaves(state), strict=True):
+        assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+    monkeypatch.setattr(engine, "CHUNK", 16)
+    ours = engine.Engine(model, Tokenizer.load(HELLO))
+    ours.eos_ids = frozenset()
+    list(ours.generate([engine.Request((1,) * 32, Sampling(temperature=0), max_tokens=1)]))
+    compiled: Any = ours._compiled
+    assert [kind for kind, *_ in compiled].count("prefill") == 1
 
 
 def test_a_mesh_that_does_not_fit_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

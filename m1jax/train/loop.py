@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from m1jax.config import M1Config
 from m1jax.distributed import check_same, wait
@@ -21,7 +21,7 @@ from m1jax.model import abstract, build, init_params
 from m1jax.params import ParamSpec, flatten, param_table
 from m1jax.saving import save
 from m1jax.sharding import sizes
-from m1jax.sharding.mesh import MeshShape, make_mesh, parsed_mesh
+from m1jax.sharding.mesh import MeshShape, abstract_mesh, choose, make_mesh, parsed_mesh
 from m1jax.sharding.placing import place
 from m1jax.sharding.region import everywhere
 from m1jax.sharding.rules import check, rules_of, shardings
@@ -38,6 +38,7 @@ from m1jax.workplace import LOCK, alone, check_folder, disk_errors
 MODEL = "model"  # the trained model's folder in `out`
 COMPILED = 3  # steps after the first, then all is compiled
 PROFILED = 3  # steps in a trace
+MOST_DEVICES = 1 << 14  # that a mesh is proposed for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ def prepare(settings: Settings, updates: int = 1) -> Parts:
     shapes = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings(config, mesh, shapes)
     )
-    _require_room(settings.model.path or settings.model.config, shapes, mesh)
+    _require_room(settings.model.path or settings.model.config, config, shapes, mesh)
     return Parts(settings, config, tokenizer, mesh, optimizer, source, shapes, updates)
 
 
@@ -124,19 +125,37 @@ def mesh_of(text: str, config: M1Config) -> Mesh:
     return mesh
 
 
-def _require_room(name: str, shapes: TrainState, mesh: Mesh) -> None:
+def _require_room(name: str, config: M1Config, shapes: TrainState, mesh: Mesh) -> None:
     """Raises `UserError` if weights and moments do not fit into the free memory of this process's devices."""
-    each = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
     devices = mesh.local_devices
     on_host = devices[0].platform == "cpu"  # all devices share the host's memory
-    needed = each * len(devices) if on_host else each
-    free = sizes.free_memory(devices)
-    if needed > free:
-        raise UserError(
-            f"{name} needs {needed / 1e9:.1f} GB of memory on {'this machine' if on_host else 'each device'} for "
-            f"weights and moments in float32, {free / 1e9:.1f} GB are free: split it over more "
-            f"{'machines' if on_host else 'devices'}, such as mesh = 'fsdp=8', or train a smaller model"
-        )
+    needed, free = _bytes(config, shapes, mesh) * (len(devices) if on_host else 1), sizes.free_memory(devices)
+    if needed <= free:
+        return
+    room = free / jax.local_device_count() if on_host else free
+    raise UserError(
+        f"{name} needs {needed / 1e9:.1f} GB of memory on {'this machine' if on_host else 'each device'} for weights "
+        f"and moments in float32, {free / 1e9:.1f} GB are free: {_remedy(config, shapes, room)}"
+    )
+
+
+def _bytes(config: M1Config, shapes: TrainState, mesh: Mesh | AbstractMesh) -> int:
+    """Of weights and moments, on each device."""
+    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings(config, mesh, shapes)), strict=True)
+    return sum(math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x, place in pairs)
+
+
+def _remedy(config: M1Config, shapes: TrainState, room: float) -> str:
+    """A mesh of devices with so much room that holds the state: of those present, or of twice as many, and so on."""
+    count = present = jax.device_count()
+    while count <= MOST_DEVICES:
+        with contextlib.suppress(UserError):
+            shape = choose(config, count, "train")
+            if _bytes(config, shapes, abstract_mesh(shape, "train")) <= room:
+                where = "" if count == present else f" of {count} devices"
+                return f"try mesh = '{shape}'{where}, or train a smaller model"
+        count *= 2
+    return "train a smaller model"
 
 
 def _some_of(source: Source | None) -> str:
