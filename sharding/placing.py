@@ -1,7 +1,7 @@
 """Puts what is read from files onto devices: each process reads what its own devices hold, each block once.
 
-On CPUs an array takes over the buffer that was read into, also where several devices hold the same block. Elsewhere a
-block goes to its devices piece by piece, so that the host never holds more than a piece.
+On CPUs an array takes over the buffer that was read into, also where several devices hold the same block. Elsewhere
+blocks go to their devices piece by piece, so that the host never holds more than a piece.
 """
 
 import functools
@@ -18,6 +18,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
 Block = tuple[slice, ...]
+Bounds = tuple[tuple[int, int], ...]  # of a block: first index and the one behind the last, of each axis
 
 PIECE = 256 << 20  # bytes on their way to an accelerator
 
@@ -39,17 +40,23 @@ def place(
       dtype: what `read` returns.
       sharding: where the array lies; devices of other processes are left to those.
       stream: piece by piece; None chooses (all but CPUs).
-      piece: bytes of a piece.
+      piece: bytes of a piece, of all blocks that lie beside each other along the last axis together.
     """
-    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    blocks: dict[Bounds, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = [part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True)]
-        holders.setdefault(tuple(bounds), []).append(device)
+        bounds = (part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+        blocks.setdefault(tuple(bounds), []).append(device)
     arrays: dict[jax.Device, jax.Array] = {}
-    for bounds, devices in holders.items():
-        block = tuple(slice(*bound) for bound in bounds)
-        streamed = devices[0].platform != "cpu" if stream is None else stream
-        arrays |= _streamed(read, block, dtype, devices, piece) if streamed else _whole(read(block), devices)
+    if any(d.platform != "cpu" for d in sharding.addressable_devices) if stream is None else stream:
+        # Blocks beside each other along the last axis together: what is read for one is quantised for all.
+        beside: dict[Bounds, dict[Bounds, list[jax.Device]]] = {}
+        for bounds, devices in blocks.items():
+            beside.setdefault(bounds[:-1], {})[bounds] = devices
+        for group in beside.values():
+            arrays |= _streamed(read, group, dtype, piece)
+    else:
+        for bounds, devices in blocks.items():
+            arrays |= _whole(read(tuple(slice(*bound) for bound in bounds)), devices)
     ordered = [arrays[device] for device in sharding.addressable_devices_indices_map(shape)]
     return jax.make_array_from_single_device_arrays(shape, sharding, ordered, dtype=dtype)
 
@@ -63,15 +70,17 @@ def _whole(values: NDArray[Any], devices: list[jax.Device]) -> dict[jax.Device, 
 
 
 def _streamed(
-    read: Callable[[Block], NDArray[Any]], block: Block, dtype: np.dtype[Any], devices: list[jax.Device], piece: int
+    read: Callable[[Block], NDArray[Any]], group: dict[Bounds, list[jax.Device]], dtype: np.dtype[Any], piece: int
 ) -> dict[jax.Device, jax.Array]:
-    shape = tuple(part.stop - part.start for part in block)
-    out = {device: jnp.zeros(shape, dtype, device=device) for device in devices}
-    for part in pieces(shape, dtype.itemsize, piece):
-        values = read(tuple(slice(b.start + p.start, b.start + p.stop) for b, p in zip(block, part, strict=True)))
+    """Blocks of one shape, piece by piece: the first piece of each, then the second of each."""
+    shape = tuple(stop - first for first, stop in next(iter(group)))
+    out = {device: jnp.zeros(shape, dtype, device=device) for devices in group.values() for device in devices}
+    for part in pieces(shape, dtype.itemsize, piece // len(group)):
         start = [p.start for p in part]
-        out = {device: _write(array, jax.device_put(values, device), start) for device, array in out.items()}
-        jax.block_until_ready(list(out.values()))  # the piece has left the host
+        for bounds, devices in group.items():
+            values = read(tuple(slice(at + p.start, at + p.stop) for (at, _), p in zip(bounds, part, strict=True)))
+            out |= {device: _write(out[device], jax.device_put(values, device), start) for device in devices}
+        jax.block_until_ready(list(out.values()))  # the pieces have left the host
     return out
 
 

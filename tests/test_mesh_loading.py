@@ -1,6 +1,7 @@
 """Loading onto meshes: the same values as on one device, from as few bytes as the shards have; refusals."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -103,7 +104,10 @@ def test_training_reads_each_block_once(folder: Path) -> None:
     assert read == {name: spec.size for name, spec in param_table(CONFIG).items()}
 
 
-def test_quantising_while_loading_reads_each_matrix_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_quantising_while_loading_reads_each_matrix_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
     """Not for values and again for scales, nor for each of the devices that share its in-channels."""
     down, read = param_table(CONFIG)["moe.down"].shape, 0
 
@@ -115,6 +119,7 @@ def test_quantising_while_loading_reads_each_matrix_once(folder: Path, monkeypat
 
     read_block = loading.read_block
     monkeypatch.setattr(loading, "read_block", counting)
+    monkeypatch.setattr(loading, "place", functools.partial(place, stream=stream, piece=256))
     model = m1jax.load(folder, "bfloat16", "int8", mesh=mesh_of("expert=2,tensor=4"))
     assert read == math.prod(down)
     alone = flatten(m1jax.load(folder, "bfloat16", "int8"))
