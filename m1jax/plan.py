@@ -149,6 +149,7 @@ def describe(plan: "Plan") -> dict[str, Any]:
         **dataclasses.asdict(plan.work),
         "memory": {**dataclasses.asdict(memory), "arguments": memory.arguments, "total": memory.total},
         "fits": plan.fits,
+        "sure": plan.sure,
         "largest_batch": plan.largest_batch,
         "longest_context": plan.longest_context,
         "collectives": [traffic(t) for t in plan.traffic],
@@ -157,6 +158,20 @@ def describe(plan: "Plan") -> dict[str, Any]:
         "seconds": plan.roofline.seconds,
         "tokens_per_second": plan.tokens_per_second,
     }
+
+
+def _doubt(plan: "Plan") -> str:
+    """What to do where an estimate does not decide whether a plan fits."""
+    if plan.sure:
+        return ""
+    from m1jax.sharding.plan import OFF
+
+    platform = plan.device.platform
+    least, most = OFF[platform]
+    return (
+        f" by the estimate, but compilers have needed {least:g} to {most:g} times the temporaries estimated: "
+        f"--compile {platform} decides"
+    )
 
 
 def report(plan: "Plan", name: str) -> str:
@@ -171,7 +186,7 @@ def report(plan: "Plan", name: str) -> str:
         "",
         "GB on each device",
         *_table(_memory_rows(plan)),
-        "it fits" if plan.fits else "IT DOES NOT FIT",
+        ("it fits" if plan.fits else "IT DOES NOT FIT") + _doubt(plan),
         f"largest batch at this context: {plan.largest_batch or 'none'}; "
         f"longest context at this batch: {plan.longest_context or 'none'}" + f" ({how})" * bool(how),
         "",

@@ -340,6 +340,17 @@ def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert values["collectives"][0]["devices"] == 8
 
 
+def test_a_plan_that_an_estimate_does_not_decide_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training step on 64 H200s, of whose temporaries the compiler needs 0.6 of the estimate."""
+    options = ["--config", "m1-80k", "--mode", "train", "--context", "4096", "--batch", "64"]
+    _, out, _ = run(capsys, monkeypatch, *options, "--devices", "64xH200")
+    assert "IT DOES NOT FIT by the estimate" in out and "--compile cuda decides" in out
+    _, out, _ = run(capsys, monkeypatch, *options, "--devices", "512xH800")
+    assert "it fits\n" in out
+
+
 def test_limits_of_a_compiled_plan_say_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = compiling.Compiled("cuda", 0, int(60e9), 1.0)
     monkeypatch.setattr(compiling, "compile_step", lambda *_: compiled)

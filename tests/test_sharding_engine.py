@@ -73,7 +73,7 @@ def test_nothing_is_compiled_twice(mesh: str, monkeypatch: pytest.MonkeyPatch) -
     there = make_mesh(shape, devices=jax.devices()[: shape.size])
     model = random_model(dataclasses.replace(CONFIG, vocab_size=512))
     model = jax.device_put(model, shardings(model.config, there, model))
-    step = jax.jit(lambda model, tokens, state: model.step(tokens, state, logits="last"))
+    step: Any = jax.jit(lambda model, tokens, state: model.step(tokens, state, logits="last"))
     state = model.init_state(4, 32)
     for _ in range(2):
         _, state = step(model, np.zeros((4, 1), np.int32), state)
