@@ -3,10 +3,11 @@
 Each device holds one stretch of the tokens, and of the cache one stretch of the positions.
 
 Lightning attention: the states that the stretches leave, `[D, D]` a head, are gathered once, and each device sums up
-what comes before it (LASP-2, arXiv 2502.07563). Softmax attention: keys and values go round in a ring, and each device
-adds up the attention of its queries over one stretch after another (Ring Attention, arXiv 2310.01889); stretches that
-lie ahead of all queries are skipped. Few queries against a long cache stay, instead, where the cache is: they are
-gathered, and their attention over each stretch is put together.
+what comes before it (LASP-2, arXiv 2502.07563); where each has one token, the tokens are gathered instead. Softmax
+attention: keys and values go round in a ring, and each device adds up the attention of its queries over one stretch
+after another (Ring Attention, arXiv 2310.01889); stretches that lie ahead of all queries are skipped. Few queries
+against a long cache stay, instead, where the cache is: they are gathered, and their attention over each stretch is put
+together.
 """
 
 import functools
@@ -54,6 +55,13 @@ def lightning_attention(
     )
     if not over:
         return form(state=state, layer=layer)
+    if qkv.shape[1] == 1 and segments is None:  # a step of decoding: its tokens are less than the states
+        everyone, count = lax.all_gather(qkv, over, axis=1, tiled=True), lax.psum(lengths, over)
+        how = "recurrent" if recurrent else None
+        out, after = lightning.lightning_attention(
+            everyone, log_decay, state=state, lengths=count, layer=layer, implementation=how
+        )
+        return block(out, 1, "sequence"), after
     if state is not None and layer is not None:
         out, after = lightning_attention(
             qkv, log_decay, state=state[layer], lengths=lengths, segments=segments, recurrent=recurrent
