@@ -177,7 +177,8 @@ def _placed(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 
     `jax.make_mesh` refuses GPUs of more than one machine, and TPU meshes that split an axis of the torus.
     """
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    # TPUs of a single slice may have no such attribute.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     outer = next((axis for axis, size in enumerate(sizes) if size % slices == 0), None)

@@ -115,27 +115,32 @@ def test_meshes_that_do_not_fit_the_devices_are_refused() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a mesh is laid out by."""
+    """What a mesh is laid out by; a TPU of a single slice."""
 
     id: int
-    slice_index: int
-    platform: str = "gpu"
-    device_kind: str = "NVIDIA H200"
+    process_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
     coords: tuple[int, ...] = ()
     core_on_chip: int = 0
-    process_index: int = 0
 
 
-def torus(*sizes: int, slice_index: int = 0) -> list[Any]:
-    """A slice of TPU v5p."""
-    first = slice_index * math.prod(sizes)
+@dataclasses.dataclass(frozen=True)
+class Sliced(Chip):
+    """A GPU, each machine of which XLA takes for a slice, or a TPU of several."""
+
+    slice_index: int = 0
+
+
+def torus(*sizes: int, kind: type[Chip] = Chip, first: int = 0, **changes: int) -> list[Any]:
+    """TPUs v5p."""
     places = enumerate(np.ndindex(*sizes))
-    return [Chip(first + i, slice_index, "tpu", "TPU v5", place, process_index=i // 4) for i, place in places]
+    return [kind(first + i, i // 4, coords=place, **changes) for i, place in places]
 
 
 def test_machines_of_one_mesh() -> None:
-    """XLA counts each machine of GPUs as a slice, which `jax.make_mesh` refuses; inner axes stay inside a machine."""
-    chips: Any = [Chip(i, i // 8, process_index=i) for i in range(64)]
+    """`jax.make_mesh` refuses GPUs of more than one; inner axes stay inside a machine."""
+    chips: Any = [Sliced(i, i, "gpu", "NVIDIA H200", slice_index=i // 8) for i in range(64)]
     placed = make_mesh(MeshShape(expert=8, tensor=8), devices=chips).devices
     assert all(len({chip.slice_index for chip in row}) == 1 for row in placed.reshape(8, 8))
     assert make_mesh(MeshShape(fsdp=8, expert=8), "train", chips).shape["fsdp"] == 8
@@ -146,12 +151,12 @@ def test_meshes_of_a_torus() -> None:
     for use in ("serve", "train"):
         shape = choose(FULL, 64, use)
         assert make_mesh(shape, use, torus(4, 4, 4)).devices.size == 64
-    two = torus(2, 2, 2) + torus(2, 2, 2, slice_index=1)
+    two = [chip for i in range(2) for chip in torus(2, 2, 2, kind=Sliced, first=8 * i, slice_index=i)]
     placed = make_mesh(MeshShape(data=2, expert=8), devices=two).devices
     assert [{chip.slice_index for chip in part.flat} for part in placed] == [{0}, {1}]
-    three: Any = [chip for i in range(3) for chip in torus(2, 1, 1, slice_index=i)]
+    four = [chip for i in range(4) for chip in torus(2, 1, 1, kind=Sliced, first=2 * i, slice_index=i)]
     with pytest.raises(UserError, match="over 4 TPU slices: one of its sizes must be a multiple of 4"):
-        make_mesh(MeshShape(data=2, expert=2, tensor=2), devices=[*three, *torus(2, 1, 1, slice_index=3)])
+        make_mesh(MeshShape(data=2, expert=2, tensor=2), devices=four)
 
 
 def test_axes_that_do_not_divide_name_parameter_axis_and_sizes() -> None:
