@@ -132,7 +132,7 @@ class Sliced(Chip):
     slice_index: int = 0
 
 
-def torus(*sizes: int, kind: type[Chip] = Chip, first: int = 0, **changes: int) -> list[Any]:
+def torus(*sizes: int, kind: type[Chip] = Chip, first: int = 0, **changes: Any) -> list[Any]:
     """TPUs v5p."""
     places = enumerate(np.ndindex(*sizes))
     return [kind(first + i, i // 4, coords=place, **changes) for i, place in places]
