@@ -51,7 +51,7 @@ def mapped(fn: Callable[[Any, Any], jax.Array], weights: Any, parts: Any) -> jax
 @jax.custom_vjp
 def _zeros(w: jax.Array) -> jax.Array:
     """In float32, for `_adding` alone: what it gathers becomes w's gradient."""
-    return jnp.zeros(w.shape, jnp.float32)
+    return jnp.zeros_like(w, jnp.float32)
 
 
 _zeros.defvjp(lambda w: (_zeros(w), jnp.zeros(0, w.dtype)), lambda like, d: (rounded(d, like.dtype),))

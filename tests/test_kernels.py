@@ -15,6 +15,7 @@ from m1jax.kernels.lightning_attention import lightning_attention, log_decay
 from m1jax.kernels.lightning_attention.api import slopes
 from m1jax.kernels.linear import cases as linear_cases
 from m1jax.kernels.linear import linear, xla
+from m1jax.kernels.rounding import mapped
 from m1jax.kernels.softmax_attention import softmax_attention
 from m1jax.kernels.softmax_attention import xla as softmax_xla
 from tests.tools import TOLERANCE, compare_case, normal, rms_error
@@ -282,6 +283,11 @@ VARYING: dict[str, tuple[Any, int, Any]] = {  # op, how many of its arguments ar
         1,
         lambda: (normal(0, 2, 5, 2, 3, 8),),
     ),
+    "mapped": (
+        lambda x, w: mapped(lambda w, part: part @ w, w, x.reshape(-1, 2, 5)).reshape(-1, 4),
+        1,
+        lambda: (normal(0, 12, 5), normal(1, 5, 4)),
+    ),
     "by row": (lambda x: by_row(jax.nn.softmax, x, rows=2), 1, lambda: (normal(0, 6, 5),)),
     "softmax": (
         lambda q, k: softmax_xla.blocked(q, k, k, jnp.zeros_like(q, jnp.int32, q.shape[:1]), 16, 24),
@@ -308,8 +314,8 @@ def test_inside_shard_map_that_tracks_what_varies(name: str) -> None:
 
         return outputs_and_gradients(floats, *(args[i] for i in at))
 
-    mapped = of(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=rows))
-    for got, want in zip(jax.tree.leaves(mapped), jax.tree.leaves(of(fn)), strict=True):
+    there = of(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=rows))
+    for got, want in zip(jax.tree.leaves(there), jax.tree.leaves(of(fn)), strict=True):
         assert rms_error(got, want) < 1e-6
 
 
