@@ -284,7 +284,7 @@ VARYING: dict[str, tuple[Any, int, Any]] = {  # op, how many of its arguments ar
         lambda: (normal(0, 2, 5, 2, 3, 8),),
     ),
     "mapped": (
-        lambda x, w: mapped(lambda w, part: part @ w, w, x.reshape(-1, 2, 5)).reshape(-1, 4),
+        lambda x, w: mapped(lambda w, part: part @ w, w + 0 * jnp.sum(x), x.reshape(-1, 2, 5)).reshape(-1, 4),
         1,
         lambda: (normal(0, 12, 5), normal(1, 5, 4)),
     ),
