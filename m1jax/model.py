@@ -24,8 +24,7 @@ from m1jax.errors import UserError
 from m1jax.kernels.experts import Quantization
 from m1jax.kernels.linear import linear
 from m1jax.params import STATE_AXES, ParamSpec, join_quantized, nest, param_table
-from m1jax.sharding import rules
-from m1jax.sharding.region import lookup, mesh_in_use, on_mesh, on_mesh_of, rows_of, start, total, ways, whole
+from m1jax.sharding.region import laid_out, lookup, mesh_in_use, on_mesh, on_mesh_of, rows_of, start, total, ways, whole
 from m1jax.stack import Carry, body, not_finite, token_at
 
 Logits = Literal["all", "last"]
@@ -100,14 +99,14 @@ def _empty(lightning: tuple[int, ...], cache: tuple[int, ...], dtype: DTypeLike)
     """Zeros of these shapes, that nothing was read into."""
     kv = jnp.zeros(cache, dtype)
     state, length = jnp.zeros(lightning, jnp.float32), jnp.zeros(lightning[1:2], jnp.int32)
-    return M1State(LightningState(state), KVCache(kv, jnp.zeros_like(kv)), length)
+    empty = M1State(LightningState(state), KVCache(kv, jnp.zeros_like(kv)), length)
+    return jax.tree.map(
+        lambda axes, x: laid_out(x, "state", axes), _STATE, empty, is_leaf=lambda x: isinstance(x, tuple)
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _placed(lightning: tuple[int, ...], cache: tuple[int, ...], dtype: DTypeLike, places: tuple[jax.P, ...]) -> M1State:
-    """The same on a mesh. Each device makes its own part: one alone might have no room for all of it."""
-    leaves, tree = jax.tree.flatten(_empty(lightning, cache, dtype))
-    return tree.unflatten(map(lax.with_sharding_constraint, leaves, places))
+# On a mesh each device makes its own part: one alone might have no room for all of it.
+_empty_on_mesh = jax.jit(_empty, static_argnums=(0, 1, 2))
 
 
 class Trace(NamedTuple):
@@ -191,13 +190,8 @@ class M1(nnx.Module):
             (len(cfg.lightning_layers), batch, H, D, D),
             (len(cfg.softmax_layers), batch, K, max_length, D),
         )
-        mesh = mesh_in_use()
-        if mesh is None:
-            return _empty(lightning, cache, self.dtype)
-        axes = jax.tree.leaves(_STATE, is_leaf=lambda x: isinstance(x, tuple))
-        shapes = (lightning, cache, cache, (batch,))
-        places = tuple(rules.spec(mesh, "state", a, shape) for a, shape in zip(axes, shapes, strict=True))
-        return _placed(lightning, cache, self.dtype, places)
+        make = _empty if mesh_in_use() is None else _empty_on_mesh
+        return make(lightning, cache, self.dtype)
 
     @_on_its_mesh
     def step(

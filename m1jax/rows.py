@@ -8,12 +8,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from m1jax.model import M1, KVCache, M1State, take_rows
 from m1jax.sampling import SamplingRows, sample
-from m1jax.sharding.region import everywhere, mesh_in_use
-from m1jax.sharding.rules import spec
+from m1jax.sharding.region import everywhere, laid_out
 
 NOT_A_NUMBER = -1  # stands for a token where the logits were not finite
 FREE = -1  # stands for a forced token where none is forced
@@ -112,7 +110,5 @@ def grow(state: M1State, N: int) -> M1State:
 @functools.partial(jax.jit, static_argnames=("B", "N"))
 def empty(model: M1, B: int, N: int) -> tuple[jax.Array, M1State]:
     """Logits `[B, V]` and state before the first token, where a step leaves its own: else it would compile again."""
-    logits, mesh = jnp.zeros((B, model.config.vocab_size), jnp.float32), mesh_in_use()
-    if mesh is not None:
-        logits = lax.with_sharding_constraint(logits, spec(mesh, "logits", ("batch", "vocab"), logits.shape))
+    logits = laid_out(jnp.zeros((B, model.config.vocab_size), jnp.float32), "logits", ("batch", "vocab"))
     return logits, model.init_state(batch=B, max_length=N)

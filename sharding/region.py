@@ -96,6 +96,12 @@ def everywhere(x: jax.Array) -> jax.Array:
     return x if mesh_in_use() is None else lax.with_sharding_constraint(x, PartitionSpec())
 
 
+def laid_out(x: jax.Array, name: str, axes: Axes) -> jax.Array:
+    """x as its logical axes lie on the mesh in use; x itself without one. `name` is for messages."""
+    mesh = mesh_in_use()
+    return x if mesh is None else lax.with_sharding_constraint(x, spec(mesh, name, axes, x.shape))
+
+
 def split_over(axis: str) -> Axes:
     """The mesh axes of more than one device that a logical axis is split over; empty outside `on_mesh`."""
     mesh = _region()

@@ -24,7 +24,7 @@ from m1jax.kernels.rounding import rounded
 from m1jax.kernels.segments import numbered, starts
 from m1jax.kernels.softmax_attention import xla
 from m1jax.kernels.softmax_attention.api import K_BLOCK, Q_BLOCK
-from m1jax.sharding.region import Axes, block, gathered, index, size_of, split_over
+from m1jax.sharding.region import Axes, block, gathered, index, size_of, split_over, total
 
 
 def lightning_attention(
@@ -45,6 +45,9 @@ def lightning_attention(
     The state before the first token comes in, the state after the last one goes out, on all devices alike.
     """
     over = split_over("sequence")
+    alone = qkv.shape[1] == 1 and segments is None  # a step of decoding: its tokens are less than the states
+    if alone:
+        qkv, lengths = gathered(qkv, 1, "sequence"), total(lengths, "sequence")
     form = functools.partial(
         lightning.lightning_attention,
         qkv,
@@ -53,15 +56,9 @@ def lightning_attention(
         segments=segments,
         implementation="recurrent" if recurrent else None,
     )
-    if not over:
-        return form(state=state, layer=layer)
-    if qkv.shape[1] == 1 and segments is None:  # a step of decoding: its tokens are less than the states
-        everyone, count = lax.all_gather(qkv, over, axis=1, tiled=True), lax.psum(lengths, over)
-        how = "recurrent" if recurrent else None
-        out, after = lightning.lightning_attention(
-            everyone, log_decay, state=state, lengths=count, layer=layer, implementation=how
-        )
-        return block(out, 1, "sequence"), after
+    if alone or not over:
+        out, after = form(state=state, layer=layer)
+        return block(out, 1, "sequence") if alone else out, after
     if state is not None and layer is not None:
         out, after = lightning_attention(
             qkv, log_decay, state=state[layer], lengths=lengths, segments=segments, recurrent=recurrent

@@ -31,10 +31,11 @@ SPARE = 1.03  # times the parameters is recommended: a step of a few rows needs 
 def tree_bytes(config: M1Config, mesh: AnyMesh, tree: Any) -> dict[str, int]:
     """Bytes that each device holds of every array of a tree that `m1jax.sharding.rules.shardings` knows, by path."""
     places = flatten(shardings(config, mesh, tree))
-    return {path: _shard_bytes(places[path], leaf) for path, leaf in flatten(tree).items()}
+    return {path: shard_bytes(places[path], leaf) for path, leaf in flatten(tree).items()}
 
 
-def _shard_bytes(sharding: jax.sharding.NamedSharding, leaf: Any) -> int:
+def shard_bytes(sharding: jax.sharding.Sharding, leaf: Any) -> int:
+    """Bytes that each device holds of an array."""
     return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
@@ -130,7 +131,7 @@ def _distinct_bytes(config: M1Config, mesh: Mesh, dtype: str, quantize: Quantiza
     total = 0
     for path, leaf in flatten(model).items():
         blocks = places[path].addressable_devices_indices_map(leaf.shape).values()
-        total += len(set(map(str, blocks))) * _shard_bytes(places[path], leaf)
+        total += len(set(map(str, blocks))) * shard_bytes(places[path], leaf)
     return total
 
 

@@ -20,9 +20,8 @@ from m1jax.evaluate import Score, main, open_local, score, table, wilson, writte
 from m1jax.remote import Remote
 from m1jax.tasks import TASKS, Problem, verify
 from m1jax.tokenizer import Tokenizer
-from tests.tools import DATA
+from tests.tools import HELLO
 
-HELLO = DATA / "m1_hello"
 HTTP_DATE = "%a, %d %b %Y %H:%M:%S GMT"
 TASK = TASKS["addition"]
 SUM = Problem("addition", "What is 27 + 58?", "", "85", "")

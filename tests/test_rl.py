@@ -28,9 +28,8 @@ from m1jax.train.loss import Balance
 from m1jax.train.saving import Checkpoints
 from m1jax.train.settings import GuardSettings, OptimizerSettings, Settings, parse
 from m1jax.train.step import TrainState, adamw, init_state, make_step, totals
-from tests.tools import DATA, rows_are_alone, variant
+from tests.tools import HELLO, rows_are_alone, variant
 
-HELLO = DATA / "m1_hello"
 SMALL_RUN: dict[str, Any] = {
     "tasks": ["addition"],
     "difficulty": 0.25,

@@ -13,9 +13,8 @@ from m1jax.export import export
 from m1jax.saving import save
 from m1jax.train import supervised
 from m1jax.train.settings import Settings, parse
-from tests.tools import DATA, SMALL, random_model
+from tests.tools import HELLO, SMALL, random_model
 
-HELLO = DATA / "m1_hello"
 MODEL = random_model(SMALL)
 
 

@@ -16,9 +16,8 @@ from m1jax.sampling import Sampling
 from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.sharding.rules import shardings
 from m1jax.tokenizer import Tokenizer
-from tests.tools import DATA, random_model, variant
+from tests.tools import HELLO, random_model, variant
 
-HELLO = DATA / "m1_hello"
 CONFIG = variant(vocab_size=64, num_key_value_heads=4, num_local_experts=8, layer_types=("lightning", "softmax") * 4)
 
 

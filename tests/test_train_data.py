@@ -16,9 +16,8 @@ from m1jax.train import documents as documents_of
 from m1jax.train.documents import Documents
 from m1jax.train.encoder import Encoder, chat_tokens
 from m1jax.train.settings import DataSettings
-from tests.tools import DATA
+from tests.tools import HELLO
 
-HELLO = DATA / "m1_hello"
 TALK = {"role": "assistant", "content": "One. " * 90}
 
 

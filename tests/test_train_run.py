@@ -26,11 +26,10 @@ from m1jax.saving import save
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import guard, loop, saving, step, supervised
 from m1jax.workplace import LOCK, alone
-from tests.tools import rms_error
+from tests.tools import HELLO, rms_error
 from tests.training import (
     CONFIG,
     ENVIRONMENT,
-    HELLO,
     losses,
     on_two_devices,
     rows,

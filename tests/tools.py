@@ -16,6 +16,7 @@ from m1jax.model import M1, build
 
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "m1_tiny"
+HELLO = DATA / "m1_hello"  # trained to say one thing, with a tokenizer
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3}  # relative RMS error of a kernel
 

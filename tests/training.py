@@ -11,9 +11,8 @@ import pytest
 from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.train import loop
 from m1jax.train import settings as s
-from tests.tools import DATA, variant
+from tests.tools import HELLO, variant
 
-HELLO = DATA / "m1_hello"
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"  # as in conftest
 CACHED = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
 ENVIRONMENT = os.environ | CACHED

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -141,8 +140,7 @@ def _require_room(name: str, config: M1Config, shapes: TrainState, mesh: Mesh) -
 
 def _bytes(config: M1Config, shapes: TrainState, mesh: Mesh | AbstractMesh) -> int:
     """Of weights and moments, on each device."""
-    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings(config, mesh, shapes)), strict=True)
-    return sum(math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x, place in pairs)
+    return sum(map(sizes.shard_bytes, jax.tree.leaves(shardings(config, mesh, shapes)), jax.tree.leaves(shapes)))
 
 
 def _remedy(config: M1Config, shapes: TrainState, room: float) -> str:
