@@ -172,7 +172,7 @@ class Softmax(nnx.Module):
         if k.ndim == 4:
             out = softmax_attention(q, k, v, segments=segments, recurrent=recurrent)
         else:
-            out = softmax_attention(q, k[n], v[n], offset=first, recurrent=recurrent)
+            out = softmax_attention(q, k, v, offset=first, layer=n, recurrent=recurrent)
         return total(project(out, self.o_proj, n), "heads")
 
 

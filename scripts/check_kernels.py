@@ -31,14 +31,14 @@ from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.stack import period
 
 SHORT = (256, 1024)  # tokens
-OPS = {"lightning_attention": "lightning", "experts": "experts", "linear": "linear"}
+OPS = {"lightning_attention": "lightning", "experts": "experts", "linear": "linear", "softmax_attention": "softmax"}
 
 
 def cases(word: str) -> Iterator[tuple[str, Case]]:
-    """The cases of all ops whose name, with that of the op before it, contains `word`."""
+    """The cases with kernels of ours of all ops whose name, with that of the op before it, contains `word`."""
     for op, title in OPS.items():
         for case in importlib.import_module(f"m1jax.kernels.{op}.cases").CASES:
-            if word in f"{title} {case.name}":
+            if "triton" in case.forms and word in f"{title} {case.name}":
                 yield f"{title} {case.name}", case
 
 
@@ -118,7 +118,7 @@ def check_model(mesh: jax.sharding.Mesh, B: int, T: int, N: int) -> None:
     lowered = traced.lower()
     launched = [launch.kernel.fn.__module__ for launch in aot.launches(traced.jaxpr.jaxpr)]
     launched += ["m1jax.kernels.lightning_attention.mosaic"] * ("mosaic_gpu" in lowered.as_text())
-    for op in ("lightning_attention", "experts", *(("linear",) if T == 1 else ())):
+    for op in ("lightning_attention", "experts", *(("linear", "softmax_attention") if T == 1 else ())):
         if not any(f".{op}." in module for module in launched):
             raise UserError(f"one period of M1 reading {B} x {T} tokens launches no kernel of {op}")
     memory = lowered.compile().memory_analysis()

@@ -23,7 +23,7 @@ from m1jax.kernels.gpu import capability
 from m1jax.kernels.rounding import rounded
 from m1jax.kernels.segments import numbered, starts
 from m1jax.kernels.softmax_attention import xla
-from m1jax.kernels.softmax_attention.api import K_BLOCK, Q_BLOCK
+from m1jax.kernels.softmax_attention.api import K_BLOCK, Q_BLOCK, over_part
 from m1jax.sharding.region import Axes, block, gathered, index, size_of, split_over, total
 
 
@@ -114,32 +114,37 @@ def softmax_attention(
     *,
     offset: jax.Array | None = None,
     segments: jax.Array | None = None,
+    layer: jax.Array | None = None,
     recurrent: bool = False,
 ) -> jax.Array:
     """As the kernel of this name: q `[B, T, H, D]`, k and v `[B, K, N, D]`, `segments` `[B, T]` are this device's.
 
-    `offset` is the position of the first query of all devices. With `recurrent` each query is what decoding makes of it
-    on a CPU, where one device has the whole sequence.
+    With `layer` k and v are `[S, B, K, N, D]`. `offset` is the position of the first query of all devices. With
+    `recurrent` each query is what decoding makes of it on a CPU, where one device has the whole sequence.
     """
     over = split_over("sequence")
     if not over:
         form = "direct" if recurrent and capability() is None else None
-        return softmax.softmax_attention(q, k, v, offset=offset, segments=segments, implementation=form)
+        return softmax.softmax_attention(q, k, v, offset=offset, segments=segments, layer=layer, implementation=form)
     if offset is None:
         offset = jnp.zeros(q.shape[:1], jnp.int32)
-    T, H, K, N = q.shape[1], q.shape[2], *k.shape[1:3]
+    T, H, K, N = q.shape[1], q.shape[2], *k.shape[-3:-1]
     # Queries and float32 outputs travel, or keys and values: whatever is less.
     if segments is None and T * H < N * K:
-        return _gathered_queries(q, k, v, offset, over)
+        return _gathered_queries(q, *((k[None], v[None], 0) if layer is None else (k, v, layer)), offset, over)
+    if layer is not None:
+        k, v = k[layer], v[layer]
     if segments is not None:
         segments = block(numbered(gathered(segments, 1, "sequence")), 1, "sequence")
     return _ring(q, k, v, offset, segments, over)
 
 
-def _gathered_queries(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, over: Axes) -> jax.Array:
+def _gathered_queries(
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array | int, offset: jax.Array, over: Axes
+) -> jax.Array:
     """All devices' queries over this device's keys, then the parts put together."""
     everyone = lax.all_gather(q, over, axis=1, tiled=True)
-    out, log_sum = xla.forward(everyone, k, v, offset - index(over) * k.shape[2], None, Q_BLOCK, K_BLOCK)
+    out, log_sum = over_part(everyone, k, v, offset - index(over) * k.shape[3], layer)
     most = lax.pmax(lax.stop_gradient(log_sum), over)  # finite: every query sees itself
     weight = jnp.exp(log_sum - most)
     parts = jnp.concatenate([out * weight[..., None], weight[..., None]], axis=-1)

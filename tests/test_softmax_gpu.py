@@ -1,4 +1,4 @@
-"""Softmax attention through GPU libraries: what is asked of them is the reference's mathematics.
+"""Softmax attention on GPUs: the Triton kernel in its interpreter, and what is asked of cuDNN.
 
 cuDNN is not here. `jax.nn.dot_product_attention` has the same arguments for XLA, so the calls are checked with that.
 """
@@ -15,11 +15,12 @@ import pytest
 from m1jax.kernels.gpu.case import reduced
 from m1jax.kernels.softmax_attention import api, gpu, softmax_attention
 from m1jax.kernels.softmax_attention.cases import CASES, SoftmaxCase
-from tests.tools import TOLERANCE, compare_case, rms_error
+from tests.tools import TOLERANCE, compare_case, normal, rms_error
 
 H, K, D = 6, 2, 32
 
 reference: Any = jax.jit(functools.partial(softmax_attention, implementation="reference"))
+over_part: Any = api.over_part
 cudnn: Any = jax.jit(functools.partial(gpu.cudnn, library="xla"))  # the same arguments for another library
 
 
@@ -42,7 +43,8 @@ def test_library_calls(T: int, N: int, offset: Any, dtype: str) -> None:
 @pytest.mark.parametrize("case", reduced(CASES), ids=lambda case: case.name)
 def test_cases(case: SoftmaxCase) -> None:
     """The shapes that are timed, fewer heads and tokens of them."""
-    compare_case(case, ("xla",) if case.T > 1 else ("xla", "pallas_interpreted"), TOLERANCE[case.dtype])
+    own = ("triton_interpreted",) if "triton" in case.forms else ()
+    compare_case(case, ("xla", *own), TOLERANCE[case.dtype])
 
 
 def test_padding_past_the_end_of_the_cache() -> None:
@@ -71,9 +73,9 @@ def test_gradients() -> None:
         assert rms_error(got, want) < 1e-5
     with pytest.raises(ValueError, match="offset: cuDNN attention into a cache has no gradient"):
         gradients(lambda *a: cudnn(*a, jnp.zeros(2, jnp.int32), None))
-    with pytest.raises(ValueError, match="'pallas' decodes and has no gradient"):
+    with pytest.raises(ValueError, match="'triton' has no gradient"):
         q, k, v = inputs(1, 256)
-        jax.grad(lambda q: jnp.sum(softmax_attention(q, k, v, implementation="pallas_interpreted")))(q)
+        jax.grad(lambda q: jnp.sum(softmax_attention(q, k, v, implementation="triton_interpreted")))(q)
 
 
 @pytest.mark.parametrize("T", [1, 7])
@@ -81,7 +83,7 @@ def test_what_nobody_named_has_a_gradient(T: int, monkeypatch: pytest.MonkeyPatc
     """Where a library is chosen that has none, as on a CPU."""
     arrays, at = inputs(T, 256), jnp.asarray([0, 200])
     into = inputs(T, 8)[0]
-    monkeypatch.setattr(api, "_choose", lambda named, *_: named or ("pallas_interpreted" if T == 1 else "cudnn"))
+    monkeypatch.setattr(api, "_choose", lambda named, *_: named or ("triton_interpreted" if T == 1 else "cudnn"))
     monkeypatch.setattr(api.gpu, "cudnn", functools.partial(gpu.cudnn, library="xla"))
 
     def gradients(how: Any) -> Any:
@@ -106,23 +108,63 @@ def test_cudnn_gives_its_sums_unrounded(monkeypatch: pytest.MonkeyPatch) -> None
     assert f"bf16[2,{H},8]" not in text and f"bf16[2,8,{H}]" not in text
 
 
+def caches(T: int, N: int, dtype: str = "float32") -> list[jax.Array]:
+    """As `inputs`, keys and values of three layers."""
+    q, *_ = inputs(T, N, dtype)
+    return [q, *(normal(seed, 3, 2, K, N, D, dtype=dtype) for seed in (N, N + 1))]
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("N", "offset"), [(256, (0, 255)), (256, (100, 7)), (2304, (2303, 150))])
-def test_one_token(N: int, offset: tuple[int, int], dtype: str) -> None:
-    arrays, at = inputs(1, N, dtype), jnp.asarray(offset)
-    run: Any = jax.jit(functools.partial(softmax_attention, implementation="pallas_interpreted"))
-    want = reference(*arrays, offset=at)
-    for kind in (jnp.int32, jnp.uint8)[: 1 + (N == 256)]:
-        got = run(*arrays, offset=at.astype(kind))
+@pytest.mark.parametrize(
+    ("T", "N", "offset"), [(1, 40, (0, 39)), (1, 2100, (2099, 150)), (5, 600, (0, 595)), (5, 1030, (1000, 1))]
+)
+def test_few_queries(T: int, N: int, offset: tuple[int, int], dtype: str) -> None:
+    """One part of the keys and several, of which some are empty."""
+    arrays, at = caches(T, N, dtype), jnp.asarray(offset)
+    run: Any = jax.jit(functools.partial(softmax_attention, implementation="triton_interpreted"))
+    for layer in (0, 2):
+        want = reference(*arrays, offset=at, layer=layer)
+        got = run(*arrays, offset=at, layer=layer)
         assert got.dtype == arrays[2].dtype
         assert rms_error(got, want) < TOLERANCE[dtype]
+    if N == 40:
+        alone = run(*(a if a.ndim == 4 else a[2] for a in arrays), offset=at.astype(jnp.uint8))
+        assert np.array_equal(alone, got)
 
 
-def test_one_token_of_float32_is_exact() -> None:
-    """No TF32, which is what Triton takes where a product does not say how exact it is to be."""
-    run = functools.partial(gpu.pallas, interpreted=True)
-    traced = str(jax.make_jaxpr(run)(*inputs(1, 256), jnp.zeros(2, jnp.int32)))
-    assert traced.count("dot_general") == traced.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0
+def test_what_lies_past_the_tokens_is_not_read() -> None:
+    q, k, v = caches(2, 300)
+    at = jnp.asarray([7, 160])
+    run = functools.partial(softmax_attention, layer=1, offset=at, implementation="triton_interpreted")
+    spoiled = [a.at[:, 0, :, 9:].set(jnp.nan).at[:, 1, :, 162:].set(jnp.nan) for a in (k, v)]
+    assert np.array_equal(run(q, *spoiled), run(q, k, v))
+
+
+@pytest.mark.parametrize(("T", "N"), [(1, 40), (4, 1100)])
+def test_a_part_of_the_keys(T: int, N: int) -> None:
+    """Of another device's keys rows see none, some or all."""
+    arrays = caches(T, N)
+    for offset in ((-2, N // 2), (N + 3, -T), (-1000, 1 << 30)):
+        at = jnp.asarray(offset, jnp.int32)
+        got = over_part(*arrays, at, 1, interpreted=True)
+        want = over_part(*arrays, at, 1)
+        assert np.array_equal(np.isneginf(got[1]), np.isneginf(want[1]))
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_a_part_of_the_keys_has_a_gradient() -> None:
+    arrays, at = caches(2, 40), jnp.asarray([3, 30])
+
+    def gradients(interpreted: bool) -> Any:
+        def value(*arrays: jax.Array) -> Any:
+            out, log_sums = over_part(*arrays, at, 1, interpreted)
+            return jnp.sum(out**2) + jnp.sum(log_sums)
+
+        return jax.grad(value, argnums=(0, 1, 2))(*arrays)
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_bad_arguments_are_named() -> None:
@@ -145,6 +187,12 @@ def test_bad_arguments_are_named() -> None:
         ("segments: expected integers", lambda: softmax_attention(q, k, v, segments=ones.astype(jnp.float32))),
         ("segments: expected integers", lambda: softmax_attention(q, k, v, segments=ones[:, :4])),
     ]
+    many = [q, *caches(4, 8)[1:]]
+    bad += [
+        (r"k: .* want \[S, 2, K, N, 32\]", lambda: softmax_attention(q, k, v, layer=0)),
+        ("k: ", lambda: softmax_attention(*many)),
+        ("layer: expected 0 to 2, got 3", lambda: softmax_attention(*many, layer=3)),
+    ]
     for message, call in bad:
         with pytest.raises(ValueError, match=message):
             call()
@@ -160,9 +208,10 @@ def test_what_cannot_run_says_why() -> None:
         ("cudnn", narrow, {}, "multiple of 8"),
         ("cudnn", (q, k, v), {"segments": segments}, "packed rows"),
         ("cudnn", (q, k, v), {"segments": segments, "offset": segments[:, 0]}, "without an offset"),
-        ("pallas", (q[:, :1], k, v), {}, "CUDA device"),
-        ("pallas_interpreted", (q, k, v), {}, "one token"),
-        ("pallas_interpreted", inputs(1, 40), {}, "cache length"),
+        ("triton", (q, k, v), {}, "CUDA device"),
+        ("triton_interpreted", inputs(22, 256), {}, "up to 64 queries"),
+        ("triton_interpreted", narrow, {}, "power of two"),
+        ("triton_interpreted", (q, k, v), {"segments": segments}, "packed rows"),
         ("flash", (q, k, v), {}, "unknown 'flash'"),
     ]:
         call: Any = functools.partial(softmax_attention, implementation=implementation, **options)
@@ -182,7 +231,8 @@ def test_the_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         q, k, _ = inputs(T, N, "bfloat16")
         return api._choose(None, q, k, options.get("offset"), options.get("segments"))
 
-    assert choice(1, 256, offset=at) == "pallas" and choice(8, 256, offset=at) == choice(8, 8) == "cudnn"
+    assert choice(1, 250, offset=at) == choice(8, 256, offset=at) == "triton"
+    assert choice(1, 1) == choice(8, 8) == choice(22, 256, offset=at) == "cudnn"
     assert choice(256, 256, segments=jnp.ones((2, 256), jnp.int32)) == "cudnn"
     assert choice(255, 255, segments=segments) == "xla"
     assert choice(256, 256, segments=jnp.ones((2, 256), jnp.int32), offset=at) == "xla"
@@ -191,10 +241,8 @@ def test_the_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert api._choose(None, q, k, None, ids) == chosen  # pyright: ignore
     with pytest.raises(ValueError, match="even number"):
         softmax_attention(*inputs(255, 255, "bfloat16"), segments=segments, implementation="cudnn")
-    monkeypatch.setattr(gpu, "_DECODE", "jax.nowhere.decode_attention")
-    assert choice(1, 256, offset=at) == "cudnn"
     monkeypatch.setattr(gpu, "_FUSED", "jax._src.nowhere")
-    assert choice(8, 256, offset=at) == "xla" and choice(8, 8) == "cudnn"
+    assert choice(22, 256, offset=at) == "xla" and choice(8, 8) == "cudnn"
     q = jnp.zeros((1, 8, 2, 256), jnp.bfloat16)
     for device, wide, narrow in ((75, "xla", "xla"), (80, "xla", "cudnn"), (90, "cudnn", "cudnn")):
         monkeypatch.setattr(gpu, "capability", lambda device=device: device)

@@ -12,7 +12,10 @@ from m1jax.kernels.softmax_attention.api import softmax_attention
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftmaxCase(Case):
-    """B rows of T queries and N keys, H heads of D channels, K key heads; with `cached` the last T of a cache of N."""
+    """B rows of T queries and N keys, H heads of D channels, K key heads; with `cached` the last T of a cache of N.
+
+    With `layers` it is the last of so many caches that is read.
+    """
 
     T: int
     N: int
@@ -22,16 +25,22 @@ class SoftmaxCase(Case):
     D: int = 128
     cached: bool = False
     packed: bool = False
+    layers: int | None = None
 
     def reduced(self) -> Self:
-        """Lengths that the libraries take: an even one of packed rows, and a cache that can be split."""
-        T = min(self.T, 70)
-        return dataclasses.replace(self, T=T, N=256 if self.cached else T, B=2, H=4, K=2)
+        """An even number of packed tokens, which cuDNN takes, and a cache that is read in several parts."""
+        T, N = min(self.T, 70), 1280 if self.layers else 256
+        return dataclasses.replace(self, T=T, N=N if self.cached else T, B=2, H=4, K=2)
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """The library that is meant for it."""
-        return ("pallas",) if self.T == 1 else ("cudnn",)
+        """The kernel that is meant for it."""
+        return ("cudnn",) if self.layers is None else ("triton",)
+
+    @property
+    def matmul(self) -> bool:
+        """Few queries are less than a warp group multiplies."""
+        return self.layers is None
 
     @property
     def flop(self) -> float:
@@ -43,6 +52,8 @@ class SoftmaxCase(Case):
         """Those of `softmax_attention`, and `d_out`."""
         B, T, N, row = self.B, self.T, self.N, jnp.arange(self.B)
         q, kv = (B, T, self.H, self.D), (B, self.K, N, self.D)
+        if self.layers is not None:
+            kv = (self.layers, *kv)
         found: dict[str, Any] = {
             "q": normal(1, q, self.dtype, 1),
             "k": normal(2, kv, self.dtype, 1),
@@ -50,6 +61,8 @@ class SoftmaxCase(Case):
         }
         if self.cached:
             found["offset"] = (N - T) - row * (N - T) // B
+        if self.layers is not None:
+            found["layer"] = jnp.asarray(self.layers - 1)
         if self.packed:
             found["segments"] = jnp.broadcast_to(1 + jnp.arange(N) * 3 // N, (B, N))
         if self.grad:
@@ -70,9 +83,12 @@ class SoftmaxCase(Case):
 CASES = (
     *(SoftmaxCase(name=f"prefill {T}", T=T, N=T) for T in (8192, 32768, 131072)),
     *(SoftmaxCase(name=f"last quarter of {N}", T=N // 4, N=N, cached=True) for N in (8192, 32768, 131072)),
-    SoftmaxCase(name="decode B=1 of 32768", T=1, N=32768, cached=True),
-    SoftmaxCase(name="decode B=32 of 32768", T=1, N=32768, B=32, cached=True),
-    SoftmaxCase(name="decode B=1 of 1048576", T=1, N=2**20, cached=True),
+    *(
+        SoftmaxCase(name=f"decode B={B} of {N}", T=1, N=N, B=B, cached=True, layers=2)
+        for B, N in ((1, 32768), (32, 32768), (1, 2**20))
+    ),
+    SoftmaxCase(name="decode B=32 of 131072, one key head", T=1, N=131072, B=32, H=8, K=1, cached=True, layers=2),
+    SoftmaxCase(name="four tokens after 32768", T=4, N=32768, cached=True, layers=2),
     SoftmaxCase(name="packed 8192", T=8192, N=8192, packed=True),
     SoftmaxCase(name="gradients 8192", T=8192, N=8192, grad=True),
     SoftmaxCase(name="gradients packed 8192", T=8192, N=8192, packed=True, grad=True),

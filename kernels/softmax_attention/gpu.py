@@ -1,25 +1,30 @@
-"""Softmax attention on GPUs through libraries: cuDNN for many queries, jax's Pallas flash-decoding kernel for one."""
+"""Softmax attention on GPUs: cuDNN for many queries, a Triton kernel for few against a cache.
+
+Libraries have kernels for one query (flash-decoding), too: jax's are deprecated since jax 0.12, and like others take
+the keys and values of one layer, which XLA would first copy out of the stack, three times the traffic. They cut the
+cache into parts by its room, not by how much of it a row has filled, and round what each part gives to bfloat16.
+"""
 
 import functools
 import importlib
 import importlib.util
-import math
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from m1jax.kernels.gpu import capability, refusal
+from m1jax.kernels.gpu import capability, launch, refusal
+from m1jax.kernels.rounding import rounded
 
-Form = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # of q, k, v and offset
+Form = Callable[..., Any]  # of q, k, v, offset and, where k and v are of several layers, layer
 Library = Literal["cudnn", "xla"]  # behind `jax.nn.dot_product_attention`; "xla" is for tests
 
 LARGEST_MASK = 1 << 30  # bytes: cuDNN takes segments as [B, T, T] numbers of the dtype of q, in memory
 OLDEST = 80  # compute capability with flash attention in cuDNN
-_SPLITS, _BLOCK = 16, 128  # of the keys in a decode step: programs, and keys at a time at most
-_DECODE = "jax.experimental.pallas.ops.gpu.decode_attention"
+MOST_QUERIES = 64  # of the Triton kernel, of one key head
+_SHORTEST = 512  # keys of a part, of a full cache
+_PROGRAMS, _MOST_SPLITS = 1024, 256  # as many parts as give so many programs at least, several a multiprocessor
 _FUSED = "jax._src.cudnn.fused_attention_stablehlo"
 
 
@@ -31,8 +36,8 @@ def refusal_of_cudnn(q: jax.Array, k: jax.Array, offset: jax.Array | None, segme
         return f"it takes a head_dim of a multiple of 8 up to 256, not {q.shape[3]}"
     if segments is not None and offset is not None:
         return "it takes packed rows without an offset only"
-    if segments is not None and q.shape[1] != k.shape[2]:
-        return f"packed rows need T = N, got T {q.shape[1]} and N {k.shape[2]}"
+    if segments is not None and q.shape[1] != k.shape[-2]:
+        return f"packed rows need T = N, got T {q.shape[1]} and N {k.shape[-2]}"
     if segments is not None and (mask := q.shape[0] * q.shape[1] ** 2 * q.dtype.itemsize) > LARGEST_MASK:
         return f"packed rows are a mask of B·T² numbers, here {mask / 1e9:.1f} GB, more than {LARGEST_MASK / 1e9:.1f}"
     if segments is not None and q.shape[1] % 2:
@@ -47,17 +52,15 @@ def refusal_of_cudnn(q: jax.Array, k: jax.Array, offset: jax.Array | None, segme
     return None
 
 
-def refusal_of_pallas(q: jax.Array, k: jax.Array, segments: jax.Array | None, interpreted: bool = False) -> str | None:
-    """Why the Pallas kernel does not do this; None if it does."""
-    T, D, N = q.shape[1], q.shape[3], k.shape[2]
-    if T != 1 or segments is not None:
-        return f"it decodes one token of unpacked rows, got {T} tokens"
-    if D & (D - 1) or D < 16 or N % (_SPLITS * 16):
-        return f"it takes a power of two as head_dim and a multiple of {_SPLITS * 16} as cache length, got {D} and {N}"
-    if q.dtype != k.dtype:
-        return f"q and k must have one dtype, got {q.dtype} and {k.dtype}"
-    if not _exists(_DECODE):
-        return f"needs {_DECODE}, which this jax does not have"
+def refusal_of_triton(q: jax.Array, k: jax.Array, segments: jax.Array | None, interpreted: bool = False) -> str | None:
+    """Why the Triton kernel does not do this; None if it does."""
+    (_, T, H, D), K = q.shape, k.shape[-3]
+    if segments is not None:
+        return "it takes no packed rows"
+    if T * (H // K) > MOST_QUERIES:
+        return f"it takes up to {MOST_QUERIES} queries a key head, got {T} tokens of {H // K} heads each"
+    if D & (D - 1) or not 16 <= D <= 256:
+        return f"it takes a power of two from 16 to 256 as head_dim, got {D}"
     return None if interpreted else refusal()
 
 
@@ -150,27 +153,65 @@ def _with_log_sums(
     )
 
 
-def pallas(
+def few_queries(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     offset: jax.Array,
+    layer: jax.Array | int,
     interpreted: bool = False,
     instead: Form | None = None,
 ) -> jax.Array:
-    """One query a row, keys split among programs; shapes as in `reference.softmax_attention`, `instead` as above."""
+    """By Triton; k, v `[S, B, K, N, D]`, else as in `reference.softmax_attention`; `instead` as above."""
 
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array) -> jax.Array:
-        # Products of float32 would be of TF32.
-        with warnings.catch_warnings(), jax.default_matmul_precision("highest"):
-            # Pallas' Triton backend is deprecated; this is the one kernel of its kind that jax has.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            kernel: Any = importlib.import_module(_DECODE)
-            out = kernel.gqa(
-                q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), kv_seq_len=offset + 1, k_splits=_SPLITS,
-                block_k=math.gcd(_BLOCK, k.shape[2] // _SPLITS), interpret=interpreted,
-            )  # fmt: skip
-        return out[:, None].astype(v.dtype)
+    def run(*arrays: jax.Array) -> jax.Array:
+        return rounded(_over_part(*arrays, interpreted=interpreted)[0], v.dtype)
 
-    why = "implementation: 'pallas' decodes and has no gradient: choose another"
-    return _forward_only(run, why, instead)(q, k, v, offset)
+    why = "implementation: 'triton' has no gradient: choose another"
+    return _forward_only(run, why, instead)(q, k, v, offset, jnp.asarray(layer, jnp.int32))
+
+
+def over_part(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    offset: jax.Array,
+    layer: jax.Array | int,
+    interpreted: bool,
+    instead: Form,
+) -> tuple[jax.Array, jax.Array]:
+    """As `api.over_part`, by Triton; `instead` as above."""
+    run = functools.partial(_over_part, interpreted=interpreted)
+    return _forward_only(run, "", instead)(q, k, v, offset, jnp.asarray(layer, jnp.int32))
+
+
+def _over_part(
+    q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, layer: jax.Array, interpreted: bool
+) -> tuple[jax.Array, jax.Array]:
+    from m1jax.kernels.softmax_attention import kernels
+
+    (B, T, H, D), (L, _, K, N, _) = q.shape, k.shape
+    # Products of float32 are made on the ordinary cores, of operands in registers.
+    warps, most_bytes = (8, 8192) if q.dtype == jnp.float32 else (4, 16384)
+    block = min(128, max(16, most_bytes // (D * k.dtype.itemsize)))  # keys, and values, at a time
+    splits = _splits(B * K, N)
+    outs, log_sums = launch(
+        kernels.few_queries, q, k, v, offset, layer.reshape(1),
+        out=[jax.ShapeDtypeStruct((splits, *shape), jnp.float32) for shape in (q.shape, q.shape[:3])],
+        grid=(splits, K, B), warps=warps, stages=3, interpreted=interpreted, LAYERS=L, B=B, T=T, H=H, K=K, N=N, D=D,
+        ROWS=max(16, 1 << (T * (H // K) - 1).bit_length()), BLOCK=block, SPLITS=splits,
+        PRECISION="ieee" if q.dtype == jnp.float32 else "tf32",
+    )  # fmt: skip
+    most = jnp.max(log_sums, axis=0)
+    shares = jnp.exp(log_sums - jnp.where(jnp.isneginf(most), 0.0, most))
+    total = jnp.sum(shares, axis=0)
+    out = jnp.sum(outs * shares[..., None], axis=0) / jnp.where(total == 0, 1.0, total)[..., None]
+    return out, most + jnp.log(total)
+
+
+def _splits(rows: int, N: int) -> int:
+    """In how many parts to cut the keys of each of so many rows and key heads."""
+    splits = 1
+    while rows * splits < _PROGRAMS and splits < _MOST_SPLITS and 2 * splits * _SHORTEST <= N:
+        splits *= 2
+    return splits

@@ -65,15 +65,7 @@ def _blocked(
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, packed: Packed | None, q_block: int, k_block: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over these keys, and how much it weighs beside attention over others.
-
-    Arguments as in `reference.softmax_attention`, but that `offset`, the first query's position among these keys, may
-    be negative or past their end.
-
-    Returns:
-      Output float32 `[B, T, H, D]`, 0 where a query sees no key, and the logarithm of each query's sum of exp(score),
-      float32 `[B, T, H]`.
-    """
+    """As `api.over_part`, of the keys `[B, K, N, D]` of one layer."""
     T = q.shape[1]
     n = _sizes(q, k, q_block, k_block)
     scale = q.shape[3] ** -0.5

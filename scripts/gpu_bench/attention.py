@@ -1,6 +1,8 @@
 """Stages of the two attentions: lightning forward, backward and decode, softmax prefill, gradient and decode."""
 
 import dataclasses
+import math
+import warnings
 from typing import Any
 
 import jax
@@ -86,12 +88,15 @@ def _measurement(report: Report, case: LightningCase, name: Any, add: Any, must:
 
 
 def softmax(report: Report) -> list[Measurement]:
-    """Causal attention of one row, forward and with gradients; then one token into a cache."""
+    """Causal attention of one row, forward and with gradients; then a few tokens into a cache."""
     found = []
     for case in report.sized(softmax_cases.CASES):
-        names = [*case.forms, "cudnn"] if case.T == 1 else case.forms
-        plain = ["xla"] if case.flop < PLAIN_FLOP else []
-        found += [_softmax(report, case, name) for name in dict.fromkeys([*map(report.implementation, names), *plain])]
+        ours = dict.fromkeys(map(report.implementation, (*case.forms, "cudnn")))
+        found += [_softmax(report, case, name) for name in ours]
+        if case.flop < PLAIN_FLOP and "xla" not in ours:
+            found.append(_softmax(report, case, "xla"))
+        if case.T == 1:
+            found.append(_softmax(report, case, "jax's gqa of one layer"))
     return found
 
 
@@ -99,21 +104,41 @@ def _softmax(report: Report, case: SoftmaxCase, name: Any) -> Measurement:
     what = f"{name} {case.name}"
 
     def step(q: jax.Array, a: Arguments) -> jax.Array:
-        return softmax_attention(q, a["k"], a["v"], offset=jnp.full((case.B,), case.N - 1), implementation=name)
+        offset = jnp.full((case.B,), case.N - case.T)
+        if name.startswith("jax's"):
+            return _gqa(q, a["k"][0], a["v"][0], offset, interpreted=report.dry)
+        return softmax_attention(q, a["k"], a["v"], offset=offset, layer=a["layer"], implementation=name)
 
     def to_step() -> tuple[Any, ...]:
         a = case.arguments(normal)
+        if name.startswith("jax's"):  # spared the copy out of the stack
+            a |= {"k": a["k"][:1], "v": a["v"][:1]}
         return a.pop("q"), a
 
     def add(time: float) -> None:
         flop = case.flop * (3.5 if case.grad else 1)
         report.timed(what, time, TFLOPs=flop / time / 1e12)
 
-    floor = 4 * case.B * case.K * case.N * case.D / report.bandwidth  # of a step
+    floor = 2 * case.B * case.K * case.N * case.D * jnp.dtype(case.dtype).itemsize / report.bandwidth  # of a step
 
-    if case.T > 1:
+    if case.layers is None:
         return Measurement(what, lambda a: case.call(name, a), lambda: (case.arguments(normal),), add)
     return Measurement(what, step, to_step, lambda time: report.timed(what, time, floor), steps=enough_steps(floor))
+
+
+def _gqa(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, interpreted: bool) -> jax.Array:
+    """The kernel for a decode step that jax has, deprecated since 0.12: q `[B, 1, H, D]`, k and v `[B, K, N, D]`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu.decode_attention import gqa
+
+        splits = 16
+        block = math.gcd(128, k.shape[2] // splits)
+        out: Any = gqa(
+            q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), kv_seq_len=offset + 1, k_splits=splits, block_k=block,
+            interpret=interpreted,
+        )  # fmt: skip
+    return out[:, None].astype(v.dtype)
 
 
 def sweep(report: Report) -> list[Measurement]:
