@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from m1jax import distributed
 from m1jax.errors import UserError
@@ -13,7 +13,10 @@ MOST_TEXTS = 100_000  # of one prompt; more are an accident
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad command line as one line, like every other bad input."""
+    """Reports a bad command line as one line, like every other bad input; flags are to be written out."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raises `UserError` instead of ending the process."""
@@ -25,8 +28,6 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     parser = Parser(
         prog="python -m m1jax.generate",
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--model",

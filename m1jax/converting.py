@@ -1,12 +1,8 @@
-"""Converts a safetensors folder to a checkpoint that loads fast and sharded, or compares the two.
+"""Safetensors to a checkpoint that loads fast and sharded: what `python -m m1jax.convert` runs.
 
-    python -m m1jax.convert SRC DST [--dtype keep|float32|bfloat16] [--quantize int8|int4] [--overwrite]
-    python -m m1jax.convert --verify SRC DST [--mesh expert=8]
-
-Memory stays at a few tensors whatever the size of SRC. Killed at any moment, the same command continues.
+Memory stays at a few tensors, whatever the size of the source.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -21,8 +17,8 @@ import tensorstore as ts
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from m1jax import checkpoint, distributed
-from m1jax.errors import UserError, main_guard
+from m1jax import checkpoint
+from m1jax.errors import UserError
 from m1jax.kernels.experts.quantized import Quantization, quantize_on_host
 from m1jax.loading import MARKER, check_quantization, open_source
 from m1jax.params import ParamSpec
@@ -203,58 +199,3 @@ def _pieces(job: Job, stores: list[ts.TensorStore]) -> Iterator[tuple[int, int, 
                 last,
                 [rows.astype(stores[0].dtype.numpy_dtype)] if kind is None else quantize_on_host(rows, kind),
             )
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    out = argparse.ArgumentParser(
-        prog="python -m m1jax.convert",
-        description="Converts a folder of safetensors (MiniMax's or transformers' layout) to a checkpoint that loads "
-        "fast and sharded. Memory stays at a few tensors; if it is interrupted, the same command continues.",
-        epilog="The weights are an Orbax checkpoint, DST/weights; python -m m1jax.export undoes the conversion.",
-    )
-    out.add_argument("src", type=Path, metavar="SRC", help="folder with config.json and safetensors files")
-    out.add_argument("dst", type=Path, metavar="DST", help="folder to be made; tokenizer and chat template go along")
-    out.add_argument(
-        "--dtype",
-        choices=("keep", *_DTYPES),
-        default="keep",
-        help="stored dtype; with keep (default) export gives back the same bits; otherwise the router is float32",
-    )
-    out.add_argument(
-        "--quantize", choices=("int8", "int4"), help="store the experts' weights so; they cannot be exported again"
-    )
-    distributed.add_arguments(out)
-    out.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST when the new one is whole")
-    out.add_argument(
-        "--verify",
-        action="store_true",
-        help="convert nothing: compare the logits of SRC, rounded as DST was, and DST on a few prompts; exit code 1 if "
-        "they differ. Of a quantised DST also, for information, against SRC unrounded",
-    )
-    out.add_argument("--mesh", metavar="AXIS=N,…", help="with --verify, what shares each layer; auto chooses")
-    return out
-
-
-@main_guard
-def main() -> int:
-    """Command line; see the module's docstring."""
-    args = parser().parse_args()
-    distributed.check(args)
-    if not distributed.is_first(args):
-        return 0
-    if args.verify:
-        if args.overwrite or args.dtype != "keep" or args.quantize:
-            raise UserError("--verify converts nothing: it goes without --dtype, --quantize and --overwrite")
-        from m1jax.verify import verify  # needs the model, a conversion does not
-
-        return 0 if verify(args.src, args.dst, args.mesh) else 1
-    if args.mesh is not None:
-        raise UserError("--mesh goes with --verify: a conversion computes nothing, and any mesh loads what it makes")
-    convert(args.src, args.dst, args.dtype, args.overwrite, args.quantize)
-    print(f"{args.dst}: complete. Compare with: python -m m1jax.convert --verify {args.src} {args.dst}")
-    return 0
-
-
-if __name__ == "__main__":
-    main()

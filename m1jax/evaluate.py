@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m1jax.arguments import Parser
 from m1jax.errors import UserError, main_guard
 from m1jax.tasks import Problem, Task, find, verify
 
@@ -174,11 +175,9 @@ def open_local(
 # --- the command line ----------------------------------------------------------------------------------------------
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    out = argparse.ArgumentParser(
-        prog="python -m m1jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    out = Parser(prog="python -m m1jax.evaluate", description=__doc__)
     add = out.add_argument
     add("--model", type=Path, metavar="DIR", help="model folder (default: the model that comes with the package)")
     add("--against", metavar="URL", help="ask this OpenAI-compatible server instead, e.g. http://localhost:8000/v1")

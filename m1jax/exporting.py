@@ -1,13 +1,9 @@
-"""Turns a converted checkpoint back into safetensors in the official layout, bit for bit what was converted.
+"""A converted checkpoint back into safetensors in the official layout: what `python -m m1jax.export` runs.
 
-    python -m m1jax.export CKPT DST [--max-shard-size 5GB] [--overwrite]
-
-Memory stays at a few tensors. Killed at any moment, the same command continues.
+Memory stays at a few tensors.
 """
 
-import argparse
 import hashlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +14,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from m1jax import checkpoint
-from m1jax.errors import UserError, main_guard
+from m1jax.errors import UserError
 from m1jax.loading import MARKER
 from m1jax.safetensors import DTYPES, Entry, write_folder
 from m1jax.weights import Slot, expected
 from m1jax.workplace import carry, check_paths, check_space, disk_errors, open_workplace
 
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)}
-_UNITS |= {f"{letter}IB": 1024**n for n, letter in enumerate("KMGT", 1)}
 _DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
 
 
@@ -87,40 +80,3 @@ def narrow(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     if values.dtype == np.float32 and dtype.name == "bfloat16":
         return (values.view(np.uint32) >> 16).astype(np.uint16).view(dtype)
     return values.astype(dtype, copy=False)
-
-
-def parse_size(text: str) -> int:
-    """``5GB``, ``500 MiB`` or a number of bytes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not found or found[2].upper() not in _UNITS or float(found[1]) * _UNITS[found[2].upper()] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write for example 5GB or 500MB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    out = argparse.ArgumentParser(
-        prog="python -m m1jax.export",
-        description="Turns a checkpoint made by python -m m1jax.convert back into safetensors in MiniMax's layout, "
-        "bit for bit what was converted. If it is interrupted, the same command continues.",
-    )
-    out.add_argument("src", type=Path, metavar="CKPT", help="converted checkpoint")
-    out.add_argument("dst", type=Path, metavar="DST", help="folder to be made; config and tokenizer go along")
-    out.add_argument(
-        "--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="e.g. 5GB (default) or 500MB"
-    )
-    out.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST when the new one is whole")
-    return out
-
-
-@main_guard
-def main() -> int:
-    """Command line; see the module's docstring."""
-    args = parser().parse_args()
-    export(args.src, args.dst, args.max_shard_size, args.overwrite)
-    print(f"{args.dst}: complete")
-    return 0
-
-
-if __name__ == "__main__":
-    main()

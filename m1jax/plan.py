@@ -29,14 +29,9 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CONTEXT = {"serve": 131072, "prefill": 131072, "train": 8192}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    out = Parser(
-        prog="python -m m1jax.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    out = Parser(prog="python -m m1jax.plan", description=__doc__)
     add = out.add_argument
     add("--config", required=True, metavar="MODEL", help="m1-80k, a model's folder or its config.json")
     add(

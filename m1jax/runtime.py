@@ -3,7 +3,6 @@
 Imports jax only where it is used: Ctrl-C is to be handled while jax is being imported.
 """
 
-import _thread
 import contextlib
 import io
 import os
@@ -17,8 +16,6 @@ from types import FrameType
 
 from m1jax import errors
 from m1jax.errors import UserError
-
-_GC_CALLBACK = "_xla_gc_callback"  # what jax has Python call at each garbage collection
 
 
 def use_compilation_cache() -> None:
@@ -87,11 +84,8 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._catching and not self.requested and errors.alone():
             self.requested = True
-        elif frame is not None and frame.f_code.co_name == _GC_CALLBACK:
-            # Python drops exceptions raised there, and a signal that arrives inside XLA often lands there: try again.
-            threading.Timer(0.02, _thread.interrupt_main).start()
         else:
-            raise KeyboardInterrupt
+            errors.interrupt(number, frame)
 
 
 @contextlib.contextmanager

@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
-from m1jax import checkpoint, convert, export, workplace
+from m1jax import checkpoint, convert, converting, export, workplace
 from m1jax.config import M1Config
-from m1jax.convert import convert as run_convert
+from m1jax.converting import convert as run_convert
 from m1jax.errors import UserError
-from m1jax.export import export as run_export
+from m1jax.exporting import export as run_export
 from m1jax.loading import MARKER, PROGRESS, load
 from m1jax.params import flatten, param_table
 from m1jax.presets import find_config
@@ -182,7 +182,7 @@ def test_tokenizer_and_templates_go_along(tmp_path: Path) -> None:
 KILLER = """
 import os, signal, sys
 from orbax.checkpoint import v1
-from m1jax import checkpoint, convert, workplace
+from m1jax import checkpoint, convert, converting, workplace
 
 def deadly(owner, name):
     old = getattr(owner, name)
@@ -194,10 +194,11 @@ def deadly(owner, name):
         return old(*args, **kwargs)
     setattr(owner, name, call)
 
-convert._BATCH = 100_000
+converting._BATCH = 100_000
 for owner, name in (
-    (os, "rename"), (os, "replace"), (os, "fsync"), (convert, "_commit"), (convert, "_pieces"), (checkpoint, "create"),
-    (checkpoint, "open_arrays"), (checkpoint.ts, "open"), (v1, "save"), (workplace.shutil, "copyfile"),
+    (os, "rename"), (os, "replace"), (os, "fsync"), (converting, "_commit"), (converting, "_pieces"),
+    (checkpoint, "create"), (checkpoint, "open_arrays"), (checkpoint.ts, "open"), (v1, "save"),
+    (workplace.shutil, "copyfile"),
 ):
     deadly(owner, name)
 left = int(sys.argv.pop())
@@ -271,7 +272,7 @@ def test_unfinished_run_of_something_else_is_not_continued(tmp_path: Path, monke
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "carry", stop)
+        patch.setattr(converting, "carry", stop)
         with pytest.raises(Killed):
             run_convert(TINY, tmp_path / "out")
     before = files(tmp_path / "out.partial")
@@ -328,7 +329,7 @@ def exhausted(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     ("module", "target", "failure"),
     [
-        (convert, "m1jax.convert.ts.Transaction.commit_async", exhausted),
+        (convert, "m1jax.converting.ts.Transaction.commit_async", exhausted),
         (convert, "orbax.checkpoint.v1.save", exhausted),
         (convert, "m1jax.workplace.shutil.copyfile", full),
         (export, "m1jax.safetensors.os.fsync", full),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from m1jax import jsonl, modes
+from m1jax import errors, jsonl, modes
 from m1jax.engine import Engine
 from m1jax.generate import main
 from m1jax.loading import load
@@ -481,6 +481,28 @@ def test_second_ctrl_c_quits_at_once() -> None:
         assert interrupts.requested
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
+
+
+def test_ctrl_c_while_something_is_imported(tmp_path: Path) -> None:
+    """jax's libraries make an ImportError of it, or crash, which a module that catches everything stands for."""
+    (tmp_path / "slow.py").write_text(
+        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(5)\n"
+        "except BaseException as error:\n    raise ImportError('initialization failed') from error\n"
+    )
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from m1jax.errors import main_guard\nmain_guard(lambda: __import__('slow'))()"
+    )
+    where = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(errors.__file__).parents[1])])}
+    done = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_no_command_imports_jax_before_it_handles_ctrl_c() -> None:
+    names = ("convert", "evaluate", "export", "generate", "plan", "train.__main__")
+    code = f"import sys, importlib\nfor n in {names}: importlib.import_module('m1jax.' + n)\nprint('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_a_broken_pipe_ends_quietly(model: Path) -> None:

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import m1jax
 from m1jax import loading
-from m1jax.convert import convert
+from m1jax.converting import convert
 from m1jax.errors import UserError
 from m1jax.model import abstract
 from m1jax.params import flatten, param_table

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from m1jax import M1Config, UserError, load, nano
-from m1jax.convert import convert
+from m1jax.converting import convert
 from m1jax.generate import main
 from m1jax.model import build, init_params
 from m1jax.nano import recipe, training

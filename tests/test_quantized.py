@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from m1jax import checkpoint, convert, export
-from m1jax.convert import convert as run_convert
+from m1jax.converting import convert as run_convert
 from m1jax.errors import UserError
-from m1jax.export import export as run_export
+from m1jax.exporting import export as run_export
 from m1jax.kernels.experts import Quantized, dequantize, experts, quantize
 from m1jax.kernels.experts.quantized import quantize_on_host
 from m1jax.loading import load, open_parameters

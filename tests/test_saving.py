@@ -9,7 +9,7 @@ import pytest
 
 import m1jax
 from m1jax.errors import UserError
-from m1jax.export import export
+from m1jax.exporting import export
 from m1jax.saving import save
 from m1jax.train import supervised
 from m1jax.train.settings import Settings, parse

@@ -19,7 +19,7 @@ import pytest
 
 import m1jax
 from m1jax.errors import UserError
-from m1jax.export import export
+from m1jax.exporting import export
 from m1jax.model import build
 from m1jax.params import flatten
 from m1jax.saving import save

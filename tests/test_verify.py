@@ -9,7 +9,7 @@ import pytest
 from m1jax import convert
 from m1jax import verify as verify_module
 from m1jax.config import M1Config
-from m1jax.convert import convert as run_convert
+from m1jax.converting import convert as run_convert
 from m1jax.errors import UserError
 from m1jax.kernels.experts.quantized import Quantization
 from m1jax.loading import load, open_parameters

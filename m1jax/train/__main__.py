@@ -8,21 +8,19 @@ model is in OUT/model. On several machines every process runs the same command, 
 run; OUT and the data are seen by all. Exit code 2 is bad input or a step that was stopped, 130 Ctrl-C.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from m1jax import distributed
+from m1jax.arguments import Parser
 from m1jax.errors import main_guard
 from m1jax.train import settings as s
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    out = argparse.ArgumentParser(
-        prog="python -m m1jax.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    out = Parser(prog="python -m m1jax.train", description=__doc__)
     out.add_argument("--config", type=Path, required=True, metavar="FILE", help="settings, a TOML file")
     out.add_argument("--mesh", metavar="AXIS=N,…", help="instead of the file's, e.g. fsdp=2,expert=4; auto chooses")
     out.add_argument("--profile", action="store_true", help="write a trace of three steps to OUT/profile")
