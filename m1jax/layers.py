@@ -149,7 +149,7 @@ class Softmax(nnx.Module):
         v = project(x, self.v_proj, n).reshape(B, T, K, D).swapaxes(1, 2)
         if cache_k is None or cache_v is None:
             return k, v
-        return append(cache_k, k, n, first), append(cache_v, v, n, first)
+        return append((cache_k, cache_v), (k, v), n, first)
 
     def attend(
         self,

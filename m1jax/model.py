@@ -24,7 +24,19 @@ from m1jax.errors import UserError
 from m1jax.kernels.experts import Quantization
 from m1jax.kernels.linear import linear
 from m1jax.params import STATE_AXES, ParamSpec, join_quantized, nest, param_table
-from m1jax.sharding.region import laid_out, lookup, mesh_in_use, on_mesh, on_mesh_of, rows_of, start, total, ways, whole
+from m1jax.sharding.region import (
+    after,
+    laid_out,
+    lookup,
+    mesh_in_use,
+    on_mesh,
+    on_mesh_of,
+    rows_of,
+    start,
+    total,
+    ways,
+    whole,
+)
 from m1jax.stack import Carry, body, not_finite, token_at
 
 Logits = Literal["all", "last"]
@@ -75,17 +87,28 @@ def take_rows(states: Sequence[M1State], rows: jax.Array) -> M1State:
     One layer at a time: beside the states and the result there is little else.
     """
 
+    before: dict[str, tuple[tuple[str, ...], jax.Array]] = {}  # the leaf that was taken last
+
     def taken(axes: tuple[str, ...], *parts: jax.Array) -> jax.Array:
-        def local(rows: jax.Array, *parts: jax.Array) -> jax.Array:
+        def local(rows: jax.Array, *arrays: jax.Array) -> jax.Array:
+            parts, rows = arrays[len(before) :], after(rows, *arrays[: len(before)])
             if axes[0] == "batch":
                 return rows_of(parts, rows)
             return lax.map(lambda parts: rows_of(parts, rows), parts)
 
-        named = {f"state {i}": axes for i in range(len(parts))}
-        return on_mesh(local, None, axes, rows=("batch",), **named)(rows, *parts)
+        named = {name: axes for name, (axes, _) in before.items()}
+        named |= {f"state {i}": axes for i in range(len(parts))}
+        out = on_mesh(local, None, axes, rows=("batch",), **named)(rows, *(x for _, x in before.values()), *parts)
+        before["before"] = axes, out
+        return out
 
     with on_mesh_of(states[0].length):
-        return jax.tree.map(taken, _STATE, *states, is_leaf=lambda x: isinstance(x, tuple))
+        # The length first: it is there when all else is.
+        length = taken(_STATE.length, *(state.length for state in states))
+        s = taken(_STATE.lightning.s, *(state.lightning.s for state in states))
+        k = taken(_STATE.cache.k, *(state.cache.k for state in states))
+        v = taken(_STATE.cache.v, *(state.cache.v for state in states))
+    return M1State(LightningState(s), KVCache(k, v), length)
 
 
 _STATE: Any = M1State(
@@ -486,7 +509,8 @@ def _step(
         x, state, routes = read(model, tokens, state, lengths, last and not routed, routed, recurrent)
         values = head(model, final_norm(model, last_valid(x, lengths) if last else x))
         over = (state.length > room).reshape(-1, *(1,) * (values.ndim - 1))
-        return jnp.where(over, jnp.nan, values), state, routes
+        values = jnp.where(over, jnp.nan, values)
+        return values, dataclasses.replace(state, length=after(state.length, values)), routes
 
     out = (("batch", "vocab") if last else (*TOKENS, "vocab"), _STATE, (*TOKENS, "layer", "router") if routed else None)
     run = on_mesh(local, model.config, out, model=(), tokens=TOKENS, state=(), lengths=("batch",))

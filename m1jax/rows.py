@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from m1jax.model import M1, KVCache, M1State, take_rows
 from m1jax.sampling import SamplingRows, sample
-from m1jax.sharding.region import everywhere, laid_out
+from m1jax.sharding.region import after, everywhere, laid_out
 
 NOT_A_NUMBER = -1  # stands for a token where the logits were not finite
 FREE = -1  # stands for a forced token where none is forced
@@ -45,7 +45,8 @@ def prefill(
 def pick(reads: tuple[tuple[jax.Array, M1State], ...], source: jax.Array, N: int) -> tuple[jax.Array, M1State]:
     """Logits `[B, V]` and state of the given rows of all prefills one after the other, with room for N tokens."""
     logits, states = zip(*reads, strict=True)
-    return jnp.concatenate(logits)[source], take_rows([grow(state, N) for state in states], source)
+    logits = jnp.concatenate(logits)[source]
+    return logits, take_rows([grow(state, N) for state in states], after(source, logits))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -90,7 +91,7 @@ def join(batches: tuple[Rows, ...], source: jax.Array) -> Rows:
         return jnp.concatenate(arrays)[source]
 
     rest = [jax.tree.map(joined, *parts) for parts in zip(*map(_parts, batches), strict=True)]
-    return Rows(take_rows([rows.state for rows in batches], source), *rest)
+    return Rows(take_rows([rows.state for rows in batches], after(source, *jax.tree.leaves(rest))), *rest)
 
 
 def _parts(rows: Rows) -> tuple[jax.Array, jax.Array, SamplingRows]:

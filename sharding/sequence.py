@@ -254,25 +254,34 @@ def _ring_bwd(over: Axes, residuals: Residuals, d_out: jax.Array) -> tuple[jax.A
 _ring.defvjp(_ring_fwd, _ring_bwd)
 
 
-def append(cache: jax.Array, new: jax.Array, n: jax.Array, first: jax.Array) -> jax.Array:
-    """Writes new `[B, K, T, D]` into layer n of a cache `[S, B, K, N, D]` from position first[b] of all devices on.
+Pair = tuple[jax.Array, jax.Array]
+
+
+def append(caches: Pair, new: Pair, n: jax.Array, first: jax.Array) -> Pair:
+    """Writes new `[B, K, T, D]` into layer n of each cache `[S, B, K, N, D]` from position first[b] of all devices on.
 
     Positions past the end are dropped. Padded tokens are written as well: the row's next tokens overwrite them before
     any query reaches them.
     """
     over = split_over("sequence")
+
+    def written(caches: Pair, new: Pair, first: jax.Array) -> Pair:
+        k, v = (_write(*both, n, first) for both in zip(caches, new, strict=True))
+        return k, v
+
     if not over:
-        return _write(cache, new, n, first)
-    me, T, N = index(over), new.shape[2], cache.shape[3]
+        return written(caches, new, first)
+    me, T, N = index(over), new[0].shape[2], caches[0].shape[3]
     if T * size_of(over) <= N:
-        return _write(cache, lax.all_gather(new, over, axis=2, tiled=True), n, first - me * N)
+        k, v = (lax.all_gather(x, over, axis=2, tiled=True) for x in new)
+        return written(caches, (k, v), first - me * N)
 
-    def body(carry: tuple[jax.Array, jax.Array], step: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-        cache, new = carry
+    def body(carry: tuple[Pair, Pair], step: jax.Array) -> tuple[tuple[Pair, Pair], None]:
+        caches, new = carry
         theirs = (me - step) % size_of(over)
-        return (_write(cache, new, n, first + theirs * T - me * N), _next(new, over)), None
+        return (written(caches, new, first + theirs * T - me * N), _next(new, over)), None
 
-    return lax.scan(body, (cache, new), jnp.arange(size_of(over)))[0][0]
+    return lax.scan(body, (caches, new), jnp.arange(size_of(over)))[0][0]
 
 
 def _write(cache: jax.Array, new: jax.Array, n: jax.Array, first: jax.Array) -> jax.Array:
