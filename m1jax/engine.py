@@ -189,13 +189,16 @@ class Engine:
             self.stats.prompt_tokens += int(lengths.sum())
         return logits, state
 
-    def not_finite(self, tokens: Sequence[int]) -> UserError:
-        """The error for logits that are NaN after these tokens."""
-        context = np.tile(np.asarray(tokens[-TRACED:], np.int32), (self._rows, 1))
-        place = self.model.first_bad_layer(context) or "the state left by earlier tokens"
-        return UserError(
-            f"the model computes NaN or infinity, first in {place}: its weights are damaged or overflow this dtype"
-        )
+
+def not_finite(model: M1, tokens: Sequence[int]) -> UserError:
+    """The error for logits that are NaN after these tokens."""
+    mesh = mesh_of(model.embed.get_value())
+    rows = 1 if mesh is None else shards(mesh, "batch")
+    place = model.first_bad_layer(np.tile(np.asarray(tokens[-TRACED:], np.int32), (rows, 1)))
+    return UserError(
+        f"the model computes NaN or infinity, first in {place or 'the state left by earlier tokens'}: its weights are "
+        "damaged or overflow this dtype"
+    )
 
 
 def end_tokens(config: M1Config, tokenizer: Tokenizer) -> frozenset[int]:
@@ -421,7 +424,7 @@ class Generation:
     def _push(self, slot: _Slot, token: int) -> Event:
         reply = slot.reply
         if token == device.NOT_A_NUMBER:
-            raise self._engine.not_finite([*reply.request.tokens, *reply.tokens])
+            raise not_finite(self._engine.model, [*reply.request.tokens, *reply.tokens])
         self._engine.stats.generated_tokens += 1
         return Event(slot.request, reply, reply.push(token))
 

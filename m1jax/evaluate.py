@@ -98,7 +98,7 @@ class Local:
       rows: replies generated at once; rounded up to what the model's mesh divides.
 
     Raises:
-      UserError: from a call, if a prompt and window exceed the model's context.
+      UserError: from a call, if a prompt and window exceed the model's context, or the model computes NaN.
     """
 
     def __init__(self, model: Any, prompter: Any, window: int, rows: int) -> None:
@@ -110,7 +110,7 @@ class Local:
         import numpy as np
 
         from m1jax.prompt import Options
-        from m1jax.rl.rollout import padded_prompts, rollout, sampling_rows
+        from m1jax.rl.rollout import check_finite, padded_prompts, rollout, sampling_rows
         from m1jax.sharding.mesh import mesh_of
         from m1jax.sharding.region import on_mesh_of
         from m1jax.sharding.rules import shards
@@ -134,6 +134,7 @@ class Local:
                 found = jax.device_get(
                     rollout(self.model, tokens, lengths, greedy, eos, self.window, replies=1, window=self.window)
                 )
+            check_finite(self.model, padded, found)
             for row, n in enumerate(part):
                 ids = found.tokens[row, : found.lengths[row]].tolist()
                 out[n] = written(tokenizer, ids, bool(found.ended[row])), bool(found.ended[row])

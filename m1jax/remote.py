@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import math
+import sys
 import threading
 import time
 from collections import deque
@@ -20,6 +22,7 @@ from m1jax.tasks import Problem
 TIMEOUT = 600.0  # seconds that a server may take for one reply
 TRIES = 9  # three minutes, as long as a limit of questions a minute lasts that many ask for at once
 HUNG = 2  # tries of a server that takes a question and is silent
+ODD = 4  # tries where what comes back is no reply
 WAIT = 1.0  # seconds before the second try, twice as many before each further one
 MOST = 60.0  # seconds, whatever the server asks for
 AWAY = 0  # in place of a status: no answer at all
@@ -47,6 +50,7 @@ class Remote:
       instruction: put after each question, on a line of its own.
       max_tokens: the most tokens of a reply.
       connections: questions asked at once.
+      told: what was said of waiting.
     """
 
     url: str
@@ -55,6 +59,7 @@ class Remote:
     instruction: str
     max_tokens: int
     connections: int
+    told: list[str] = dataclasses.field(default_factory=list, compare=False)
 
     @classmethod
     def open(
@@ -80,7 +85,10 @@ class Remote:
             raise UserError(f"{key_file} holds more than a key: it must be one word on one line")
         remote = cls(url.rstrip("/"), name or "", key, instruction, max_tokens, connections)
         if name is None:
-            listed = remote._ask("GET", "/models", None, lambda value: value["data"])
+            try:
+                listed = remote._ask("GET", "/models", None, lambda value: value["data"])
+            except UserError as error:
+                raise UserError(f"{error}; a server that lists no models wants one named, with --name") from None
             first = listed[0] if isinstance(listed, list) and listed else None
             if not isinstance(first, dict) or not isinstance(first.get("id"), str):
                 raise UserError(f"{url}/models lists no model: name one with --name")
@@ -164,10 +172,18 @@ class Remote:
                     return read(json.loads(text))
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                     complaint += " (is this an OpenAI-compatible server?)"
+                    tries = min(tries, ODD)
         if tries > 1 and status in (AWAY, OK, *BUSY):
+            self._tell(complaint)
             time.sleep(min(wait if later is None else later, MOST))
             return self._ask(method, path, body, read, tries - 1, 2 * wait)
         raise (Unanswered if lost else UserError)(complaint)
+
+    def _tell(self, complaint: str) -> None:
+        """Says once why it waits, not for each question."""
+        if not self.told:
+            self.told.append(complaint)
+            print(f"note: {' '.join(complaint.split())}; asking again", file=sys.stderr)
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, str, str, float | None]:
         """Status, its reason, the text, and in how many seconds to come back if the server says so."""
@@ -189,14 +205,13 @@ class Remote:
 def _seconds(later: str) -> float | None:
     """How long a `Retry-After` asks to wait, in seconds or until a date; None if it does not."""
     try:
-        return max(0.0, float(later))
+        seconds = float(later)
     except ValueError:
-        pass
-    try:
-        date = parsedate_to_datetime(later)
-    except ValueError:
-        return None
-    return max(0.0, date.timestamp() - time.time())
+        try:
+            seconds = parsedate_to_datetime(later).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 def _completion(value: Any) -> tuple[str, bool]:
@@ -204,6 +219,8 @@ def _completion(value: Any) -> tuple[str, bool]:
     choice = value["choices"][0]
     message = choice["message"]
     text, thought = _text(message.get("content")), _text(message.get("reasoning_content") or message.get("reasoning"))
+    if message.get("content") is None and not thought:
+        raise TypeError  # not even an empty text
     # Some servers hand over the thinking apart from the answer.
     return (f"<think>{thought}</think>{text}" if thought else text), choice.get("finish_reason") not in UNENDED
 

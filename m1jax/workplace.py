@@ -78,7 +78,7 @@ def check_space(folder: Path, needed: int) -> None:
     """Raises `UserError` if the disk of `folder` has less than `needed` bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"{folder} has {free / 1e9:.3f} GB free, {needed / 1e9:.3f} GB are needed: make room")
+        raise UserError(f"{folder} has {free / 1e6:,.1f} MB free, {needed / 1e6:,.1f} MB are needed: make room")
 
 
 @contextmanager
@@ -191,6 +191,6 @@ def disk_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "make room, then run again: it continues" if full else "check the path and try again"
         raise UserError(f"{error.filename or place}: {error.strerror or error}: {remedy}") from error

@@ -314,7 +314,7 @@ def test_too_small_a_disk(
     monkeypatch.setattr(workplace.shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 1000))
     assert run(module, TINY if module is convert else converted, tmp_path / "out", monkeypatch=monkeypatch) == 2
     text = capsys.readouterr().err
-    assert "GB free" in text and text.count("\n") == 1
+    assert "MB free" in text and text.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -140,6 +140,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.mode == "deep":
             self._send(200, b"[" * 200_000)
             return
+        if self.server.mode == "silent":
+            self._send(200, {"choices": [{"message": {"content": None}}]})
+            return
         if self.server.mode == "odd":
             self._send(200, {"choices": []})
             return
@@ -212,7 +215,8 @@ def test_a_busy_server_is_asked_again(server: Fake, monkeypatch: pytest.MonkeyPa
     assert Remote.open(url(server), "adder", None, "", 8, 1)(TASK.problems(2, seed=0))[1][1]
     assert waits == [0, 0, 0] and len(server.seen) == 5
     in_future = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30)).strftime(HTTP_DATE)
-    for later, low, high in (("0.5", 0.5, 0.5), (in_future, 25, 30), ("soon", 1, 1), ("1e9", 60, 60)):
+    odd_dates = [(later, 1, 1) for later in ("nan", "Mon, 01 Jan 99999999999999999999 00:00:00 GMT")]
+    for later, low, high in (("0.5", 0.5, 0.5), (in_future, 25, 30), ("soon", 1, 1), ("1e9", 60, 60), *odd_dates):
         server.refusals, server.later = 1, later
         Remote.open(url(server), "adder", None, "", 8, 1)(TASK.problems(1, seed=0))
         assert low <= waits[-1] <= high
@@ -243,7 +247,10 @@ def test_words_for_an_end(server: Fake, finish: str | None, ended: bool) -> None
     assert Remote.open(url(server), "adder", None, "", 8, 1)(TASK.problems(1, seed=0))[0][1] is ended
 
 
-def test_an_odd_answer_is_asked_again(server: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_odd_answer_is_asked_again(
+    server: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A few times, and said."""
     odd = iter(["html", "odd", "deep"])
     monkeypatch.setattr(Fake, "mode", property(lambda self: mode))
     mode = next(odd)
@@ -254,7 +261,11 @@ def test_an_odd_answer_is_asked_again(server: Fake, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("m1jax.remote.time.sleep", wait)
     assert Remote.open(url(server), "adder", None, "", 8, 1)(TASK.problems(1, seed=0))[0][1]
-    assert len(server.seen) == 4
+    assert len(server.seen) == 4 and capsys.readouterr().err.count("asking again") == 1
+    mode, odd = "silent", iter(["silent"] * 9)
+    with pytest.raises(UserError, match="is this an OpenAI-compatible server"):
+        Remote.open(url(server), "adder", None, "", 8, 1)(TASK.problems(1, seed=0))
+    assert len(server.seen) == 8
 
 
 def test_one_question_fails(server: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,9 +279,9 @@ def test_one_question_fails(server: Fake, monkeypatch: pytest.MonkeyPatch, capsy
         out, err = capsys.readouterr()
         (found,) = json.loads(out)["scores"]
         assert (found["correct"], found["unanswered"], found["cut_off"]) == (4, 8, 0)
-        assert err.startswith("warning: 8 of 12 questions were not answered and count as wrong; the first: http")
-        reason = f"answers {server.status}" if server.status else "Remote end closed connection"
-        assert reason in err and err.count("\n") == 1
+        (warning,) = [line for line in err.splitlines() if not line.endswith("; asking again")]
+        assert warning.startswith("warning: 8 of 12 questions were not answered and count as wrong; the first: http")
+        assert (f"answers {server.status}" if server.status else "Remote end closed connection") in warning
     server.bad = questions[:1]
     for server.status in (401, 403, 404):
         assert run(*flags) == 2
@@ -330,8 +341,9 @@ def test_servers_that_misbehave(
     server.mode = mode
     monkeypatch.setattr("m1jax.remote.WAIT", 0.0)
     assert run("--against", url(server), "--task", "addition", "--problems", "3") == 2
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    *notes, error = capsys.readouterr().err.splitlines()
+    assert message in error and error.startswith("error: ")
+    assert len(notes) <= 1 and all(note.endswith("; asking again") for note in notes)
 
 
 def test_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

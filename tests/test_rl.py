@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from m1jax import UserError, load, nano
+from m1jax.evaluate import open_local
 from m1jax.model import M1, build, init_params
 from m1jax.params import flatten
 from m1jax.prompt import Prompter
@@ -326,11 +327,29 @@ def test_a_task_without_held_out_problems_is_found_before_the_run(tmp_path: Path
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_log_probabilities_are_compared_when_there_is_nothing_to_learn(tmp_path: Path) -> None:
+def test_weights_that_are_no_numbers_are_found_where_nothing_is_learnt(tmp_path: Path) -> None:
+    """Such a model's replies are all wrong, so that no update looks at them; evaluation must not count them either."""
+    model = load(HELLO)
+    model.softmax.o_proj.set_value(model.softmax.o_proj.get_value().at[-1, 0].set(jnp.nan))
+    save(model, tmp_path / "bad", tokenizer=HELLO)
+    table_of = table(tmp_path / "out", 1, dynamic_sampling=True)
+    table_of["model"]["path"] = str(tmp_path / "bad")
+    with pytest.raises(UserError, match="NaN or infinity, first in layer"):
+        stage.run(parse(Settings, table_of))
+    assert not (tmp_path / "out" / "model").exists()
+    answers = open_local(tmp_path / "bad", "float32", 8, 4)
+    with pytest.raises(UserError, match="NaN or infinity, first in layer"):
+        answers(TASKS["addition"].problems(3, 0))
+
+
+def test_log_probabilities_are_compared_when_there_is_nothing_to_learn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Where every group is all right or all wrong."""
     stage.run(settings(tmp_path, 1, questions=2, updates=2, format_reward=0.0, windows=[2], dynamic_sampling=True))
     (row,) = rows(tmp_path)
     assert row["groups"] == row["updates"] == row["tokens"] == 0 and row["correlation_logp"] > 0.9999
+    assert "warning: step 1 taught nothing" in capsys.readouterr().err
 
 
 def test_dynamic_sampling_leaves_out_groups_that_teach_nothing() -> None:

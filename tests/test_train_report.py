@@ -1,6 +1,8 @@
 """What a run tells: metrics, console, curves."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import matplotlib.figure
 import pytest
 
 from m1jax.train.report import Report, _peak_tflops, curves
-from tests.training import CONFIG, rows, settings, write_corpus
+from tests.training import CONFIG, ENVIRONMENT, events, rows, settings, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,44 @@ def test_the_console_tells_of_evaluations_and_of_the_time_left(
         "step 4/8 loss 1.0000, reward 0.2500, accuracy 0.1250, 50 tokens/s left 8 s",
         "step 4/8 held_out 0.5000",
     ]
+
+
+def test_what_a_run_that_goes_on_writes_again_counts_for_tensorboard(folder: Path, tmp_path: Path) -> None:
+    run = settings(folder, tmp_path, log={"tensorboard": True})
+    for first in (0, 2):
+        with Report(run, CONFIG, 1, first) as report:
+            for step in range(first, 4):
+                report.step(step, {"loss": 1.0}, 10, 1.0)
+    found = [(event.step, event.session_log.status, bool(event.summary.value)) for event in events(tmp_path)]
+    steps = [(n, 0, True) for n in (1, 2, 3, 4)]
+    assert found == [(0, 0, False), *steps, (0, 0, False), (3, 1, False), *steps[2:]]
+
+
+def test_a_disk_that_fills_up_ends_a_run_at_once(folder: Path, tmp_path: Path) -> None:
+    """With a line and nothing else: no thread is left that waits or complains. A limit stands in for the disk."""
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from m1jax.errors import main_guard
+from m1jax.train.report import Report
+from m1jax.workplace import disk_errors
+from tests.training import CONFIG, settings
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+folder, out = map(Path, sys.argv[1:])
+
+@main_guard
+def main():
+    with disk_errors(out), Report(settings(folder, out, log={"tensorboard": True}), CONFIG, 1, 0) as report:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        for step in range(10_000):
+            report.step(step, {f"figure {i}": 1.0 for i in range(20)}, 10, 1.0)
+
+main()
+"""
+    line = [sys.executable, "-c", code, str(folder), str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
+    error = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
+    assert done.returncode == 2 and len(error) == 1 and "make room, then run again: it continues" in error[0]
 
 
 def test_curves_of_few_points_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

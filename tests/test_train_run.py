@@ -30,6 +30,7 @@ from tests.tools import HELLO, rms_error
 from tests.training import (
     CONFIG,
     ENVIRONMENT,
+    events,
     losses,
     on_two_devices,
     rows,
@@ -64,7 +65,11 @@ def test_a_run_leaves_metrics_curves_and_a_model_that_loads(whole: Path, tmp_pat
         assert 0 < row["router_entropy_mean"] <= np.log(4) and row["tokens_per_second"] > 0
         assert row["loss"] == pytest.approx(row["cross_entropy"] + CONFIG.router_aux_loss_coef * row["balance"], 1e-5)
     assert (whole / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert len(list((whole / "tensorboard").glob("events.*"))) == 1
+    version, *steps = events(whole)
+    assert version.file_version == "brain.Event:2"
+    told = {(event.step, value.tag): value.simple_value for event in steps for value in event.summary.value}
+    numbers = {(row["step"], name): x for row in found for name, x in row.items() if np.ndim(x) == 0 and name != "step"}
+    assert told == {key: np.float32(x) for key, x in numbers.items()}
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["6", "8"]
     model = m1jax.load(whole / "model")
     assert Tokenizer.load(whole / "model").encode("1 + 1") and model.config == CONFIG

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import pytest
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.train import loop
@@ -68,6 +70,20 @@ def rows(out: Path) -> list[dict[str, Any]]:
 def losses(out: Path) -> list[tuple[int, float, float]]:
     """Bit by bit: JSON holds every digit."""
     return [(row["step"], row["loss"], row["gradient_norm"]) for row in rows(out)]
+
+
+def events(out: Path) -> list[Any]:
+    """All that a run's files for TensorBoard hold, in the order written; checksums are looked at."""
+    found = []
+    for file in sorted((out / "tensorboard").iterdir()):
+        data = file.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            for part, sum_ in ((data[:8], data[8:12]), (data[12 : 12 + size], data[12 + size : 16 + size])):
+                assert masked_crc32c(part) == int.from_bytes(sum_, "little")
+            found.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return found
 
 
 def on_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:

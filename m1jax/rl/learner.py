@@ -17,7 +17,7 @@ from m1jax.prompt import Options, Prompter
 from m1jax.rl.experience import Experience, Reply, pack, reward, stacked
 from m1jax.rl.losses import group_advantages, informative, overlong_penalty
 from m1jax.rl.policy import correlation
-from m1jax.rl.rollout import Rollout, padded_prompts, rollout, sampling_rows
+from m1jax.rl.rollout import Rollout, check_finite, padded_prompts, rollout, sampling_rows
 from m1jax.rl.settings import RLSettings
 from m1jax.tasks import Problem, Task, find, mixture
 from m1jax.train.step import TrainState, computing
@@ -162,6 +162,7 @@ class Learner:
                 recurrent=settings.recurs(self.dtype),
             )
         )
+        check_finite(policy, prompts, out)
         replies = zip(out.tokens, out.lengths, out.ended, strict=True)
         texts = [written(self.prompter.tokenizer, row[:n].tolist(), bool(ended)) for row, n, ended in replies]
         judged = [

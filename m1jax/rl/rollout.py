@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from m1jax.engine import not_finite
 from m1jax.model import M1, M1State
 from m1jax.sampling import Sampling, SamplingRows, sample
 from m1jax.sharding.region import everywhere, ways
@@ -124,6 +125,18 @@ def rollout(
     start = _Carry(logits[source], state.take(source), jnp.ones((B,), bool), out.lengths, out, jnp.int32(0))
     out = lax.while_loop(going, one, start).out
     return jax.tree.map(everywhere, out._replace(prompt_routes=prompt_routes))
+
+
+def check_finite(model: M1, prompts: Sequence[Sequence[int]], found: Rollout) -> None:
+    """Raises `UserError`, which names the first bad layer, if a reply's log-probabilities are no numbers.
+
+    `prompts` are those of the questions, `found` is on the host.
+    """
+    bad = np.flatnonzero(~np.isfinite(found.logp).all(axis=1))
+    if bad.size:
+        row = int(bad[0])
+        prompt = prompts[row * len(prompts) // len(found.logp)]
+        raise not_finite(model, [*prompt, *found.tokens[row, : found.lengths[row]].tolist()])
 
 
 def sampling_rows(seeds: Sequence[int], replies: int, temperature: float) -> SamplingRows:

@@ -68,6 +68,7 @@ class Reinforced:
         self._measure = measuring(loss)
         self._rate = schedule(settings.optimizer, settings.steps * rl.updates)
         self._guard = Guard(settings, loss)
+        self._idle = 0  # batches from which nothing was learnt
         self._learner = Learner(
             rl,
             Prompter(parts.tokenizer),
@@ -117,6 +118,13 @@ class Reinforced:
         context = sum(count * seen for count, seen in sizes) / max(tokens, 1)
         rate = float(np.asarray(self._rate(places[0] if places else number * self._rl.updates)))
         report.step(number, values | {"learning_rate": rate}, tokens, context, values["rollout_seconds"])
+        if not values["updates"]:
+            self._idle += 1
+            if self._idle & (self._idle - 1) == 0:  # the first, the second, the fourth …
+                report.say(
+                    f"warning: step {number + 1} taught nothing, {self._idle} of this start's so far: all replies to "
+                    "each question were right, or all wrong; change rl.difficulty, or raise rl.attempts or rl.replies"
+                )
         return state
 
     def evaluates(self, number: int) -> bool:

@@ -218,7 +218,8 @@ def drive(parts: Parts, stage: Stage, profile: bool) -> None:
         state = _steps(parts, stage, state or fresh(parts), checkpoints, report, first, profile)
         problem = checkpoints.close()
         if problem:
-            raise UserError(f"{problem}: make room, then run again: it goes on from there")
+            where = "begins anew" if checkpoints.latest is None else "goes on from there"
+            raise UserError(f"{problem}: make room, then run again: it {where}")
         folder = Path(parts.tokenizer.folder) if parts.tokenizer is not None else None
         save(state.model, out / MODEL, settings.model.save_dtype, folder, overwrite=True)
         report.draw()

@@ -19,6 +19,7 @@ from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.params import param_table
 from m1jax.sharding.machines import known
+from m1jax.train.board import Board
 from m1jax.train.settings import Settings
 
 METRICS = "metrics.jsonl"
@@ -64,7 +65,7 @@ class Report:
         self._first = first
         if jax.process_index() == 0:
             _drawing()  # what is missing is missed now, not after the training
-            self._board = _board(self._out / "tensorboard", first) if settings.log.tensorboard else None
+            self._board = Board(self._out / "tensorboard", first) if settings.log.tensorboard else None
             lines = _drop(self._file, first)
             self._file.touch()
             self._stream = self._file.open("r+b")
@@ -124,8 +125,7 @@ class Report:
             self._stream.flush()
             self._stream.truncate()
         if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(name, value, self._row["step"])
+            self._board.add(figures, self._row["step"])
 
     def has(self, name: str) -> bool:
         """Whether a figure of this name is among those of the step that was reported last, maybe by an earlier run.
@@ -186,16 +186,6 @@ def _drop(file: Path, first: int) -> list[str]:
     part.write_text("".join(kept), encoding="utf-8")
     part.replace(file)
     return kept
-
-
-def _board(folder: Path, first: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "log.tensorboard needs tensorboardX: pip install 'm1jax[train]', or set log.tensorboard = false"
-        ) from None
-    return SummaryWriter(str(folder), purge_step=first + 1 if first else None)
 
 
 def _peak_tflops(dtype: str) -> float:

@@ -238,5 +238,5 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} = {value} must be finite")
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{name} = {value!r} must be a {kind.__name__}")
+        raise UserError(f"{name} = {value!r} must be of type {kind.__name__}")
     return value
