@@ -21,6 +21,7 @@ from m1jax.reply import CLOSE, OPEN
 
 Message = Mapping[str, Any]
 
+ONLY = ""  # stands for the id of a call that is the only one of its message
 ROLES = ("system", "user", "assistant", "tool")
 _PROBE = "\N{SYMBOL FOR ENQUIRY}probe"
 
@@ -95,11 +96,14 @@ class ChatTemplate:
         out = dict(message)
         if role == "tool":
             parts = _tool_results(message, names)
+            if self._reads_parts and not all(part["name"] for part in parts):
+                raise UserError("a tool's message names no function: give name, or tool_call_id of the call it answers")
             out["content"] = parts if self._reads_parts else "".join(part["text"] for part in parts)
             return out
         text = _text(content) if content is not None or not calls else ""
         if calls:
             out["tool_calls"] = [_call(call, names) for call in calls]
+            names[ONLY] = out["tool_calls"][0]["function"]["name"] if len(calls) == 1 else ""
             if not self._reads_tool_calls:
                 text = text + ("\n" if text and not text.endswith("\n") else "") + _tool_calls(out.pop("tool_calls"))
         out["content"] = [{"type": "text", "text": text}] if self._reads_parts else text
@@ -184,7 +188,7 @@ def _with_reasoning(message: Message) -> Message:
 def _tool_results(message: Message, names: Mapping[str, str]) -> list[dict[str, Any]]:
     """A tool message's results, each with the name of the function it came from."""
     content, call = message.get("content"), message.get("tool_call_id")
-    name = message.get("name") or names.get(str(call), "")
+    name = message.get("name") or names.get(ONLY if call is None else str(call), "")
     parts = content if isinstance(content, list) else [{"text": _text(content)}]
     results = [
         {"type": "text", "text": _text([part]), "name": part.get("name") or name if isinstance(part, Mapping) else name}

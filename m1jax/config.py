@@ -50,6 +50,8 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "is_encoder_decoder": (False, "this is a decoder"),
     "add_cross_attention": (False, "this is a decoder"),
     "pruned_heads": ({}, "heads are not pruned"),
+    "attention_bias": (False, "projections have no bias"),
+    "mlp_bias": (False, "projections have no bias"),
 }
 
 # Keys that do not change what the weights compute.
@@ -78,6 +80,19 @@ _WITHOUT_EFFECT = {
     "_attn_implementation": "the kernel is chosen per call",
     "_attn_implementation_autoset": "the kernel is chosen per call",
 }
+
+# transformers writes these into old files, too: how it generates (here `Sampling` and generation_config.json say so).
+_WITHOUT_EFFECT |= dict.fromkeys(
+    (
+        "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+        "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+        "forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups",
+        "num_beams", "num_return_sequences", "prefix", "remove_invalid_values", "repetition_penalty",
+        "return_dict_in_generate", "output_scores", "suppress_tokens", "task_specific_params", "temperature",
+        "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torchscript", "typical_p", "use_bfloat16",
+    ),
+    "not of the model",
+)  # fmt: skip
 
 _LARGEST = float(np.finfo(np.float32).max)  # what the model computes in
 _LARGEST_INT = 2**31 - 1
@@ -233,8 +248,11 @@ def _read_key(key: str, value: Any, fields: dict[str, Any]) -> None:
         _set(fields, _RENAMED.get(key, key), value, key)
     else:
         known = [*_FIELD_NAMES, *_RENAMED, *_FIXED, *_WITHOUT_EFFECT]
-        near = difflib.get_close_matches(key, known, n=1)
-        raise UserError(f"unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+        raise UserError(
+            f"unknown key {key!r}: "
+            + (f"did you mean {near[0]!r}?" if near else "remove it if it changes nothing that the weights compute")
+        )
 
 
 def _read_rope(rope: Mapping[str, Any], fields: dict[str, Any]) -> None:

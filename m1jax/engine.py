@@ -81,6 +81,12 @@ class Engine:
                 f"the tokenizer in {tokenizer.folder} has {tokenizer.size} tokens, the model {config.vocab_size}: "
                 "use the tokenizer that came with the model"
             )
+        unknown = [token for token in tokenizer.eos_ids if token >= config.vocab_size]
+        if unknown:
+            raise UserError(
+                f"{tokenizer.folder} names token {unknown[0]} as one that ends a text, the model has "
+                f"{config.vocab_size}: correct eos_token_id in generation_config.json"
+            )
         self.model, self.tokenizer, self.cancelled = model, tokenizer, cancelled
         self.context = config.max_position_embeddings
         self.eos_ids = end_tokens(config, tokenizer)
@@ -107,7 +113,10 @@ class Engine:
 
         Raises:
           UserError: a prompt does not fit into the model's context.
+          ValueError: `max_rows` is less than 1.
         """
+        if max_rows < 1:
+            raise ValueError(f"max_rows: expected 1 or more, got {max_rows}")
         for request in requests:
             check_context(len(request.tokens), self.context)
         queue = (

@@ -97,8 +97,12 @@ def fingerprint(folder: Path) -> str:
 def precision(model: M1) -> str:
     """What a model computes in, as it stands in the output: its dtype, and how its experts are quantised."""
     experts = model.moe.gate_up[...]
-    kind = f", {experts.kind} experts" if isinstance(experts, Quantized) else ""
-    return f"{model.dtype.name}{kind}"
+    return named_precision(model.dtype.name, experts.kind if isinstance(experts, Quantized) else None)
+
+
+def named_precision(dtype: str, quantize: str | None) -> str:
+    """The same of what a model would be loaded with."""
+    return dtype if quantize is None else f"{dtype}, {quantize} experts"
 
 
 def read_lines(file: Path, options: Options, prompter: Prompter, context: int) -> list[Line]:
@@ -130,7 +134,7 @@ def read_lines(file: Path, options: Options, prompter: Prompter, context: int) -
 
 def _line(number: int, text: str, options: Options, prompter: Prompter) -> Line:
     try:
-        values = json.loads(text, parse_constant=_refuse)
+        values = json.loads(text, parse_constant=_refuse, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON ({error})") from None
     if not isinstance(values, dict):
@@ -167,6 +171,15 @@ def _line(number: int, text: str, options: Options, prompter: Prompter) -> Line:
 def _refuse(constant: str) -> NoReturn:
     """Python reads NaN and Infinity, and would write them again."""
     raise ValueError(f"{constant} is not JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of keys that come twice Python would take the last."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
+        raise ValueError(f"the key {twice!r} comes twice")
+    return values
 
 
 def _options(values: dict[str, Any], options: Options) -> Options:

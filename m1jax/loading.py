@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
+from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from m1jax.config import M1Config
@@ -54,7 +55,11 @@ class Source(NamedTuple):
 
 
 def load(
-    path: str | Path, dtype: str = "float32", quantize: Quantization | None = None, *, mesh: Mesh | str | None = None
+    path: str | Path,
+    dtype: DTypeLike = "float32",
+    quantize: Quantization | None = None,
+    *,
+    mesh: Mesh | str | None = None,
 ) -> M1:
     """The model in `path` with parameters and computation in `dtype` ("float32" or "bfloat16").
 
@@ -65,7 +70,7 @@ def load(
 
     Args:
       path: the folder.
-      dtype: "float32" or "bfloat16".
+      dtype: float32 or bfloat16, by name or as a dtype.
       quantize: "int8" or "int4" holds the experts' weights as `m1jax.kernels.experts.Quantized`, rounded while they
         are read; a checkpoint that was converted so is read as it is.
       mesh: where the model lies: a mesh, its sizes ("data=1,expert=8,tensor=1"), "auto" for one that suits the model
@@ -76,9 +81,13 @@ def load(
         `quantize`, the checkpoint is quantised otherwise, the mesh does not fit the model or the devices, or the
         devices have no room for the model.
     """
-    if dtype not in ("float32", "bfloat16"):
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = ""
+    if name not in ("float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is not supported: choose float32 or bfloat16")
-    path = Path(path)
+    dtype, path = name, Path(path).expanduser()
     config, read, quantize, stored = open_parameters(path, quantize)
     if mesh is None and jax.process_count() > 1:
         raise UserError(

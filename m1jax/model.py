@@ -76,9 +76,9 @@ class M1State:
         """N, how many tokens fit in the cache."""
         return self.cache.k.shape[3]
 
-    def take(self, rows: jax.Array) -> "M1State":
-        """The state of the given rows `[B']`, in that order; rows may repeat."""
-        return take_rows((self,), rows)
+    def take(self, rows: ArrayLike | Sequence[int]) -> "M1State":
+        """The state of the given rows, integers `[B']`, in that order; rows may repeat."""
+        return take_rows((self,), jnp.asarray(rows))
 
 
 def take_rows(states: Sequence[M1State], rows: jax.Array) -> M1State:
@@ -352,10 +352,13 @@ def _next_tokens(tokens: ArrayLike, state: M1State, config: M1Config) -> jax.Arr
 def _segments(segments: ArrayLike | None, tokens: jax.Array) -> jax.Array | None:
     if segments is None:
         return None
-    segments = jnp.asarray(segments)
+    if not isinstance(segments, jax.Array):  # on the host, where a look is free
+        segments = np.asarray(segments)
     if segments.shape != tokens.shape or not jnp.issubdtype(segments.dtype, jnp.integer):
         raise ValueError(f"segments: expected integers {tokens.shape}, got {segments.dtype} {segments.shape}")
-    return segments.astype(jnp.int32)
+    if isinstance(segments, np.ndarray) and segments.min() < 0:
+        raise ValueError(f"segments: expected ids of 1 or more, 0 for padding, got {segments.min()}")
+    return jnp.asarray(segments, jnp.int32)
 
 
 def _lengths(lengths: ArrayLike | None, tokens: jax.Array) -> jax.Array:

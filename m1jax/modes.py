@@ -14,8 +14,8 @@ from m1jax.chat import Chat
 from m1jax.config import M1Config
 from m1jax.engine import Engine, Stats, check_context
 from m1jax.errors import UserError
-from m1jax.jsonl import describe, generate_lines, open_output, read_lines
-from m1jax.loading import load
+from m1jax.jsonl import describe, generate_lines, named_precision, open_output, read_lines
+from m1jax.loading import load, open_parameters
 from m1jax.prompt import Options, Prompter
 from m1jax.reply import Reply
 from m1jax.runtime import Interrupts, use_compilation_cache
@@ -115,6 +115,8 @@ def batch(
                 for _ in generate_lines(engine, lines, output, args.batch_size):
                     bar.update()
             note(figures(engine.stats, seconds), sys.stderr)
+        else:  # of what was asked for?
+            output.continue_in(named_precision(args.dtype, open_parameters(args.model, args.quantize).quantize))
         done = len(output.done)
         if done == total:
             output.sort()

@@ -11,6 +11,8 @@ import enum
 from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from m1jax.errors import UserError
 from m1jax.sampling import DEFAULT_SAMPLING, MAX_SEED, Sampling
 from m1jax.tokenizer import Detokeniser, Tokenizer
@@ -54,6 +56,15 @@ class Request:
     def __post_init__(self) -> None:
         if not self.tokens:
             raise UserError("the prompt is empty: give some text")
+        if not isinstance(self.sampling, Sampling):
+            raise UserError(f"sampling must be a Sampling, not {self.sampling!r}")
+        for name in ("seed", "n", "max_tokens", "thinking_budget"):
+            value = getattr(self, name)
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if not whole and (name != "thinking_budget" or value is not None):
+                raise UserError(f"{name.replace('_', '-')} must be an integer, not {value!r}")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
+            raise UserError(f"stop must be a tuple of strings, not {self.stop!r}")
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"seed must be from 0 to {MAX_SEED}, not {self.seed}")
         if self.n < 1:

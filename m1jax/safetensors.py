@@ -240,7 +240,9 @@ def _read_span(file: Path, name: str, entry: Any) -> tuple[int, int]:
         raise UserError(f"{file} is corrupt: {name} lacks dtype, shape or data_offsets: {_AGAIN}")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise UserError(f"{file}: {name} has unknown dtype {kind!r}: known are {', '.join(DTYPES)}")
+        raise UserError(
+            f"{file}: {name} has unknown dtype {kind!r}: convert from a checkpoint in one of {', '.join(DTYPES)}"
+        )
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise UserError(f"{file} is corrupt: {name} has shape {shape} and data_offsets {offsets}: {_AGAIN}")
     if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[kind].itemsize:

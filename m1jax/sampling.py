@@ -46,6 +46,12 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            kinds = (int, np.integer) if field.name == "top_k" else (int, float, np.integer, np.floating)
+            value = getattr(self, field.name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                number = "an integer" if field.name == "top_k" else "a number"
+                raise UserError(f"{field.name.replace('_', '-')} must be {number}, not {reprlib.repr(value)}")
         # Comparisons, because an integer of a JSON file may be too large to become a float.
         if not 0 <= self.temperature <= _LARGEST:
             raise UserError(

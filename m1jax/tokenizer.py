@@ -203,9 +203,9 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
 def _eos_of_generation_config(folder: Path) -> list[int]:
     value = _read_json(folder / "generation_config.json").get("eos_token_id")
     values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in values):
         raise UserError(
-            f"{folder / 'generation_config.json'}: eos_token_id {value!r} is neither a number nor a list of them"
+            f"{folder / 'generation_config.json'}: eos_token_id {value!r} is neither a token's id nor a list of them"
         )
     return values
 

@@ -220,7 +220,7 @@ def _contradictions(config: M1Config, tensors: Mapping[str, Described], layout: 
         if len(values) == 1 and (value := next(iter(values))) != ours:
             fields = " * ".join(_FIELDS.get(letter, letter) for letter in dims.split("*"))
             yield f"{fields} = {ours}, but the weights have {value}"
-    if seen["L"] == {config.num_hidden_layers}:
+    if seen.get("L") == {config.num_hidden_layers}:
         for layer, kind in enumerate(config.layer_types):
             found = kinds.get(layer, set())
             if len(found) == 1 and kind not in found:
@@ -250,7 +250,8 @@ def _observe(tensors: Mapping[str, Described], layout: Layout) -> tuple[dict[str
             kinds.setdefault(int(found["layer"]), set()).add(group)
     if last["expert"] >= 0:
         seen.setdefault("E", set()).add(last["expert"] + 1)
-    seen["L"] = {last["layer"] + 1}
+    if last["layer"] >= 0:
+        seen["L"] = {last["layer"] + 1}
     seen.setdefault("I", {0})
     return seen, kinds
 

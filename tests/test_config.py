@@ -101,6 +101,8 @@ def test_official_spelling_round_trips(config: M1Config) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"attention_bias": True}, "attention_bias = True is not supported"),
+        ({"kv_lora_rank": 64}, "unknown key 'kv_lora_rank': remove it"),
         ({"rotary_dims": 64}, "unknown key 'rotary_dims': did you mean 'rotary_dim'"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
         ({"sliding_window": 4096}, "sliding_window = 4096 is not supported"),

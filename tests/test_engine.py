@@ -2,7 +2,10 @@
 
 import dataclasses
 import itertools
+import json
+import shutil
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -343,6 +346,33 @@ def test_a_foreign_tokenizer_is_refused(engine: Engine) -> None:
     config = dataclasses.replace(engine.model.config, vocab_size=300)
     with pytest.raises(UserError, match=r"400 tokens.*300"):
         Engine(dataclasses.replace(engine.model, config=config), engine.tokenizer)
+
+
+def test_bad_options_are_named(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="max_rows: expected 1 or more, got 0"):
+        engine.generate([], max_rows=0)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"stop": "abc"}, "stop must be a tuple of strings, not 'abc'"),
+        ({"max_tokens": 1.5}, "max-tokens must be an integer, not 1.5"),
+        ({"n": "2"}, "n must be an integer, not '2'"),
+        ({"seed": None}, "seed must be an integer, not None"),
+        ({"sampling": 0.5}, "sampling must be a Sampling, not 0.5"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(UserError, match=message):
+            Options(**options)
+    wrong = [({"top_k": 1.5}, "top-k must be an integer"), ({"temperature": None}, "temperature must be a number")]
+    for setting, message in wrong:
+        with pytest.raises(UserError, match=message):
+            Sampling(**setting)
+
+
+def test_an_end_that_the_model_does_not_know_is_refused(engine: Engine, tmp_path: Path) -> None:
+    folder = shutil.copytree(engine.tokenizer.folder, tmp_path / "model")
+    for ids, message in (([3, 99999], "names token 99999 as one that ends a text"), (-1, "neither a token's id")):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        with pytest.raises(UserError, match=message):
+            Engine(engine.model, Tokenizer.load(folder))
 
 
 @pytest.mark.parametrize("no_thinking", [False, True])

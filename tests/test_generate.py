@@ -254,13 +254,14 @@ def test_output_of_other_options_is_refused(run: Run, finished: tuple[Path, Path
     assert result.code == 2 and "other options" in result.err and out.read_bytes() == whole
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("change", ["dtype", "quantize", "weights", "config"])
 def test_output_of_another_model_is_refused(
-    run: Run, model: Path, finished: tuple[Path, Path, list[dict[str, Any]]], tmp_path: Path, change: str
+    run: Run, model: Path, finished: tuple[Path, Path, list[dict[str, Any]]], tmp_path: Path, change: str, whole: bool
 ) -> None:
     source, out, lines = finished
     assert {line["precision"] for line in lines} == {"float32"}
-    left = b"".join(out.read_bytes().splitlines(keepends=True)[:3])
+    left = b"".join(out.read_bytes().splitlines(keepends=True)[: None if whole else 3])
     out.write_bytes(left)
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     flags: tuple[object, ...] = ()
@@ -302,6 +303,7 @@ def test_foreign_output_is_left_alone(run: Run, tmp_path: Path, content: str) ->
         ("[1]", "line 2: not a JSON object"),
         ("{}", "line 2: give either prompt or messages"),
         ('{"prompt": "x", "messages": []}', "line 2: give either"),
+        ('{"prompt": "x", "prompt": "y"}', "line 2: not valid JSON (the key 'prompt' comes twice)"),
         ('{"prompt": "x", "temprature": 1}', "line 2: unknown key 'temprature'"),
         ('{"prompt": "x", "n": true}', "line 2: n must be of type int"),
         ('{"prompt": "x", "top_p": 2}', "line 2: top-p"),

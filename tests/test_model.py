@@ -157,7 +157,7 @@ def test_padding_past_the_end_of_the_cache_harms_nothing() -> None:
 def test_taken_rows_go_on_alone() -> None:
     tokens = tokens_of(SMALL, 3, 8)
     _, state = MODEL.step(tokens, MODEL.init_state(3, 12))
-    rows = jnp.asarray([2, 0, 2])
+    rows = [2, 0, 2]
     taken, _ = MODEL.step(tokens[np.asarray(rows), :2], state.take(rows))
     want, _ = MODEL.step(tokens[:, :2], state)
     assert rms_error(taken, np.asarray(want)[np.asarray(rows)]) < 1e-6
@@ -313,6 +313,8 @@ def test_bad_arguments_are_named() -> None:
     for lengths in ([-1, 1], [0, 4], np.asarray([2**31, 0])):
         with pytest.raises(ValueError, match="lengths: expected 0 to 3"):
             MODEL.step(block, state, lengths=lengths)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="segments: expected ids of 1 or more, 0 for padding, got -1"):
+        MODEL(np.ones((1, 2), np.int32), segments=np.asarray([[1, -1]]))
     with pytest.raises(ValueError, match="logits: expected one of"):
         MODEL.step(block, state, logits="first")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="exceeds the context of 4096"):

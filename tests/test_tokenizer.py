@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -179,7 +180,8 @@ def test_reasoning_comes_before_what_is_said(key: str, content: object) -> None:
 
 
 def test_a_tool_result_has_the_name_of_its_call_or_its_own() -> None:
-    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "name": "add", "arguments": {}}]}
+    made = {"id": "c1", "name": "add", "arguments": {}}
+    call: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [made]}
     for own in (
         {"name": "sum", "content": "3"},
         {"content": [{"type": "text", "name": "sum", "text": "3"}]},
@@ -189,6 +191,12 @@ def test_a_tool_result_has_the_name_of_its_call_or_its_own() -> None:
     nameless = {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "3"}]}
     with pytest.raises(UserError, match="tool_call_id 'c2'"):
         ChatTemplate(M1_TEMPLATE).render([call, nameless])
+    plain = {"role": "tool", "content": "3"}  # of the only call
+    assert "tool name: add\ntool result: 3" in ChatTemplate(M1_TEMPLATE).render([call, plain])
+    two = {**call, "tool_calls": [made, made]}
+    for before in ([two], [call, two], [{"role": "user", "content": "x"}]):
+        with pytest.raises(UserError, match="a tool's message names no function"):
+            ChatTemplate(M1_TEMPLATE).render([*before, plain])
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -155,6 +155,11 @@ def test_shared_expert_in_the_weights_only() -> None:
     assert "shared_intermediate_size = 0, but the weights have 12" in text
 
 
+def test_weights_of_another_prefix_are_no_contradiction() -> None:
+    text = refusal(PLAIN, {f"m.{name}": tensor for name, tensor in fakes(PLAIN).items()})
+    assert "contradicts" not in text and "model.embed_tokens.weight" in text
+
+
 def test_one_wrong_tensor_is_no_contradiction() -> None:
     tensors = fakes(PLAIN)
     tensors["lm_head.weight"] = Fake((61, 31))

@@ -74,6 +74,7 @@ def losses(out: Path) -> list[tuple[int, float, float]]:
 
 def events(out: Path) -> list[Any]:
     """All that a run's files for TensorBoard hold, in the order written; checksums are looked at."""
+    kinds: Any = event_pb2
     found = []
     for file in sorted((out / "tensorboard").iterdir()):
         data = file.read_bytes()
@@ -81,7 +82,7 @@ def events(out: Path) -> list[Any]:
             size = int.from_bytes(data[:8], "little")
             for part, sum_ in ((data[:8], data[8:12]), (data[12 : 12 + size], data[12 + size : 16 + size])):
                 assert masked_crc32c(part) == int.from_bytes(sum_, "little")
-            found.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+            found.append(kinds.Event.FromString(data[12 : 12 + size]))
             data = data[16 + size :]
     return found
 

@@ -34,15 +34,16 @@ class Board:
             raise UserError(
                 "log.tensorboard needs tensorboardX: pip install 'm1jax[train]', or set log.tensorboard = false"
             ) from None
-        self._event: Any = event_pb2.Event
-        self._summary: Any = summary_pb2.Summary
+        events: Any = event_pb2  # classes that are made when it is imported
+        summaries: Any = summary_pb2
+        self._event, self._summary = events.Event, summaries.Summary
         self._checksum = masked_crc32c
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         self._file = self._path.open("xb", buffering=0)
         self._write(file_version=_VERSION)
         if first:
-            self._write(step=first + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+            self._write(step=first + 1, session_log=events.SessionLog(status=events.SessionLog.START))
 
     def add(self, figures: Mapping[str, float], step: int) -> None:
         """Writes figures of a step."""
