@@ -159,10 +159,7 @@ def _doubt(plan: "Plan") -> str:
     """What to do where an estimate does not decide whether a plan fits."""
     if plan.sure:
         return ""
-    from m1jax.sharding.plan import OFF
-
-    platform = plan.device.platform
-    least, most = OFF[platform]
+    platform, (least, most) = plan.device.platform, plan.off
     return (
         f" by the estimate, but compilers have needed {least:g} to {most:g} times the temporaries estimated: "
         f"--compile {platform} decides"

@@ -29,7 +29,8 @@ from m1jax.sharding.steps import Workload, make_step
 
 TOP_BATCH = 1 << 20  # no plan goes beyond
 # What compilers have needed of temporaries, as multiples of the estimate, least and most: for an H200 0.36 (training
-# on 8 devices) to 1.05 (on 512), for TPUs, which lay arrays out in tiles, up to 7 (a prompt on a mesh with `seq`).
+# on 8 devices) to 1.05 (on 512), but next to nothing of a decode step, whose kernels copy nothing; for TPUs, which lay
+# arrays out in tiles, up to 7 (a prompt on a mesh with `seq`).
 OFF = {"cuda": (0.35, 1.1), "tpu": (0.35, 7.0)}
 
 
@@ -128,10 +129,17 @@ class Plan:
         return self.memory.fits(self.device.memory)
 
     @property
+    def off(self) -> tuple[float, float]:
+        """Between which multiples of them the temporaries may turn out."""
+        if self.memory.compiled:
+            return 1.0, 1.0
+        least, most = OFF[self.device.platform]
+        return (0.0 if self.device.platform == "cuda" and self.work.mode == "serve" else least), most
+
+    @property
     def sure(self) -> bool:
         """Whether that does not hang on how far the estimate of the temporaries is off."""
-        least, most = (1.0, 1.0) if self.memory.compiled else OFF[self.device.platform]
-        needed = (self.memory.arguments + self.memory.temporaries * off for off in (least, most))
+        needed = (self.memory.arguments + self.memory.temporaries * off for off in self.off)
         return len({size <= self.device.memory for size in needed}) == 1
 
     @property

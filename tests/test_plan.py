@@ -346,15 +346,16 @@ def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 def test_a_plan_that_an_estimate_does_not_decide_says_so() -> None:
     """Such as a training step on 64 H200s, of whose temporaries the compiler needs 0.6 of the estimate."""
 
-    def verdict(kind: str, temporaries: float, compiled: str | None = None) -> str:
+    def verdict(kind: str, temporaries: float, compiled: str | None = None, mode: Any = "train") -> str:
         memory = Memory(int(20e9), int(66e9), 0, 0, int(temporaries), compiled)
-        work = Workload("train", 64, 4096)
+        work = Workload(mode, 64, 4096)
         plan = Plan(MeshShape(fsdp=8, expert=8), work, DEVICES[kind], memory, (), 1e15, Roofline(1, 1, 1), None, None)
         (line,) = (line for line in command.report(plan, "m1").splitlines() if "fit" in line.lower())
         return line
 
     assert verdict("H200", 50e9) == "it fits" and verdict("H200", 160e9) == "IT DOES NOT FIT"
     assert verdict("H200", 93e9).endswith("needed 0.35 to 1.1 times the temporaries estimated: --compile cuda decides")
+    assert verdict("H200", 160e9, mode="serve").startswith("IT DOES NOT FIT by the estimate")
     assert verdict("H200", 54e9).startswith("it fits by the estimate") and verdict("H200", 54e9, "cuda") == "it fits"
     assert verdict("v5p", 10e9).endswith("--compile tpu decides")
 
