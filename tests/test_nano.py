@@ -15,13 +15,14 @@ import pytest
 
 from m1jax import M1Config, UserError, load, nano
 from m1jax.converting import convert
+from m1jax.evaluate import open_local
 from m1jax.generate import main
 from m1jax.model import build, init_params
 from m1jax.nano import recipe, training
 from m1jax.params import count, flatten
 from m1jax.rl.settings import RLSettings
 from m1jax.saving import save
-from m1jax.tasks import TASKS, find
+from m1jax.tasks import TASKS, find, verify
 from m1jax.tokenizer import Tokenizer
 from m1jax.train.encoder import chat_tokens
 from m1jax.train.settings import parse
@@ -302,3 +303,14 @@ def test_the_shipped_model_is_right_converted_too(tmp_path: Path, capsys: pytest
         assert run(*model, "--prompt", "What is 27 + 58?", "--greedy") == 0
         assert capsys.readouterr().out == "<think>\n7+8+0=15\n2+5+1=08\n</think>\n85\n"
     assert sum(file.stat().st_size for file in nano.FOLDER.iterdir()) < 16e6
+
+
+def test_the_shipped_model_solves_held_out_problems_of_every_task() -> None:
+    """A few of each, so that what ships cannot be exchanged for something worse; README has the accuracy itself."""
+    each = 16
+    problems = [problem for task in TASKS.values() for problem in task.problems(each, seed=1)]
+    replies = open_local(nano.FOLDER, "float32", window=160, rows=len(problems))(problems)
+    right = np.asarray(
+        [verify(problem, text) == (True, True) for problem, (text, _) in zip(problems, replies, strict=True)]
+    )
+    assert right.mean() > 0.95 and right.reshape(-1, each).sum(1).min() >= 13
