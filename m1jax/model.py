@@ -8,6 +8,7 @@ M hidden, E experts, F expert width, V vocabulary, R rotary_dim.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
@@ -86,28 +87,26 @@ def take_rows(states: Sequence[M1State], rows: jax.Array) -> M1State:
 
     One layer at a time: beside the states and the result there is little else.
     """
+    axes = [STATE_AXES[name] for name in ("length", "lightning.s", "cache.k", "cache.v")]
+    n = len(states)
 
-    before: dict[str, tuple[tuple[str, ...], jax.Array]] = {}  # the leaf that was taken last
+    def local(rows: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        out: list[jax.Array] = []
+        for names, at in zip(axes, range(0, len(arrays), n), strict=True):
+            rows = after(rows, *out[-1:])
+            parts = arrays[at : at + n]
+            if names[0] == "batch":
+                out.append(rows_of(parts, rows))
+            else:
+                out.append(lax.map(lambda parts, rows=rows: rows_of(parts, rows), parts))
+        return tuple(out)
 
-    def taken(axes: tuple[str, ...], *parts: jax.Array) -> jax.Array:
-        def local(rows: jax.Array, *arrays: jax.Array) -> jax.Array:
-            parts, rows = arrays[len(before) :], after(rows, *arrays[: len(before)])
-            if axes[0] == "batch":
-                return rows_of(parts, rows)
-            return lax.map(lambda parts: rows_of(parts, rows), parts)
-
-        named = {name: axes for name, (axes, _) in before.items()}
-        named |= {f"state {i}": axes for i in range(len(parts))}
-        out = on_mesh(local, None, axes, rows=("batch",), **named)(rows, *(x for _, x in before.values()), *parts)
-        before["before"] = axes, out
-        return out
-
+    # The length first: it is there when all else is.
+    leaves = zip(*((x.length, x.lightning.s, x.cache.k, x.cache.v) for x in states), strict=True)
+    named = {f"state {k}.{i}": names for k, names in enumerate(axes) for i in range(n)}
     with on_mesh_of(states[0].length):
-        # The length first: it is there when all else is.
-        length = taken(_STATE.length, *(state.length for state in states))
-        s = taken(_STATE.lightning.s, *(state.lightning.s for state in states))
-        k = taken(_STATE.cache.k, *(state.cache.k for state in states))
-        v = taken(_STATE.cache.v, *(state.cache.v for state in states))
+        run = on_mesh(local, None, tuple(axes), rows=("batch",), **named)
+        length, s, k, v = run(rows, *itertools.chain(*leaves))
     return M1State(LightningState(s), KVCache(k, v), length)
 
 

@@ -108,15 +108,16 @@ def test_killed_at_any_moment_it_goes_on_bit_by_bit(folder: Path, whole: Path) -
     assert all(np.array_equal(ours[path], theirs[path]) for path in ours)
 
 
+@pytest.mark.parametrize("mesh", ["data=2", "seq=2"])
 def test_other_devices_give_the_same_losses_up_to_rounding(
-    folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, whole: Path, mesh: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run's checkpoint of step 6, gone on from on two devices."""
-    out = folder / "two"
+    out = folder / mesh
     (out / "checkpoints").mkdir(parents=True)
     subprocess.run(["cp", "-r", str(whole / "checkpoints" / "6"), str(out / "checkpoints")], check=True)
     on_two_devices(monkeypatch)
-    supervised.run(settings(folder, out, mesh="data=2"))
+    supervised.run(settings(folder, out, mesh=mesh))
     assert [row[0] for row in losses(out)] == [7, 8]
     assert rms_error([row[1:] for row in losses(out)], [row[1:] for row in losses(whole)[6:]]) < 1e-5
 
