@@ -25,10 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     """The arguments, checked against each other. Raises `UserError`."""
-    parser = Parser(
-        prog="python -m m1jax.generate",
-        description=description,
-    )
+    parser = Parser(prog="python -m m1jax.generate", description=description)
     parser.add_argument(
         "--model",
         type=Path,
