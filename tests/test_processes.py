@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -240,73 +240,56 @@ def test_a_file_of_lines_is_continued(tmp_path: Path, address: str) -> None:
 
 
 def test_trains_as_one_process(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The losses of one process with two devices, also gone on from after a kill; one process writes, any loads.
+    """The losses of one process with two devices, bit by bit; one process writes, any loads.
 
-    The run is split by rows, of which each process reads its own, and computes in bfloat16, then goes on from step 2
-    split by heads, in float32, where each reads all.
+    The run is split by rows, of which each process reads its own, and computes in bfloat16. A signal to one process
+    ends both after the same step. Then it goes on split by heads, where each reads all, in float32.
     """
-    path = tmp_path / "data"
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(training.CONFIG.to_official()))
-    lines = [json.dumps({"text": f"{i} + {i} = {2 * i}. " * (1 + i % 2)}) for i in range(64)]
-    (path / "corpus.jsonl").write_text("\n".join(lines))
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    path = training.write_corpus(tmp_path)
     shutil.copy(path / "corpus.jsonl", path / "held.jsonl")
-    data = {"validation": [str(path / "held.jsonl")], "validate_every": 2, "streams": 2}
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
     training.on_two_devices(monkeypatch)
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
-    for mesh, dtype, first in (("fsdp=2", "bfloat16", 0), ("tensor=2", "float32", 2)):
-        changes: dict[str, Any] = {"steps": 4, "mesh": mesh, "model": {"dtype": dtype}, "data": data}
-        supervised.run(training.settings(path, alone, **changes))
-        file = training.write_toml(training.toml(path, shared, **changes), tmp_path / "shared.toml")
-        ended = several(address, 2, "train", "--config", file)
-        assert [e.code for e in ended] == [0, 0], ended
-        assert "complete" in ended[0].out and ended[1].out == ""
-        assert ("going on from step 2 of 4" in ended[0].err) == bool(first)
-        found = [training.losses(out) for out in (shared, alone)]
-        assert [row[0] for row in found[0]] == [1, 2, 3, 4]
-        assert rms_error(*([row[1:] for row in rows] for rows in found)) < 1e-5
-        ours, theirs = (flatten(m1jax.load(out / "model")) for out in (shared, alone))
-        assert all(rms_error(ours[name], theirs[name]) < 1e-4 for name in ours)
-        assert (shared / "model" / "tokenizer.json").exists() and (shared / "curves.png").exists()
-        validated = [[row.get("validation_loss") for row in training.rows(out)] for out in (shared, alone)]
-        assert [value is None for value in validated[0]] == [True, False] * 2
-        assert rms_error(*(row[1::2] for row in validated)) < 1e-5
-        for out in (alone, shared):
-            shutil.rmtree(out / "model")
-            shutil.rmtree(out / "checkpoints" / "4")
-        (shared / "curves.png").unlink()
+    common: dict[str, Any] = {
+        "data": {"validation": [str(path / "held.jsonl")], "validate_every": 2, "streams": 2},
+        "checkpoint": {"every": 1000},
+        "optimizer": {"decay": 0},
+    }
 
+    def run_shared(**changes: Any) -> list[Ended]:
+        file = training.write_toml(training.toml(path, shared, **common, **changes), tmp_path / "shared.toml")
+        return several(address, 2, "train", "--config", file)
 
-def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path, address: str) -> None:
-    """With a checkpoint of that step, from which the run goes on as if nothing had been."""
-    (tmp_path / "config.json").write_text(json.dumps(training.CONFIG.to_official()))
-    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "1 + 1 = 2. " * 40}))
-
-    def start(out: Path, steps: int) -> Callable[[], list[Ended]]:
-        changes: dict[str, Any] = {
-            "steps": steps,
-            "mesh": "fsdp=2",
-            "checkpoint": {"every": 1000},
-            "optimizer": {"decay": 0},
-        }
-        file = training.write_toml(training.toml(tmp_path, out, **changes), tmp_path / f"{out.name}.toml")
-        return lambda: several(address, 2, "train", "--config", file)
-
-    out, whole = tmp_path / "out", tmp_path / "whole"
+    by_rows: dict[str, Any] = {"mesh": "fsdp=2", "model": {"dtype": "bfloat16"}}
     with ThreadPoolExecutor(1) as pool:
-        ended = pool.submit(start(out, 100_000))
-        while not (out / "metrics.jsonl").exists() or len(training.rows(out)) < 3:
-            assert not ended.done(), ended.result()
+        interrupted = pool.submit(run_shared, steps=100_000, **by_rows)
+        while not (shared / "metrics.jsonl").exists() or len(training.rows(shared)) < 3:
+            assert not interrupted.done(), interrupted.result()
             time.sleep(0.05)
         (second,) = children_with("--process-id", "1")
         os.kill(second, signal.SIGTERM)
-        assert [e.code for e in ended.result()] == [130, 130], ended.result()
-    done = len(training.rows(out))
-    assert f"the same command goes on from step {done}" in ended.result()[0].err
-    for folder in (out, whole):
-        assert [e.code for e in start(folder, done + 2)()] == [0, 0]
-    assert training.losses(out) == training.losses(whole)
+        ended = interrupted.result()
+    done = len(training.rows(shared))
+    assert [e.code for e in ended] == [130, 130], ended
+    assert f"the same command goes on from step {done}" in ended[0].err
+
+    by_heads: dict[str, Any] = {"steps": done + 2, "mesh": "tensor=2"}
+    ended = run_shared(**by_heads)
+    assert [e.code for e in ended] == [0, 0], ended
+    assert "complete" in ended[0].out and ended[1].out == ""
+    assert f"going on from step {done} of {done + 2}" in ended[0].err
+    for changes in ({"steps": done, **by_rows}, by_heads):
+        supervised.run(training.settings(path, alone, **common, **changes))
+    assert [step for step, *_ in training.losses(shared)] == list(range(1, done + 3))
+    assert training.losses(shared) == training.losses(alone)
+    ours, theirs = (flatten(m1jax.load(out / "model")) for out in (shared, alone))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    assert (shared / "model" / "tokenizer.json").exists() and (shared / "curves.png").exists()
+    for ours, theirs in zip(*map(training.rows, (shared, alone)), strict=True):
+        # A signal in step `done` goes before its evaluation, which the run that goes on then does, in float32.
+        if ours["step"] % 2 == 0 and ours["step"] != done:
+            assert ours["validation_loss"] == theirs["validation_loss"]
+    assert (done % 2 == 0) == ("validation_loss" in training.rows(shared)[done - 1])
 
 
 def children_with(*arguments: str) -> list[int]:
@@ -319,26 +302,25 @@ def children_with(*arguments: str) -> list[int]:
 
 
 def test_reinforces_as_one_process(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replies, rewards and losses of one process with two devices, also gone on from; one process writes."""
-    changes: dict[str, Any] = {"evaluate_every": 1, "evaluate_problems": 6}
+    """Replies, rewards and losses of one process with two devices, which also goes on from there; one writes."""
+    evaluated: dict[str, Any] = {"evaluate_every": 1, "evaluate_problems": 6}
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     training.on_two_devices(monkeypatch)
+    stage.run(dataclasses.replace(test_rl.settings(alone, 2, **evaluated), mesh="fsdp=2"))
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
-    for steps, mesh in ((1, "fsdp=2"), (2, "tensor=2")):
-        stage.run(dataclasses.replace(test_rl.settings(alone, steps, **changes), mesh=mesh))
-        table = test_rl.table(shared, steps, **changes) | {"mesh": mesh}
-        file = training.write_toml(table, tmp_path / "shared.toml")
-        ended = several(address, 2, "train", "--config", file)
-        assert [e.code for e in ended] == [0, 0], ended
-        assert "complete" in ended[0].out and ended[1].out == ""
-        assert ("going on from step 1 of 2" in ended[0].err) == (steps == 2)
-        for ours, theirs in zip(test_rl.rows(shared), test_rl.rows(alone), strict=True):
-            for name in ("reward", "reply_tokens", "groups", "informative", "held_out"):
-                assert ours[name] == theirs[name], name
-            for name in ("loss", "entropy", "ratio", "gradient_norm", "correlation_logp"):
-                np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6, err_msg=name)
-        weights = [flatten(m1jax.load(out / "model")) for out in (shared, alone)]
-        assert all(rms_error(weights[0][name], weights[1][name]) < 1e-4 for name in weights[0])
+    file = training.write_toml(test_rl.table(shared, 1, **evaluated) | {"mesh": "fsdp=2"}, tmp_path / "shared.toml")
+    ended = several(address, 2, "train", "--config", file)
+    assert [e.code for e in ended] == [0, 0], ended
+    assert "complete" in ended[0].out and ended[1].out == ""
+    m1jax.load(shared / "model")
+    stage.run(dataclasses.replace(test_rl.settings(shared, 2, **evaluated), mesh="fsdp=2"))
+    for ours, theirs in zip(test_rl.rows(shared), test_rl.rows(alone), strict=True):
+        for name in ("reward", "reply_tokens", "groups", "informative", "held_out"):
+            assert ours[name] == theirs[name], name
+        for name in ("loss", "entropy", "ratio", "gradient_norm", "correlation_logp"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    weights = [flatten(m1jax.load(out / "model")) for out in (shared, alone)]
+    assert all(rms_error(weights[0][name], weights[1][name]) < 1e-4 for name in weights[0])
 
 
 def test_processes_that_do_not_do_the_same_are_told(tmp_path: Path, address: str) -> None:

@@ -207,7 +207,8 @@ def test_the_guard_leaves_a_checkpoint_of_the_state_before_the_bad_step(
 
         def bad(state: Any, batch: Any) -> Any:
             stage._step = step
-            return step(state, batch | {"weights": batch["weights"] * jnp.nan})
+            weights = batch["weights"]
+            return step(state, batch | {"weights": jax.device_put(weights * jnp.nan, weights.sharding)})
 
         stage._step = bad
 
@@ -336,15 +337,20 @@ def test_a_checkpoint_of_another_model_or_of_other_data_is_refused(folder: Path,
 
 
 def test_one_run_at_a_time_and_never_backwards(
-    folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def interrupted(_: Any) -> Any:
+        raise KeyboardInterrupt
+
     with alone(whole, whole / LOCK), pytest.raises(UserError, match="is being written by another process: wait"):
         supervised.run(settings(folder, whole))
     before = (whole / "model" / "config.json").stat().st_mtime_ns
     with pytest.raises(UserError, match="is at step 8 of its run already: steps = 2 is less"):
         supervised.run(settings(folder, whole, steps=2, optimizer={"warmup": 0, "decay": 0}))
     assert (whole / "model" / "config.json").stat().st_mtime_ns == before
-    supervised.run(settings(folder, tmp_path / "out", steps=1, optimizer={"warmup": 2, "decay": 0}))
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(loop, "fresh", interrupted)
+        supervised.run(settings(folder, tmp_path / "out", steps=1, optimizer={"warmup": 2, "decay": 0}))
     assert "warning: optimizer.warmup = 2 is not over when the run is" in capsys.readouterr().err
 
 
@@ -361,16 +367,13 @@ def test_a_damaged_checkpoint_is_named(folder: Path, whole: Path, tmp_path: Path
     assert "checkpoints/8 cannot be read" in done.stderr and "delete it to go on from the one before" in done.stderr
 
 
-def test_profile_writes_a_trace(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of the last steps if there are only few; two traces in a row show that the first one was ended.
-
-    Not of the first step, where the profiler would follow each call of the compilation: that is in the tests of rl.
-    """
-    few: dict[str, Any] = {"steps": 4, "optimizer": {"warmup": 0, "decay": 0}}
+def test_profile_writes_a_trace(folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the last steps if there are only few; two traces in a row show that the first one was ended."""
     for out in (tmp_path / "first", tmp_path / "second"):
-        supervised.run(settings(folder, out, **few), profile=True)
+        shutil.copytree(whole / "checkpoints" / "6", out / "checkpoints" / "6")
+        supervised.run(settings(folder, out), profile=True)
         assert list((out / "profile").glob("**/*.xplane.pb"))
-    supervised.run(settings(folder, out, **few), profile=True)
+    supervised.run(settings(folder, out), profile=True)
     assert "no step is left to profile" in capsys.readouterr().err
     found = [loop.profiled(*run) for run in ((0, 9), (2, 20), (0, 6), (3, 7), (3, 5), (3, 3))]
     assert found == [range(3, 6), range(5, 8), range(3, 6), range(4, 7), range(3, 5), range(3, 3)]
