@@ -233,25 +233,31 @@ def test_the_capacity_drops_the_same_tokens_on_every_mesh(name: str) -> None:
     assert np.array_equal(theirs.dropped, routing.dropped) and np.array_equal(theirs.chosen, routing.chosen)
 
 
+def routed_total(model: M1, routes: np.ndarray | None) -> jax.Array:
+    return jnp.sum(hidden_states(model, TOKENS, SEGMENTS, routes=routes)[0][SEGMENTS > 0] ** 3)
+
+
+@functools.cache
+def others_routes() -> tuple[np.ndarray, jax.Array, M1]:
+    """Experts that the routers did not choose, the total with them and its gradient, on one device."""
+    L, k, E = CONFIG.num_hidden_layers, CONFIG.num_experts_per_tok, CONFIG.num_local_experts
+    every = np.broadcast_to(np.arange(E, dtype=np.uint8), (*TOKENS.shape, L, E))
+    others = np.random.default_rng(2).permuted(every, axis=-1)[..., :k]
+    return others, *jax.jit(jax.value_and_grad(routed_total))(model(), others)
+
+
+def test_the_routers_choice_given_back_changes_nothing() -> None:
+    own = np.argsort(-model().trace(TOKENS, SEGMENTS).router_logits, axis=-1)[..., : CONFIG.num_experts_per_tok]
+    free, same = (jax.jit(routed_total)(model(), routes) for routes in (None, np.moveaxis(own, 0, 2)))
+    assert abs(same - free) < 1e-6 * abs(free) < 1e-2 * abs(others_routes()[1] - free)
+
+
 @pytest.mark.parametrize("name", [name for name, (_, use) in MESHES.items() if use == "train"])
 def test_given_experts_in_place_of_the_routers_choice(name: str) -> None:
-    """The gradient on a mesh; and the chosen ones given back change nothing."""
-    L, k, E = CONFIG.num_hidden_layers, CONFIG.num_experts_per_tok, CONFIG.num_local_experts
-    rng = np.random.default_rng(2)
-    others = rng.permuted(np.broadcast_to(np.arange(E, dtype=np.uint8), (*TOKENS.shape, L, E)), axis=-1)[..., :k]
-
-    def total(model: M1, routes: np.ndarray | None) -> jax.Array:
-        return jnp.sum(hidden_states(model, TOKENS, SEGMENTS, routes=routes)[0][SEGMENTS > 0] ** 3)
-
-    gradient = jax.jit(jax.value_and_grad(total))
-    own = np.argsort(-model().trace(TOKENS, SEGMENTS).router_logits, axis=-1)[..., :k]
-    free, _ = gradient(model(), None)
-    same, _ = gradient(model(), np.moveaxis(own, 0, 2))
-    want, wanted = gradient(model(), others)
-    assert abs(same - free) < 1e-6 * abs(free) < 1e-2 * abs(want - free)
+    others, want, wanted = others_routes()
     mesh = mesh_of(name)
     with jax.set_mesh(mesh):
-        got, ours = gradient(on(mesh), others)
+        got, ours = jax.jit(jax.value_and_grad(routed_total))(on(mesh), others)
     assert abs(got - want) < 1e-5 * abs(want)
     pairs: Any = zip(flatten(ours).items(), flatten(wanted).values(), strict=True)
     errors = {path: rms_error(a, b) for (path, a), b in pairs if path != "lm_head"}  # which is not read
