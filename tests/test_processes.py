@@ -1,7 +1,6 @@
 """Several processes, as on several machines: loading, saving, generating, and the loss of one of them."""
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -302,18 +301,17 @@ def children_with(*arguments: str) -> list[int]:
 
 
 def test_reinforces_as_one_process(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replies, rewards and losses of one process with two devices, which also goes on from there; one writes."""
+    """Replies, rewards and losses of one process with one device, which also goes on from there; one writes."""
     evaluated: dict[str, Any] = {"evaluate_every": 1, "evaluate_problems": 6}
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    training.on_two_devices(monkeypatch)
-    stage.run(dataclasses.replace(test_rl.settings(alone, 2, **evaluated), mesh="fsdp=2"))
+    stage.run(test_rl.settings(alone, 2, **evaluated))
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     file = training.write_toml(test_rl.table(shared, 1, **evaluated) | {"mesh": "fsdp=2"}, tmp_path / "shared.toml")
     ended = several(address, 2, "train", "--config", file)
     assert [e.code for e in ended] == [0, 0], ended
     assert "complete" in ended[0].out and ended[1].out == ""
     m1jax.load(shared / "model")
-    stage.run(dataclasses.replace(test_rl.settings(shared, 2, **evaluated), mesh="fsdp=2"))
+    stage.run(test_rl.settings(shared, 2, **evaluated))
     for ours, theirs in zip(test_rl.rows(shared), test_rl.rows(alone), strict=True):
         for name in ("reward", "reply_tokens", "groups", "informative", "held_out"):
             assert ours[name] == theirs[name], name
