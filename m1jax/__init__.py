@@ -8,11 +8,12 @@ from m1jax.errors import UserError
 if TYPE_CHECKING:
     from m1jax.config import M1Config
     from m1jax.loading import load
-    from m1jax.model import M1, M1State
+    from m1jax.model import M1
+    from m1jax.state import M1State
 
 __all__ = ["M1", "M1Config", "M1State", "UserError", "load"]
 
-_HOME = {"load": "loading", "M1Config": "config", "M1": "model", "M1State": "model"}
+_HOME = {"load": "loading", "M1Config": "config", "M1": "model", "M1State": "state"}
 
 
 def __getattr__(name: str) -> Any:

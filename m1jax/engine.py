@@ -21,13 +21,14 @@ import numpy as np
 from m1jax import rows as device
 from m1jax.config import M1Config
 from m1jax.errors import UserError
-from m1jax.model import M1, M1State
+from m1jax.model import M1
 from m1jax.reply import Reply, Request, Segment
 from m1jax.rows import Rows
 from m1jax.sampling import Sampling, SamplingRows
 from m1jax.sharding.mesh import mesh_of
 from m1jax.sharding.region import on_mesh_of
 from m1jax.sharding.rules import shards
+from m1jax.state import M1State
 from m1jax.tokenizer import Tokenizer
 
 CHUNK = 2048  # the most tokens of one prompt read at once

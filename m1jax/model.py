@@ -8,8 +8,7 @@ M hidden, E experts, F expert width, V vocabulary, R rotary_dim.
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import jax
@@ -17,118 +16,32 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from m1jax import layers
 from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.kernels.experts import Quantization
 from m1jax.kernels.linear import linear
-from m1jax.params import STATE_AXES, ParamSpec, join_quantized, nest, param_table
+from m1jax.params import ParamSpec, join_quantized, nest, param_table
 from m1jax.sharding.region import (
     after,
-    laid_out,
     lookup,
     mesh_in_use,
     on_mesh,
     on_mesh_of,
-    rows_of,
     start,
     total,
     ways,
     whole,
 )
 from m1jax.stack import Carry, body, not_finite, token_at
+from m1jax.state import STATE, KVCache, LightningState, M1State, empty, empty_on_mesh
 
 Logits = Literal["all", "last"]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 MOST_LOGITS = 1 << 24  # that exist at a time where they are only looked at
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LightningState:
-    """S of every lightning layer: `s` float32 `[P, B, H, D, D]` (key channel, value channel)."""
-
-    s: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Rotated keys and values of every softmax layer: `k`, `v` `[S, B, K, N, D]` in the compute dtype."""
-
-    k: jax.Array
-    v: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class M1State:
-    """What a sequence leaves behind: lightning states, softmax caches, and the number of tokens seen, int32 `[B]`."""
-
-    lightning: LightningState
-    cache: KVCache
-    length: jax.Array
-
-    @property
-    def max_length(self) -> int:
-        """N, how many tokens fit in the cache."""
-        return self.cache.k.shape[3]
-
-    def take(self, rows: ArrayLike | Sequence[int]) -> "M1State":
-        """The state of the given rows, integers `[B']`, in that order; rows may repeat."""
-        return take_rows((self,), jnp.asarray(rows))
-
-
-def take_rows(states: Sequence[M1State], rows: jax.Array) -> M1State:
-    """The given rows `[B']` of states whose caches have one length, one after the other, each where its device is.
-
-    One layer at a time: beside the states and the result there is little else.
-    """
-    axes = [STATE_AXES[name] for name in ("length", "lightning.s", "cache.k", "cache.v")]
-    n = len(states)
-
-    def local(rows: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        out: list[jax.Array] = []
-        for names, at in zip(axes, range(0, len(arrays), n), strict=True):
-            rows = after(rows, *out[-1:])
-            parts = arrays[at : at + n]
-            if names[0] == "batch":
-                out.append(rows_of(parts, rows))
-            else:
-                out.append(lax.map(lambda parts, rows=rows: rows_of(parts, rows), parts))
-        return tuple(out)
-
-    # The length first: it is there when all else is.
-    leaves = zip(*((x.length, x.lightning.s, x.cache.k, x.cache.v) for x in states), strict=True)
-    named = {f"state {k}.{i}": names for k, names in enumerate(axes) for i in range(n)}
-    with on_mesh_of(states[0].length):
-        run = on_mesh(local, None, tuple(axes), rows=("batch",), **named)
-        length, s, k, v = run(rows, *itertools.chain(*leaves))
-    return M1State(LightningState(s), KVCache(k, v), length)
-
-
-_STATE: Any = M1State(
-    LightningState(STATE_AXES["lightning.s"]),  # pyright: ignore[reportArgumentType]
-    KVCache(STATE_AXES["cache.k"], STATE_AXES["cache.v"]),  # pyright: ignore[reportArgumentType]
-    STATE_AXES["length"],  # pyright: ignore[reportArgumentType]
-)
-
-
-def _empty(lightning: tuple[int, ...], cache: tuple[int, ...], dtype: DTypeLike) -> M1State:
-    """Zeros of these shapes, that nothing was read into."""
-    kv = jnp.zeros(cache, dtype)
-    state, length = jnp.zeros(lightning, jnp.float32), jnp.zeros(lightning[1:2], jnp.int32)
-    empty = M1State(LightningState(state), KVCache(kv, jnp.zeros_like(kv)), length)
-    return jax.tree.map(
-        lambda axes, x: laid_out(x, "state", axes), _STATE, empty, is_leaf=lambda x: isinstance(x, tuple)
-    )
-
-
-# On a mesh each device makes its own part: one alone might have no room for all of it.
-_empty_on_mesh = jax.jit(_empty, static_argnums=(0, 1, 2))
 
 
 class Trace(NamedTuple):
@@ -212,7 +125,7 @@ class M1(nnx.Module):
             (len(cfg.lightning_layers), batch, H, D, D),
             (len(cfg.softmax_layers), batch, K, max_length, D),
         )
-        make = _empty if mesh_in_use() is None else _empty_on_mesh
+        make = empty if mesh_in_use() is None else empty_on_mesh
         return make(lightning, cache, self.dtype)
 
     @_on_its_mesh
@@ -514,7 +427,7 @@ def _step(
         values = jnp.where(over, jnp.nan, values)
         return values, dataclasses.replace(state, length=after(state.length, values)), routes
 
-    out = (("batch", "vocab") if last else (*TOKENS, "vocab"), _STATE, (*TOKENS, "layer", "router") if routed else None)
+    out = (("batch", "vocab") if last else (*TOKENS, "vocab"), STATE, (*TOKENS, "layer", "router") if routed else None)
     run = on_mesh(local, model.config, out, model=(), tokens=TOKENS, state=(), lengths=("batch",))
     values, state, routes = run(model, stretched(tokens), state, lengths)
     T = tokens.shape[1]

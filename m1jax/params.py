@@ -38,7 +38,7 @@ class ParamSpec:
         return out
 
 
-# Every array of `m1jax.model.M1State` by its path, with its logical axes.
+# Every array of `m1jax.state.M1State` by its path, with its logical axes.
 STATE_AXES = {
     "lightning.s": ("layer", "batch", "heads", "head_dim", "value_dim"),
     "cache.k": ("layer", "batch", "kv_heads", "cache", "head_dim"),

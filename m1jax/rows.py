@@ -9,9 +9,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from m1jax.model import M1, KVCache, M1State, take_rows
+from m1jax.model import M1
 from m1jax.sampling import SamplingRows, sample
 from m1jax.sharding.region import after, everywhere, laid_out
+from m1jax.state import KVCache, M1State, take_rows
 
 NOT_A_NUMBER = -1  # stands for a token where the logits were not finite
 FREE = -1  # stands for a forced token where none is forced

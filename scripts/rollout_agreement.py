@@ -21,7 +21,7 @@ from jax import lax
 
 from m1jax.errors import UserError, main_guard
 from m1jax.loading import load
-from m1jax.model import M1, KVCache, LightningState, M1State, embed
+from m1jax.model import M1, embed
 from m1jax.nano import default_model
 from m1jax.nano.recipe import Chat
 from m1jax.nano.training import LENGTH, WINDOWS
@@ -29,6 +29,7 @@ from m1jax.rl import stage
 from m1jax.rl.rollout import padded_prompts
 from m1jax.runtime import use_compilation_cache
 from m1jax.stack import Carry, body
+from m1jax.state import KVCache, LightningState, M1State
 from m1jax.tasks import find
 from m1jax.tokenizer import Tokenizer
 from m1jax.train.settings import Settings, parse

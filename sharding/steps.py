@@ -10,9 +10,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from m1jax.config import M1Config
 from m1jax.kernels.experts import Quantization
-from m1jax.model import M1, M1State, abstract
+from m1jax.model import M1, abstract
 from m1jax.sharding.mesh import Use
 from m1jax.sharding.rules import rules_of, shardings
+from m1jax.state import M1State
 
 Mode = Literal["serve", "prefill", "train"]
 

@@ -11,10 +11,11 @@ import pytest
 
 from m1jax import engine
 from m1jax.generate import main
-from m1jax.model import M1State, abstract, take_rows
+from m1jax.model import abstract
 from m1jax.sampling import Sampling
 from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.sharding.rules import shardings
+from m1jax.state import M1State, take_rows
 from m1jax.tokenizer import Tokenizer
 from tests.tools import HELLO, random_model, variant
 

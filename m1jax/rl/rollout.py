@@ -14,9 +14,10 @@ import numpy as np
 from jax import lax
 
 from m1jax.engine import not_finite
-from m1jax.model import M1, M1State
+from m1jax.model import M1
 from m1jax.sampling import Sampling, SamplingRows, sample
 from m1jax.sharding.region import everywhere, ways
+from m1jax.state import M1State
 
 SURE = 0.99  # the probability from which on a token counts as certain, in the search for repetition loops
 

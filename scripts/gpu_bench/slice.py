@@ -15,9 +15,10 @@ import numpy as np
 from gpu_bench.report import PEAKS, Report
 from gpu_bench.timing import normal, operations
 from m1jax.config import M1Config
-from m1jax.model import M1, M1State, abstract, build, final_norm, head, read
+from m1jax.model import M1, abstract, build, final_norm, head, read
 from m1jax.params import ParamSpec, param_table
 from m1jax.presets import find_config
+from m1jax.state import M1State
 
 STEPS = 8  # of a decode between two readings of the clock
 

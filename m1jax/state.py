@@ -1,0 +1,99 @@
+"""What a sequence leaves behind: the state that `m1jax.model.M1.step` takes and returns. Letters as there."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from m1jax.params import STATE_AXES
+from m1jax.sharding.region import after, laid_out, on_mesh, on_mesh_of, rows_of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LightningState:
+    """S of every lightning layer: `s` float32 `[P, B, H, D, D]` (key channel, value channel)."""
+
+    s: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Rotated keys and values of every softmax layer: `k`, `v` `[S, B, K, N, D]` in the compute dtype."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class M1State:
+    """What a sequence leaves behind: lightning states, softmax caches, and the number of tokens seen, int32 `[B]`."""
+
+    lightning: LightningState
+    cache: KVCache
+    length: jax.Array
+
+    @property
+    def max_length(self) -> int:
+        """N, how many tokens fit in the cache."""
+        return self.cache.k.shape[3]
+
+    def take(self, rows: ArrayLike | Sequence[int]) -> "M1State":
+        """The state of the given rows, integers `[B']`, in that order; rows may repeat."""
+        return take_rows((self,), jnp.asarray(rows))
+
+
+def take_rows(states: Sequence[M1State], rows: jax.Array) -> M1State:
+    """The given rows `[B']` of states whose caches have one length, one after the other, each where its device is.
+
+    One layer at a time: beside the states and the result there is little else.
+    """
+    axes = [STATE_AXES[name] for name in ("length", "lightning.s", "cache.k", "cache.v")]
+    n = len(states)
+
+    def local(rows: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        out: list[jax.Array] = []
+        for names, at in zip(axes, range(0, len(arrays), n), strict=True):
+            rows = after(rows, *out[-1:])
+            parts = arrays[at : at + n]
+            if names[0] == "batch":
+                out.append(rows_of(parts, rows))
+            else:
+                out.append(lax.map(lambda parts, rows=rows: rows_of(parts, rows), parts))
+        return tuple(out)
+
+    # The length first: it is there when all else is.
+    leaves = zip(*((x.length, x.lightning.s, x.cache.k, x.cache.v) for x in states), strict=True)
+    named = {f"state {k}.{i}": names for k, names in enumerate(axes) for i in range(n)}
+    with on_mesh_of(states[0].length):
+        run = on_mesh(local, None, tuple(axes), rows=("batch",), **named)
+        length, s, k, v = run(rows, *itertools.chain(*leaves))
+    return M1State(LightningState(s), KVCache(k, v), length)
+
+
+STATE: Any = M1State(
+    LightningState(STATE_AXES["lightning.s"]),  # pyright: ignore[reportArgumentType]
+    KVCache(STATE_AXES["cache.k"], STATE_AXES["cache.v"]),  # pyright: ignore[reportArgumentType]
+    STATE_AXES["length"],  # pyright: ignore[reportArgumentType]
+)
+
+
+def empty(lightning: tuple[int, ...], cache: tuple[int, ...], dtype: DTypeLike) -> M1State:
+    """Zeros of these shapes, that nothing was read into."""
+    kv = jnp.zeros(cache, dtype)
+    state, length = jnp.zeros(lightning, jnp.float32), jnp.zeros(lightning[1:2], jnp.int32)
+    zeros = M1State(LightningState(state), KVCache(kv, jnp.zeros_like(kv)), length)
+    return jax.tree.map(
+        lambda axes, x: laid_out(x, "state", axes), STATE, zeros, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+# On a mesh each device makes its own part: one alone might have no room for all of it.
+empty_on_mesh = jax.jit(empty, static_argnums=(0, 1, 2))
