@@ -107,8 +107,13 @@ def _origins(eqn: Any) -> list[Any]:
     if same or name in _SAME or name.startswith(_IN_PLACE):
         return list(eqn.invars[: len(eqn.outvars)])
     if name == "scan":
-        first, carry = eqn.params["num_consts"], eqn.params["num_carry"]
-        return [*eqn.invars[first : first + carry], *[None] * (len(eqn.outvars) - carry)]
+        # Told by shapes, as the names of its parameters change: what goes round has the same within and without.
+        inner = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+        carry, fixed = (
+            sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, own, strict=True))
+            for outer, own in ((eqn.outvars, inner.outvars), (eqn.invars, inner.invars))
+        )
+        return [*eqn.invars[fixed - carry : fixed], *[None] * (len(eqn.outvars) - carry)]
     return [None] * len(eqn.outvars)
 
 

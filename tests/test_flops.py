@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import AxisType
 
 from m1jax.model import M1, abstract
 from m1jax.presets import find_config
@@ -77,7 +78,7 @@ def test_an_opaque_kernel_is_refused() -> None:
 
 
 def test_collectives_and_work_of_all_devices() -> None:
-    mesh = jax.sharding.AbstractMesh((2, 4), ("a", "b"))
+    mesh = jax.sharding.AbstractMesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     spec = jax.sharding.PartitionSpec
 
     def local(x: jax.Array, w: jax.Array) -> jax.Array:  # x [2, 1], w [1, 4]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import AxisType
 
 from m1jax import plan as command
 from m1jax.errors import UserError
@@ -268,7 +269,7 @@ def test_temporaries_by_hand(function: Any, expected: int) -> None:
 
 
 def test_temporaries_are_those_of_one_device() -> None:
-    mesh = jax.sharding.AbstractMesh((4,), ("a",))
+    mesh = jax.sharding.AbstractMesh((4,), ("a",), axis_types=(AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("a")
     function = jax.shard_map(lambda x: x @ x.T @ x, mesh=mesh, in_specs=spec, out_specs=spec)
     assert temporaries(function, X) == 25 * 25 * F32
