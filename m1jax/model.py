@@ -27,7 +27,6 @@ from m1jax.params import ParamSpec, join_quantized, nest, param_table
 from m1jax.sharding.region import (
     after,
     lookup,
-    mesh_in_use,
     on_mesh,
     on_mesh_of,
     start,
@@ -36,7 +35,7 @@ from m1jax.sharding.region import (
     whole,
 )
 from m1jax.stack import Carry, body, not_finite, token_at
-from m1jax.state import STATE, KVCache, LightningState, M1State, empty, empty_on_mesh
+from m1jax.state import STATE, KVCache, LightningState, M1State, empty
 
 Logits = Literal["all", "last"]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -125,8 +124,7 @@ class M1(nnx.Module):
             (len(cfg.lightning_layers), batch, H, D, D),
             (len(cfg.softmax_layers), batch, K, max_length, D),
         )
-        make = empty if mesh_in_use() is None else empty_on_mesh
-        return make(lightning, cache, self.dtype)
+        return empty(lightning, cache, self.dtype)
 
     @_on_its_mesh
     def step(

@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from m1jax.params import STATE_AXES
-from m1jax.sharding.region import after, laid_out, on_mesh, on_mesh_of, rows_of
+from m1jax.sharding.region import after, laid_out, mesh_in_use, on_mesh, on_mesh_of, rows_of
 
 
 @jax.tree_util.register_dataclass
@@ -86,7 +86,12 @@ STATE: Any = M1State(
 
 
 def empty(lightning: tuple[int, ...], cache: tuple[int, ...], dtype: DTypeLike) -> M1State:
-    """Zeros of these shapes, that nothing was read into."""
+    """Zeros of these shapes, that nothing was read into; on a mesh, where one is in use."""
+    # There each device makes its own part: one alone might have no room for all of it.
+    return (_zeros if mesh_in_use() is None else _zeros_on_mesh)(lightning, cache, dtype)
+
+
+def _zeros(lightning: tuple[int, ...], cache: tuple[int, ...], dtype: DTypeLike) -> M1State:
     kv = jnp.zeros(cache, dtype)
     state, length = jnp.zeros(lightning, jnp.float32), jnp.zeros(lightning[1:2], jnp.int32)
     zeros = M1State(LightningState(state), KVCache(kv, jnp.zeros_like(kv)), length)
@@ -95,5 +100,4 @@ def empty(lightning: tuple[int, ...], cache: tuple[int, ...], dtype: DTypeLike) 
     )
 
 
-# On a mesh each device makes its own part: one alone might have no room for all of it.
-empty_on_mesh = jax.jit(empty, static_argnums=(0, 1, 2))
+_zeros_on_mesh = jax.jit(_zeros, static_argnums=(0, 1, 2))

@@ -107,13 +107,11 @@ def _origins(eqn: Any) -> list[Any]:
     if same or name in _SAME or name.startswith(_IN_PLACE):
         return list(eqn.invars[: len(eqn.outvars)])
     if name == "scan":
-        # Told by shapes, as the names of its parameters change: what goes round has the same within and without.
-        inner = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
-        carry, fixed = (
-            sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, own, strict=True))
-            for outer, own in ((eqn.outvars, inner.outvars), (eqn.invars, inner.invars))
-        )
-        return [*eqn.invars[fixed - carry : fixed], *[None] * (len(eqn.outvars) - carry)]
+        # Told by shapes, as the names of its parameters change: what is cut or stacked has an axis more outside.
+        (inner,) = _jaxprs(eqn)
+        whole = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.invars, inner.invars, strict=True))
+        carry = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, inner.outvars, strict=True))
+        return [*eqn.invars[whole - carry : whole], *[None] * (len(eqn.outvars) - carry)]
     return [None] * len(eqn.outvars)
 
 
@@ -132,8 +130,14 @@ def _callee(eqn: Any) -> Any:
     """The jaxpr that an equation does nothing but run once; else None."""
     if eqn.primitive.name in ("scan", "while", "cond") or eqn.primitive.name.startswith(("reduce", "scatter")):
         return None
-    inner = [value for value in eqn.params.values() if hasattr(value, "jaxpr") or hasattr(value, "eqns")]
-    return getattr(inner[0], "jaxpr", inner[0]) if len(inner) == 1 else None
+    inner = _jaxprs(eqn)
+    return inner[0] if len(inner) == 1 else None
+
+
+def _jaxprs(eqn: Any) -> list[Any]:
+    """Those among an equation's parameters."""
+    found = (value for value in eqn.params.values() if hasattr(value, "jaxpr") or hasattr(value, "eqns"))
+    return [getattr(value, "jaxpr", value) for value in found]
 
 
 def _inner(eqn: Any, devices: int) -> int:
@@ -145,5 +149,4 @@ def _inner(eqn: Any, devices: int) -> int:
     if name.startswith(("reduce", "scatter", "arg", "cum")):
         return 0
     devices = 1 if name == "shard_map" else devices
-    inner = [value for value in params.values() if hasattr(value, "jaxpr") or hasattr(value, "eqns")]
-    return max((_peak(getattr(jaxpr, "jaxpr", jaxpr), devices) for jaxpr in inner), default=0)
+    return max((_peak(jaxpr, devices) for jaxpr in _jaxprs(eqn)), default=0)

@@ -31,6 +31,7 @@ from m1jax.train.saving import Checkpoints
 from m1jax.train.settings import GuardSettings, OptimizerSettings, Settings, parse
 from m1jax.train.step import TrainState, adamw, init_state, make_step, totals
 from tests.tools import HELLO, rows_are_alone, variant
+from tests.training import interrupted
 
 SMALL_RUN: dict[str, Any] = {
     "tasks": ["addition"],
@@ -232,12 +233,9 @@ def test_a_run_goes_on_bit_by_bit_after_it_was_broken_off(tmp_path: Path, monkey
 def test_killed_while_it_is_evaluated_it_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint is written before, and what says only how the run is done may be changed."""
 
-    def dies(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
     tasks = ["addition", "subtraction"]
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "evaluate", dies)
+        patch.setattr(Learner, "evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             stage.run(settings(tmp_path, 1, tasks=tasks, evaluate_every=1, evaluate_problems=2))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
@@ -252,10 +250,11 @@ def test_killed_while_it_is_evaluated_it_goes_on_from_there(tmp_path: Path, monk
 
 
 def test_a_run_on_a_mesh_is_that_of_one_device(tmp_path: Path) -> None:
-    stage.run(settings(tmp_path / "one", steps=1))
-    stage.run(dataclasses.replace(settings(tmp_path / "mesh", steps=1), mesh="fsdp=2,expert=2,tensor=2"))
+    evaluated: dict[str, Any] = {"evaluate_every": 1, "evaluate_problems": 6}  # four groups of devices share 6
+    stage.run(settings(tmp_path / "one", steps=1, **evaluated))
+    stage.run(dataclasses.replace(settings(tmp_path / "mesh", steps=1, **evaluated), mesh="fsdp=2,expert=2,tensor=2"))
     (one,), (mesh,) = rows(tmp_path / "one"), rows(tmp_path / "mesh")
-    for name in ("reward", "reply_tokens", "groups", "informative"):
+    for name in ("reward", "reply_tokens", "groups", "informative", "held_out"):
         assert mesh[name] == one[name], name
     for name in ("loss", "policy", "balance", "entropy", "ratio", "gradient_norm", "correlation_logp"):
         np.testing.assert_allclose(mesh[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
@@ -356,33 +355,34 @@ def test_dynamic_sampling_leaves_out_groups_that_teach_nothing(monkeypatch: pyte
     """At a temperature at which the shipped model solves some ciphers at times."""
     known: dict[bytes, Rollout] = {}
 
-    def once(policy: M1, prompts: np.ndarray, *args: Any, **named: Any) -> Rollout:
-        """The same problems are asked again below."""
-        if prompts.tobytes() not in known:
-            known[prompts.tobytes()] = rollout(policy, prompts, *args, **named)
-        return known[prompts.tobytes()]
+    def once(policy: M1, *asked: Any, **named: Any) -> Rollout:
+        """The same problems are asked again below, with the same seeds."""
+        key = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(asked))
+        if key not in known:
+            known[key] = rollout(policy, *asked, **named)
+        return known[key]
 
     monkeypatch.setattr("m1jax.rl.learner.rollout", once)
     prompter = Prompter(Tokenizer.load(nano.FOLDER))
-    common: dict[str, Any] = {"questions": 4, "replies": 4, "windows": (136,), "tasks": ("cipher",), "updates": 4}
+    common: dict[str, Any] = {"questions": 8, "replies": 4, "windows": (136,), "tasks": ("cipher",), "updates": 4}
     common |= {"row_tokens": 256, "temperature": 1.6, "difficulty": 1.2, "hardest_share": 1.0}
     model = load(nano.FOLDER)
 
     def collect(**changes: Any) -> tuple[list[list[Reply]], dict[str, float]]:
         learner = Learner(RLSettings(**common | changes), prompter, sorted(prompter.tokenizer.eos_ids), "float32", 0, 1)
         groups, metrics, last = learner.collect(model, 0)
-        assert len(last) == 4 * 4 and metrics["rollout_tokens"] >= sum(len(reply.tokens) for reply in last)
+        assert len(last) == 8 * 4 and metrics["rollout_tokens"] >= sum(len(reply.tokens) for reply in last)
         for group in groups:
             np.testing.assert_allclose(sum(reply.advantage for reply in group), 0, atol=1e-5)
         return groups, metrics
 
     every, metrics = collect(dynamic_sampling=False)
-    assert len(every) == 4 and metrics["attempts"] == 1 and 0 < metrics["informative"] < 1
+    assert len(every) == 8 and metrics["attempts"] == 1 and 0 < metrics["informative"] < 1
     kept, again = collect(attempts=1)
-    assert len(kept) == round(4 * metrics["informative"]) and again["accuracy"] == metrics["accuracy"]
+    assert len(kept) == round(8 * metrics["informative"]) and again["accuracy"] == metrics["accuracy"]
     assert all(len({reply.advantage for reply in group}) > 1 for group in kept)
     more, _ = collect(attempts=2)
-    assert len(kept) < len(more) <= 4 and len(known) == 2
+    assert len(kept) < len(more) <= 8 and len(known) == 2
 
 
 def test_where_lightning_attention_goes_token_by_token() -> None:

@@ -239,7 +239,7 @@ def routed_total(model: M1, routes: np.ndarray | None) -> jax.Array:
 
 @functools.cache
 def others_routes() -> tuple[np.ndarray, jax.Array, M1]:
-    """Experts that the routers did not choose, the total with them and its gradient, on one device."""
+    """Experts in place of the routers' choice, the total with them and its gradient, on one device."""
     L, k, E = CONFIG.num_hidden_layers, CONFIG.num_experts_per_tok, CONFIG.num_local_experts
     every = np.broadcast_to(np.arange(E, dtype=np.uint8), (*TOKENS.shape, L, E))
     others = np.random.default_rng(2).permuted(every, axis=-1)[..., :k]

@@ -31,6 +31,7 @@ from tests.training import (
     CONFIG,
     ENVIRONMENT,
     events,
+    interrupted,
     losses,
     on_two_devices,
     rows,
@@ -182,14 +183,11 @@ def test_a_signal_in_an_evaluation_ends_the_run_after_it(
     held = {"validation": [str(tmp_path / "validation.jsonl")], "validate_every": 2}
     once, original = settings(folder, tmp_path / "out", data=held), supervised.Supervised.evaluate
 
-    def dies(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
     def hears(self: supervised.Supervised, state: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return original(self, state)
 
-    for evaluate in [dies, hears] if again else [hears]:
+    for evaluate in [interrupted, hears] if again else [hears]:
         monkeypatch.setattr(supervised.Supervised, "evaluate", evaluate)
         with pytest.raises(KeyboardInterrupt):
             supervised.run(once)
@@ -339,9 +337,6 @@ def test_a_checkpoint_of_another_model_or_of_other_data_is_refused(folder: Path,
 def test_one_run_at_a_time_and_never_backwards(
     folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(_: Any) -> Any:
-        raise KeyboardInterrupt
-
     with alone(whole, whole / LOCK), pytest.raises(UserError, match="is being written by another process: wait"):
         supervised.run(settings(folder, whole))
     before = (whole / "model" / "config.json").stat().st_mtime_ns

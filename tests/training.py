@@ -87,6 +87,11 @@ def events(out: Path) -> list[Any]:
     return found
 
 
+def interrupted(*_: Any) -> Any:
+    """What a function is patched with where Ctrl-C is to end it."""
+    raise KeyboardInterrupt
+
+
 def on_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes runs of this process take its first two devices for all there are."""
     monkeypatch.setattr(loop, "mesh_of", lambda text, _: make_mesh(MeshShape.parse(text), "train", jax.devices()[:2]))
