@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from m1jax.errors import UserError, main_guard
+from m1jax.kernels.experts.cases import ExpertsCase
 from m1jax.kernels.gpu import Case, aot, deviceless
 from m1jax.kernels.gpu.target import missing
 from m1jax.kernels.lightning_attention.cases import LightningCase
@@ -65,13 +66,23 @@ def show(name: str, report: aot.Report, matmul: bool) -> int:
     return int(bool(faults))
 
 
-def sizes(case: Case) -> Iterator[Case]:
-    """A case as it is, and shorter: the assembler may hand out registers otherwise."""
+def sizes(case: Case) -> Iterator[Any]:
+    """A case as it is, and with rows of fewer tokens: the assembler may hand out registers otherwise."""
     yield case
+    if not isinstance(case, LightningCase):
+        return
     yield (reduced := case.reduced())
-    if isinstance(reduced, LightningCase) and reduced.ragged:
+    if reduced.ragged:
         for T in SHORT:
             yield dataclasses.replace(reduced, T=T)
+
+
+def alike(case: Case) -> Case:
+    """A case without what Mosaic's kernels do not depend on: of those that are then equal one is compiled."""
+    case = dataclasses.replace(case, name="", must=None, whole=False)
+    if isinstance(case, LightningCase):
+        return dataclasses.replace(case, T=min(case.T, 8192), of=0)
+    return dataclasses.replace(case, N=min(case.N, 1024)) if isinstance(case, ExpertsCase) else case
 
 
 def check_mosaic(word: str, mesh: jax.sharding.Mesh) -> int:
@@ -79,25 +90,27 @@ def check_mosaic(word: str, mesh: jax.sharding.Mesh) -> int:
     if jax.__version_info__ < (0, 11):
         print(f"Mosaic's kernels need jax 0.11, this is {jax.__version__}: not compiled")
         return 0
-    chosen: dict[Case, tuple[str, LightningCase]] = {}
+    chosen: dict[Case, tuple[str, Case]] = {}
     for name, case in cases(word):
         for size in sizes(case):
-            if isinstance(size, LightningCase) and "mosaic" in size.forms:
-                alike = dataclasses.replace(size, name="", must=None, T=min(size.T, 8192), of=0, whole=False)
-                chosen.setdefault(alike, (name if size is case else f"{name}, {size.T} tokens", size))
+            if "mosaic" in size.forms:
+                what = name if size is case else f"{name}, {size.T} tokens"
+                chosen.setdefault(alike(size), (what, size))
     with aot.mosaic_dumps() as folder:
         return sum(_check_mosaic(name, case, mesh, folder) for name, case in chosen.values())
 
 
-def _check_mosaic(name: str, case: LightningCase, mesh: jax.sharding.Mesh, folder: Path) -> int:
+def _check_mosaic(name: str, case: Case, mesh: jax.sharding.Mesh, folder: Path) -> int:
     place = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), case.abstract())
-    outputs = slice(None) if case.grad else slice(1)
+    sweeps = isinstance(case, LightningCase)
+    outputs = slice(1) if sweeps and not case.grad else slice(None)
     jax.jit(lambda a: jax.tree.leaves(case.call("mosaic", a))[outputs]).lower(arguments).compile()
-    report = aot.mosaic_report("mosaic sweeps" if case.grad else "mosaic sweep", folder)
-    if report is None:
+    kind = "mosaic product" if not sweeps else "mosaic sweeps" if case.grad else "mosaic sweep"
+    reports = aot.mosaic_reports(kind, folder)
+    if not reports:
         raise UserError(f"{name}: Mosaic's compiler left nothing in {folder}")
-    return show(name, report, case.matmul)
+    return sum(show(name, report, case.matmul) for report in reports)
 
 
 def check_model(mesh: jax.sharding.Mesh, B: int, T: int, N: int) -> None:

@@ -118,18 +118,23 @@ def test_faults_of_a_kernel() -> None:
 
 
 def test_what_mosaics_compiler_leaves_is_read_once(tmp_path: Path) -> None:
-    assert aot.mosaic_report("k", tmp_path) is None
+    assert not aot.mosaic_reports("k", tmp_path)
     loss = "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
     for name, text in {
         "body_0.ptxas": f"ptxas info : {loss}\nptxas info : Used 168 registers, used 16 barriers",
         "body_0.resources.txt": "Resources(smem_scratch_bytes=196608, tmem_scratch_cols=0)",
         "body_0.sass_ctrl": "HGMMA.64x64x16\nSTL [R1]\nHGMMA.64x64x16",
+        "body_1.ptxas": "ptxas info : Used 90 registers",
+        "body_1.resources.txt": "Resources(smem_scratch_bytes=1024)",
+        "body_1.sass_ctrl": "FADD R1, R2, R3",
+        "body_2.ptx": "of one that was not assembled",
     }.items():
         (tmp_path / name).write_text(text)
-    report = aot.mosaic_report("k", tmp_path)
-    assert report and (report.registers, report.spills, report.shared, report.hgmma) == (168, 1, 196608, 2)
+    report, other = aot.mosaic_reports("k", tmp_path)
+    assert (report.registers, report.spills, report.shared, report.hgmma) == (168, 1, 196608, 2)
+    assert (other.registers, other.spills, other.shared, other.hgmma) == (90, 0, 1024, 0)
     assert report.warnings == loss.removeprefix("(C7510) ") and not list(tmp_path.iterdir())
-    assert not report.crowded
+    assert not report.crowded and not other.warnings
 
 
 def test_a_warp_group_that_uses_more_registers_than_it_keeps() -> None:
@@ -143,6 +148,15 @@ def test_a_warp_group_that_uses_more_registers_than_it_keeps() -> None:
     assert report.faults(matmul=False) == ["a warp group uses 128 registers of the 62 that it keeps"]
     assert not aot._counted("k", 128, 0, (first + second).replace("R127", "R61")).faults(matmul=False)
     assert aot._counted("k", 128, 0, (first + second).replace("R127", "R62")).faults(matmul=False)
+    # Code that is seldom run stands after the other group's, and that before which a group changes its registers, where
+    # those that are done also come by, is its own.
+    seldom = (
+        "USETMAXREG.DEALLOC.CTAPOOL 0x28 ;\n@!P1 BRA `(.L_x_2) ;\n.L_x_1:\nIADD3 R37, R1, R2 ;\n@P1 BRA `(.L_x_4) ;\n"
+    )
+    others = f"FADD R90, R0, R1 ;\n{second}.L_x_3:\n@P2 BRA `(.L_x_3) ;\nFADD R157, R0, R1 ;\n.L_x_4:\nEXIT ;\n"
+    for register, faults in (("R37", 0), ("R38", 1)):
+        far = f".L_x_2:\nIADD3 {register}, R1, R2 ;\nBRA `(.L_x_1) ;"
+        assert len(aot._counted("k", 168, 0, seldom + others + far).crowded) == faults
     for text, last in {
         "LDS.128 R56, [R80+0x10] ;": 59,
         "IMAD.WIDE.U32 R2, R3, 0x4, R6 ;": 7,

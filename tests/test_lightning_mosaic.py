@@ -12,17 +12,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from m1jax.kernels.gpu.case import reduced
 from m1jax.kernels.lightning_attention import api, gpu, lightning_attention, log_decay
 from m1jax.kernels.lightning_attention.cases import CASES, LightningCase
-from tests.tools import TOLERANCE, compare_case, normal, rms_error
+from tests.tools import TOLERANCE, compare_case, mosaic_races, needs_jax_011, normal, rms_error
 
-needs_jax_011 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax below 0.11 interprets no Mosaic kernels")
 MOSAIC = [c for c in reduced(CASES) if not c.packed and c.T > 1 and c.D >= 64 and c.dtype == "bfloat16"]
-
-
-def races() -> bool:
-    """Whether the interpreter has seen two warp groups touch a place with nothing between them, since the last call."""
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
-
-    return interpreter.get_races().races_found
 
 
 @needs_jax_011
@@ -30,7 +22,7 @@ def races() -> bool:
 def test_cases(case: LightningCase) -> None:
     assert "mosaic" in case.forms
     compare_case(case, ("mosaic_interpreted",), TOLERANCE["bfloat16"])
-    assert not races()
+    assert not mosaic_races()
 
 
 @needs_jax_011

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from m1jax.config import M1Config
 from m1jax.kernels.gpu import Case
@@ -17,6 +18,8 @@ from m1jax.model import M1, build
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "m1_tiny"
 HELLO = DATA / "m1_hello"  # trained to say one thing, with a tokenizer
+
+needs_jax_011 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax below 0.11 interprets no Mosaic kernels")
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3}  # relative RMS error of a kernel
 
@@ -74,6 +77,13 @@ def compare_case(case: Case, implementations: tuple[str, ...], tolerance: float)
         for ours, theirs in zip(outputs(how), want, strict=True):
             assert ours.dtype == theirs.dtype
             assert rms_error(ours, theirs) < tolerance, how
+
+
+def mosaic_races() -> bool:
+    """Whether Mosaic's interpreter has seen two warp groups touch a place with nothing in between, since last asked."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+
+    return interpreter.get_races().races_found
 
 
 def random_model(config: M1Config, seed: int = 0, dtype: str = "float32") -> M1:

@@ -13,7 +13,7 @@ from m1jax.kernels.experts.quantized import Quantized, Weights
 from m1jax.kernels.gpu import refusal
 from m1jax.kernels.varying import alike
 
-Implementation = Literal["reference", "xla", "triton", "triton_interpreted"]
+Implementation = Literal["reference", "xla", "triton", "triton_interpreted", "mosaic", "mosaic_interpreted"]
 
 
 def experts(
@@ -36,8 +36,9 @@ def experts(
         expert's, and costs nothing.
       weights: float32 `[N, k]`; the share of none counts nothing, whatever it is.
       layer: which layer of the stacks.
-      implementation: "reference", "xla", "triton" (Hopper GPUs), or "triton_interpreted" (its kernels on the CPU, for
-        tests); None chooses by the device.
+      implementation: "reference", "xla", "triton" (Hopper GPUs), "mosaic" (the same, for many rows in bfloat16, F and
+        M multiples of 64, with jax ≥ 0.11; its gradients are "triton"'s), or "triton_interpreted" and
+        "mosaic_interpreted" (their kernels on the CPU, for tests); None is "triton" where that can run, else "xla".
 
     Returns:
       float32 `[N, M]`.
@@ -70,7 +71,9 @@ def experts(
     if form == "reference":
         return reference.experts(x, gate_up, down, layer, chosen, weights)
     if form != "xla":
-        return gpu.experts(x, gate_up, down, layer, chosen, weights, interpreted=form == "triton_interpreted")
+        kind, _, interpreted = form.partition("_")
+        how = {"interpreted": bool(interpreted), "mosaic": kind == "mosaic"}
+        return gpu.experts(x, gate_up, down, layer, chosen, weights, **how)
     rows = _rows(chosen.shape[0], chosen.shape[1], E)
     if isinstance(gate_up, Quantized) or isinstance(down, Quantized):
         return xla.blocked(x, gate_up, down, layer, chosen, weights, rows)
@@ -82,8 +85,9 @@ def _choose(implementation: str | None, gate_up: Weights, down: Weights) -> str:
     if implementation is None:
         return "xla" if unfit or refusal() else "triton"
     reason = None
-    if implementation in ("triton", "triton_interpreted"):
-        reason = unfit or (refusal() if implementation == "triton" else None)
+    if implementation.startswith(("triton", "mosaic")):
+        mosaic = gpu.refusal_of_mosaic(gate_up, down) if implementation.startswith("mosaic") else None
+        reason = unfit or mosaic or (None if implementation.endswith("_interpreted") else refusal())
     return check_implementation(implementation, get_args(Implementation), reason)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from m1jax.kernels.experts.api import experts
-from m1jax.kernels.experts.gpu import FEW, default_form
+from m1jax.kernels.experts.gpu import FEW, default_form, refusal_of_mosaic
 from m1jax.kernels.experts.quantized import Quantization, Quantized, stored_shapes
 from m1jax.kernels.gpu.case import Case, Normal
 
@@ -34,10 +34,23 @@ class ExpertsCase(Case):
     padding: bool = False
 
     def reduced(self) -> Self:
-        """int4 groups of 32 and 128; rows found and tiles chosen as for the whole case, or nearly."""
+        """int4 groups of 32 and 128; rows found and tiles chosen as for the whole case, or nearly.
+
+        No tile divides F, of which Mosaic's form needs whole 64s.
+        """
         N = min(self.N, 8 if self.N * self.k <= FEW else 200)
         E = 2 * N * self.k if self.single else 4
-        return dataclasses.replace(self, N=N, E=E, F=96, M=256, layers=2, padding=N > 2)
+        return dataclasses.replace(
+            self, N=N, E=E, F=192 if "mosaic" in self.forms else 96, M=256, layers=2, padding=N > 2
+        )
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Mosaic's too, for the rows of a prefill, without gradients."""
+        a = self.abstract()
+        few = self.N * self.k < self.E * 32  # for blocks of 64 rows
+        unfit = self.grad or few or refusal_of_mosaic(a["gate_up"], a["down"])
+        return ("triton",) if unfit else ("triton", "mosaic")
 
     @property
     def matmul(self) -> bool:

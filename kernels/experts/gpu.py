@@ -3,6 +3,8 @@
 Two products: h = silu(W1 x) ⊙ W3 x for each assignment of a token to an expert, in the dtype of x, then W2 h in
 float32; the shares and the sum over a token's experts are left to XLA, which fuses them. Rows are picked and placed by
 the kernels, no sorted copies are made. All sums are float32; in bfloat16 h is rounded as in every other form.
+
+`mosaic.py` has both products in another form, for many rows of bfloat16, without gradients of its own.
 """
 
 import dataclasses
@@ -23,6 +25,7 @@ FEW = 256  # assignments, up to which each program finds its rows on its own
 CHUNK = 32_768  # tokens computed at once: h of more would fill the memory
 SPAN = 4  # tiles of one expert that share a block of weights through the cache
 INT4_GROUPS = (32, 64, 128)  # in-channels, of which a step multiplies one group
+MOSAIC_CHANNELS = 64  # of which M and F are multiples in Mosaic's form
 
 
 class Routing(NamedTuple):
@@ -35,13 +38,16 @@ class Routing(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How to run: tiles of the two forward products and of the gradients, and whether in the interpreter."""
+    """How to run: tiles of the two forward products and of the gradients, whether in the interpreter, and whether the
+    forward products are Mosaic's where no gradient is wanted.
+    """
 
     gate_up: Tiles
     down: Tiles
     rows_gradient: Tiles
     weights_gradient: Tiles
     interpreted: bool = False
+    mosaic: bool = False
 
 
 def bits_of(weights: Weights) -> int:
@@ -83,6 +89,20 @@ def refusal(gate_up: Weights, down: Weights) -> str | None:
     return None
 
 
+def refusal_of_mosaic(gate_up: Weights, down: Weights) -> str | None:
+    """Why Mosaic's form does not take such weights, whatever the device; None if it does."""
+    if jax.__version_info__ < (0, 11):
+        return f"needs jax 0.11 or later, this is {jax.__version__}"
+    for name, weights in (("gate_up", gate_up), ("down", down)):
+        if isinstance(weights, Quantized) or weights.dtype != jnp.bfloat16:
+            kind = weights.kind if isinstance(weights, Quantized) else weights.dtype
+            return f"it takes weights in bfloat16, {name} is {kind}"
+    F, M = gate_up.shape[-2:]
+    if F % MOSAIC_CHANNELS or M % MOSAIC_CHANNELS:
+        return f"it takes F and M that are multiples of {MOSAIC_CHANNELS}, got {F} and {M}"
+    return None
+
+
 def experts(
     x: jax.Array,
     gate_up: Weights,
@@ -92,29 +112,55 @@ def experts(
     weights: jax.Array,
     form: Form | None = None,
     interpreted: bool = False,
+    mosaic: bool = False,
 ) -> jax.Array:
-    """Arguments as in `reference.experts`; `form` None chooses by shape."""
+    """Arguments as in `reference.experts`; `form` None chooses by shape, and as the last two say."""
     N, k = chosen.shape
     if N > CHUNK and form is None:
-        return _in_chunks(x, gate_up, down, layer, chosen, weights, interpreted)
+        one = functools.partial(experts, interpreted=interpreted, mosaic=mosaic)
+        return _in_chunks(one, x, gate_up, down, layer, chosen, weights)
     E = gate_up.shape[1]
     if form is None:
         form = default_form(N * k, E, x.dtype, (bits_of(gate_up), bits_of(down)), interpreted)
+        form = dataclasses.replace(form, mosaic=mosaic)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    h: Any = product(form, True, k, x, gate_up, layer, chosen)
-    y: Any = product(form, False, k, h, down, layer, chosen)  # [split, N·k, M]
-    y = jnp.where(chosen[..., None] < E, jnp.sum(y, axis=0).reshape(N, k, -1), 0.0)  # no kernel writes padding
+    both = _both_by_mosaic if form.mosaic else _both
+    y: Any = both(form, x, gate_up, down, layer, chosen)
+    y = jnp.where(chosen[..., None] < E, y.reshape(N, k, -1), 0.0)  # no kernel writes padding
     return jnp.sum(y * weights[..., None], axis=1)
 
 
+def _both(form: Form, x: jax.Array, gate_up: Weights, down: Weights, layer: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Both products of each assignment, float32 `[N·k, M]`; anything for padding."""
+    h: Any = product(form, True, chosen.shape[1], x, gate_up, layer, chosen)
+    y: Any = product(form, False, chosen.shape[1], h, down, layer, chosen)  # [split, N·k, M]
+    return jnp.sum(y, axis=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _both_by_mosaic(
+    form: Form, x: jax.Array, gate_up: jax.Array, down: jax.Array, layer: jax.Array, chosen: jax.Array
+) -> jax.Array:
+    from m1jax.kernels.experts import mosaic
+
+    return mosaic.experts(x, gate_up, down, layer, chosen, interpreted=form.interpreted)
+
+
+def _both_forward(form: Form, *arguments: jax.Array) -> tuple[jax.Array, Any]:
+    return jax.vjp(functools.partial(_both, form), *arguments)
+
+
+_both_by_mosaic.defvjp(_both_forward, lambda _, undo, d: undo(d))
+
+
 def _in_chunks(
+    of_chunk: Any,
     x: jax.Array,
     gate_up: Weights,
     down: Weights,
     layer: jax.Array | int,
     chosen: jax.Array,
     weights: jax.Array,
-    interpreted: bool,
 ) -> jax.Array:
     N, E = x.shape[0], gate_up.shape[1]
     chunks = -(-N // CHUNK)
@@ -125,7 +171,7 @@ def _in_chunks(
 
     def one(stacks: tuple[Weights, Weights], part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         x, chosen, weights = part
-        return experts(x, *stacks, layer, chosen, weights, interpreted=interpreted)
+        return of_chunk(x, *stacks, layer, chosen, weights)
 
     return mapped(one, (gate_up, down), (cut(x), cut(chosen, E), cut(weights))).reshape(chunks * CHUNK, -1)[:N]
 

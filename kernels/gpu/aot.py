@@ -60,20 +60,46 @@ class Report:
 
     @property
     def crowded(self) -> list[str]:
-        """Warp groups whose code, in the order of the text, uses more registers than they keep: an illegal instruction.
+        """Warp groups whose code uses more registers than they keep, in the order of the text: an illegal instruction.
 
-        Code is that from each change of a group's registers to the next. Two registers of a thread hold its program
-        counter: of 72 kept, an H200 met an illegal instruction where code wrote the 71st, right after the 70th.
+        Two registers of a thread hold its program counter: of 72 kept, an H200 met an illegal instruction where code
+        wrote the 71st, right after the 70th.
         """
         found = []
-        for group in re.split(r"(?=USETMAXREG)", self.sass)[1:]:
-            kept = re.match(r"USETMAXREG\S+ (?:UP\d+, )?0x([0-9a-f]+)", group)
+        for change, code in _warp_groups(self.sass.splitlines()):
+            kept = re.search(r"USETMAXREG\S+ (?:UP\d+, )?0x([0-9a-f]+)", change)
             if kept is None:
-                raise RuntimeError(f"cannot read {group[:60]}")
-            used = 1 + max(map(_last_register, group.splitlines()))
+                raise RuntimeError(f"cannot read {change}")
+            used = 1 + max(map(_last_register, code), default=0)
             if used > (usable := int(kept[1], 16) - PROGRAM_COUNTER):
                 found.append(f"a warp group uses {used} registers of the {usable} that it keeps")
         return found
+
+
+def _warp_groups(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each change of a warp group's registers, and the instructions that can come after it.
+
+    What surely leads to another change belongs to another group, which is sent there before it changes its own.
+    """
+    labels = {line.strip()[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L\w*:", line.strip())}
+    changes = [i for i, line in enumerate(lines) if "USETMAXREG" in line]
+    following = []
+    for i, line in enumerate(lines):
+        after = [labels[name] for name in re.findall(r"\.L\w*", line) if name in labels]
+        if i + 1 < len(lines) and not re.search(r"^(?!.*@!?U?P\d).*\b(?:BRA `|EXIT\b|RET\b)", line):
+            after.append(i + 1)
+        following.append(after)
+    elsewhere = set(changes)
+    while more := {i for i, after in enumerate(following) if after and elsewhere.issuperset(after)} - elsewhere:
+        elsewhere |= more
+    for change in changes:
+        ahead, code = list(following[change]), set()
+        while ahead:
+            i = ahead.pop()
+            if i not in code and i not in elsewhere:
+                code.add(i)
+                ahead += following[i]
+        yield lines[change], [lines[i] for i in sorted(code)]
 
 
 def _last_register(instruction: str) -> int:
@@ -151,19 +177,24 @@ def mosaic_dumps() -> Iterator[Path]:
             os.environ |= before
 
 
-def mosaic_report(name: str, folder: Path) -> Report | None:
-    """Of the kernel that a compilation left in the folder, which is emptied; None if it left none."""
-    texts = {file.suffix: file.read_text() for file in folder.iterdir()}
-    for file in folder.iterdir():
+def mosaic_reports(name: str, folder: Path) -> list[Report]:
+    """Of the kernels that a compilation left in the folder, which is emptied."""
+    kernels: dict[str, dict[str, str]] = {}
+    for file in sorted(folder.iterdir()):
+        kernels.setdefault(file.name.split(".")[0], {})[file.suffix] = file.read_text()
         file.unlink()
-    if not {".sass_ctrl", ".ptxas", ".txt"} <= set(texts):
-        return None
-    registers = re.search(r"Used (\d+) registers", texts[".ptxas"])
-    shared = re.search(r"smem_scratch_bytes=(\d+)", texts[".txt"])
-    if not (registers and shared):
-        raise RuntimeError(f"Mosaic's compiler names no registers or shared memory: {texts['.ptxas']} {texts['.txt']}")
-    slow = re.search(r"Potential Performance Loss: [^\n]*", texts[".ptxas"])
-    return _counted(name, int(registers[1]), int(shared[1]), texts[".sass_ctrl"], slow[0] if slow else "")
+    found = []
+    for texts in kernels.values():
+        if not {".sass_ctrl", ".ptxas", ".txt"} <= set(texts):
+            continue
+        registers = re.search(r"Used (\d+) registers", texts[".ptxas"])
+        shared = re.search(r"smem_scratch_bytes=(\d+)", texts[".txt"])
+        if not (registers and shared):
+            raise RuntimeError(f"Mosaic's compiler names no registers or memory: {texts['.ptxas']} {texts['.txt']}")
+        slow = re.search(r"Potential Performance Loss: [^\n]*", texts[".ptxas"])
+        numbers = int(registers[1]), int(shared[1])
+        found.append(_counted(name, *numbers, texts[".sass_ctrl"], slow[0] if slow else ""))
+    return found
 
 
 def _report(name: str, cubin: bytes, shared: int) -> Report:

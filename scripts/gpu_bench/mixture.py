@@ -28,18 +28,18 @@ def prefill(report: Report) -> list[Measurement]:
 
 
 def _prefill(report: Report, case: ExpertsCase) -> list[Measurement]:
-    ours = report.implementation("triton")
+    ours = [report.implementation(name) for name in case.forms]
     flop = case.flop * ((2 if case.kind else 3) if case.grad else 1)
 
     def measurement(how: Any) -> Measurement:
-        what, must = f"{how} {case.name}", case.must if how == ours else None
+        what, must = f"{how} {case.name}", case.must if how in ours else None
 
         def add(time: float) -> None:
             report.timed(what, time, None, must, **_rates(flop, time))
 
         return Measurement(what, lambda a: case.call(how, a), lambda: (case.arguments(normal),), add, must)
 
-    return [measurement(how) for how in ((ours,) if case.grad else (ours, "xla"))]
+    return [measurement(how) for how in (ours if case.grad else [*ours, "xla"])]
 
 
 def _rates(flop: float, time: float) -> dict[str, float]:
@@ -88,7 +88,38 @@ def sweep(report: Report) -> list[Measurement]:
             if case.N <= DECODED:
                 choices = narrow if gated else [(*tiles, split) for tiles in narrow for split in (1, 2, 4)]
             found += [_tiled(report, case, gated, choice) for choice in choices[: 1 if report.dry else None]]
+        if "mosaic" in case.forms:
+            shared: list[Any] = ["x"] if report.dry else ["x", "weights", None]
+            found += [_planned(report, case, gated, what) for gated in (True, False) for what in shared]
     return found
+
+
+def _planned(report: Report, case: ExpertsCase, gated: bool, shared: Any) -> Measurement:
+    """A product by Mosaic, with what pairs of programs load together; rows are in their order, and stay so."""
+    from m1jax.kernels.experts import mosaic
+
+    plan = mosaic.Plan(shared, programs=4) if report.dry else mosaic.Plan(shared)
+
+    def product(rows: jax.Array, weights: jax.Array, layer: jax.Array, chosen: jax.Array) -> jax.Array:
+        tiles = mosaic.layout(chosen, case.E, plan.blocks).tiles
+        return mosaic.product(plan, gated, rows, weights, layer, tiles, report.dry)
+
+    def make() -> tuple[Any, ...]:
+        a = case.arguments(normal)
+        R = mosaic.rows_of(case.N * case.k, case.E)
+        rows = normal(7, (R, case.M if gated else case.F), case.dtype)
+        return rows, a["gate_up" if gated else "down"], jnp.asarray([case.layers - 1]), a["chosen"]
+
+    what = f"{case.name}, {'gate_up' if gated else 'down'}: mosaic, shared {shared}"
+    return _product(report, case, gated, what, product, make)
+
+
+def _product(report: Report, case: ExpertsCase, gated: bool, what: str, product: Any, make: Any) -> Measurement:
+    def add(time: float) -> None:
+        flop = case.flop * (2 if gated else 1) / 3
+        report.timed(what, time, TFLOPs=flop / time / 1e12)
+
+    return Measurement(what, product, make, add)
 
 
 def _tiled(report: Report, case: ExpertsCase, gated: bool, choice: tuple[int, ...]) -> Measurement:
@@ -102,8 +133,4 @@ def _tiled(report: Report, case: ExpertsCase, gated: bool, choice: tuple[int, ..
         x = a["x"] if gated else normal(7, (case.N * case.k, case.F), case.dtype)
         return x, a["gate_up" if gated else "down"], jnp.asarray([case.layers - 1]), a["chosen"]
 
-    def add(time: float) -> None:
-        flop = case.flop * (2 if gated else 1) / 3
-        report.timed(what, time, TFLOPs=flop / time / 1e12)
-
-    return Measurement(what, product, make, add)
+    return _product(report, case, gated, what, product, make)
