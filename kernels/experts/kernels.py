@@ -14,7 +14,7 @@ import triton.language as tl
 from m1jax.kernels.gpu.kernels import number_of
 
 # Two bytes to bfloat16 numbers, as PTX: an integer below 128 is the mantissa of a number from 128 on, from which 128 is
-# subtracted, or what makes it signed. Two at a time, as they lie in shared memory.
+# subtracted, or what makes it signed.
 _INT8 = tl.constexpr("""{
 .reg .b32 a, b;
 prmt.b32 a, $1, 0, 0x4140;
@@ -24,13 +24,16 @@ sub.rn.bf16x2 $0, a, b;
 }""")
 _INT4 = tl.constexpr("""{
 .reg .b32 a, b, m;
-prmt.b32 a, $2, 0, 0x4140;
+cvt.u32.u16 a, $4;
+prmt.b32 a, a, 0, 0x4140;
 shr.u32 b, a, 4;
 lop3.b32 a, a, 0x000f000f, 0x43004300, 0xEA;
 lop3.b32 b, b, 0x000f000f, 0x43004300, 0xEA;
 mov.b32 m, 0x43084308;
-sub.rn.bf16x2 $0, a, m;
-sub.rn.bf16x2 $1, b, m;
+sub.rn.bf16x2 a, a, m;
+sub.rn.bf16x2 b, b, m;
+mov.b32 {$0, $1}, a;
+mov.b32 {$2, $3}, b;
 }""")
 
 
@@ -43,11 +46,29 @@ def from_int8(w, TYPE: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def from_int4(w, TYPE: tl.constexpr, PTX: tl.constexpr):
-    """The integers in the low and in the high halves of bytes."""
+def halves(w, SHIFT: tl.constexpr, TYPE: tl.constexpr):
+    """The integers in four bits of words."""
+    return (((w >> SHIFT) & 15).to(tl.int8) - 8).to(TYPE)
+
+
+@triton.jit
+def from_int4(pointer, o, j, WIDTH: tl.constexpr, TYPE: tl.constexpr, PTX: tl.constexpr):
+    """The integers in the low and in the high halves of bytes, each `[o, 2·j]`, of the words j of rows of WIDTH words.
+
+    Read as words of two bytes: a thread's operands of a matrix instruction are pairs, which single bytes would be made
+    into one by one.
+    """
+    w = weights(pointer.to(tl.pointer_type(tl.int16)), o, j, WIDTH, True)
     if PTX:
-        return tl.inline_asm_elementwise(_INT4, "=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2)
-    return ((w & 15).to(tl.int8) - 8).to(TYPE), ((w >> 4).to(tl.int8) - 8).to(TYPE)
+        a, b, c, d = tl.inline_asm_elementwise(
+            _INT4, "=h,=h,=h,=h,h", [w], (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=1
+        )
+    else:
+        a, b = halves(w, 0, TYPE), halves(w, 8, TYPE)
+        c, d = halves(w, 4, TYPE), halves(w, 12, TYPE)
+    low = tl.reshape(tl.join(a, b), (w.shape[0], 2 * w.shape[1]))
+    high = tl.reshape(tl.join(c, d), (w.shape[0], 2 * w.shape[1]))
+    return low, high
 
 
 @triton.jit
@@ -124,8 +145,7 @@ def accumulate_group(
     PTX: tl.constexpr,
 ):
     """Adds the group g of in-channels of int4 weights: `[o, rows]`."""
-    packed = weights(pointer, o, g * (GROUP // 2) + tl.arange(0, GROUP // 2), I // 2, True)
-    low, high = from_int4(packed, low_x.dtype, PTX)
+    low, high = from_int4(pointer, o, g * (GROUP // 4) + tl.arange(0, GROUP // 4), I // 4, low_x.dtype, PTX)
     part = tl.dot(low, low_x, input_precision=PRECISION)
     part = tl.dot(high, high_x, part, input_precision=PRECISION)
     return acc + part * tl.load(scales + o * (I // GROUP) + g)[:, None]
@@ -154,7 +174,8 @@ def accumulate_exactly(
         j = first + tl.arange(0, PIECE)
         low_x = columns(x, rows, at * GROUP + j, I, EVEN)
         high_x = columns(x, rows, at * GROUP + HALF + j, I, EVEN)
-        low, high = from_int4(weights(pointer, o, g * HALF + j, I // 2, True), low_x.dtype, False)
+        words = (g * HALF + first) // 2 + tl.arange(0, PIECE // 2)
+        low, high = from_int4(pointer, o, words, I // 4, low_x.dtype, False)
         part = tl.dot(low, low_x, part, input_precision=PRECISION)
         part = tl.dot(high, high_x, part, input_precision=PRECISION)
     return acc + part * tl.load(scales + o * (I // GROUP) + g)[:, None]
