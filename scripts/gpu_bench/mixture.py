@@ -24,7 +24,8 @@ Arguments = dict[str, Any]
 def prefill(report: Report) -> list[Measurement]:
     """Products per second; a gradient is of x, weights and shares, or with quantised weights of x and shares."""
     chosen = report.sized(case for case in TIMED if case.N > DECODED)
-    return [m for case in chosen for m in _prefill(report, case)]
+    peers = [] if report.dry else [_tokamax(report, case) for case in chosen if case.must]
+    return [m for case in chosen for m in _prefill(report, case)] + peers
 
 
 def _prefill(report: Report, case: ExpertsCase) -> list[Measurement]:
@@ -40,6 +41,25 @@ def _prefill(report: Report, case: ExpertsCase) -> list[Measurement]:
         return Measurement(what, lambda a: case.call(how, a), lambda: (case.arguments(normal),), add, must)
 
     return [measurement(how) for how in (ours if case.grad else [*ours, "xla"])]
+
+
+def _tokamax(report: Report, case: ExpertsCase) -> Measurement:
+    """The products by tokamax's Mosaic kernel, in its favour: rows are in order, weights lie as it wants them."""
+    what = f"tokamax {case.name}, products alone"
+
+    def products(rows: jax.Array, gate_up: jax.Array, down: jax.Array, counts: jax.Array) -> jax.Array:
+        from tokamax import ragged_dot  # pyright: ignore[reportMissingImports]
+
+        dot = functools.partial(ragged_dot, group_sizes=counts, implementation="mosaic")
+        gate, up = jnp.split(dot(rows, gate_up), 2, axis=1)
+        return dot(jax.nn.silu(gate) * up, down)
+
+    def make() -> tuple[Any, ...]:
+        shapes = (case.N * case.k, case.M), (case.E, case.M, 2 * case.F), (case.E, case.F, case.M)
+        counts = jnp.bincount(case.drawn().reshape(-1), length=case.E).astype(jnp.int32)
+        return *(normal(i, shape, case.dtype) for i, shape in enumerate(shapes)), counts
+
+    return Measurement(what, products, make, lambda time: report.timed(what, time, **_rates(case.flop, time)))
 
 
 def _rates(flop: float, time: float) -> dict[str, float]:
