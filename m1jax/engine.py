@@ -70,13 +70,23 @@ class Engine:
       model: the model.
       tokenizer: its tokenizer.
       cancelled: asked before every step and chunk of a prompt; once true, all texts end as "interrupted".
+      context: the most tokens of a prompt and its reply, for which every cache has room from the start, so that there
+        are fewer shapes. None is the model's; caches then grow.
 
     Raises:
-      UserError: the tokenizer has tokens that the model does not know.
+      UserError: the tokenizer has tokens that the model does not know, or the model's context is shorter.
     """
 
-    def __init__(self, model: M1, tokenizer: Tokenizer, cancelled: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        model: M1,
+        tokenizer: Tokenizer,
+        cancelled: Callable[[], bool] = lambda: False,
+        context: int | None = None,
+    ) -> None:
         config = model.config
+        if context is not None and not 1 < context <= config.max_position_embeddings:
+            raise UserError(f"context must be from 2 to the model's {config.max_position_embeddings}, not {context}")
         if tokenizer.size > config.vocab_size:
             raise UserError(
                 f"the tokenizer in {tokenizer.folder} has {tokenizer.size} tokens, the model {config.vocab_size}: "
@@ -89,7 +99,8 @@ class Engine:
                 f"{config.vocab_size}: correct eos_token_id in generation_config.json"
             )
         self.model, self.tokenizer, self.cancelled = model, tokenizer, cancelled
-        self.context = config.max_position_embeddings
+        self.context = config.max_position_embeddings if context is None else context
+        self._smallest_cache = SMALLEST_CACHE if context is None else context
         self.eos_ids = end_tokens(config, tokenizer)
         self.stats = Stats()
         mesh = mesh_of(model.embed.get_value())
@@ -102,6 +113,7 @@ class Engine:
         max_rows: int = 8,
         prior: M1State | None = None,
         done: Collection[tuple[int, int]] = (),
+        eager: bool = False,
     ) -> "Generation":
         """Starts generating; iterate over the result for the events.
 
@@ -111,6 +123,8 @@ class Engine:
           prior: with a single request for a single text, a state (one row) that has read the prompt's beginning.
             It is used up.
           done: (index of request, sample) of texts to leave out.
+          eager: begin a text as soon as there is a place, not when a quarter of the rows is free: whoever waits for one
+            waits less, all together take longer.
 
         Raises:
           UserError: a prompt does not fit into the model's context.
@@ -120,13 +134,13 @@ class Engine:
             raise ValueError(f"max_rows: expected 1 or more, got {max_rows}")
         for request in requests:
             check_context(len(request.tokens), self.context)
-        queue = (
-            _Slot(i, Reply(request, k, self.tokenizer, self.eos_ids, self.context))
-            for i, request in enumerate(requests)
-            for k in range(request.n)
-            if (i, k) not in done
-        )
-        return Generation(self, queue, max_rows, prior)
+        texts = ((i, request, k) for i, request in enumerate(requests) for k in range(request.n))
+        queue = (self.slot(i, request, k) for i, request, k in texts if (i, k) not in done)
+        return Generation(self, queue, max_rows, prior, 1 if eager else max(1, max_rows // 4))
+
+    def slot(self, index: int, request: Request, sample: int) -> "_Slot":
+        """A text that has not begun, of the request of this index."""
+        return _Slot(index, Reply(request, sample, self.tokenizer, self.eos_ids, self.context))
 
     def run(self, function: Any, *args: Any, **static: int) -> Any:
         """Calls a jitted function of `m1jax.rows`, compiling it (once per shape) outside the measured time."""
@@ -161,7 +175,7 @@ class Engine:
 
     def cache_bucket(self, n: int) -> int:
         """The length of a cache for n tokens."""
-        return min(self.bucket(n, SMALLEST_CACHE), self.context)
+        return min(self.bucket(n, self._smallest_cache), self.context)
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], N: int, prior: M1State | None = None
@@ -252,13 +266,18 @@ class _Pending(NamedTuple):
 class Generation:
     """Texts in the making: iterate over it for `Event`s.
 
+    When an iteration has ended, or between two events, more can be added; then iterate (on).
+
     Attributes:
       state: after the iteration, what the last batch's rows have read; its `length` says how many tokens of prompt and
         reply that is.
     """
 
-    def __init__(self, engine: Engine, queue: Iterable[_Slot], max_rows: int, prior: M1State | None) -> None:
+    def __init__(
+        self, engine: Engine, queue: Iterable[_Slot], max_rows: int, prior: M1State | None, fewest: int
+    ) -> None:
         self._engine, self._max_rows, self._prior = engine, max_rows, prior
+        self._fewest = fewest  # free rows for which it is worth joining
         self._later = iter(queue)  # not made before they are due
         self._queue = collections.deque(itertools.islice(self._later, max_rows))
         self._slots: list[_Slot] = []  # of the first rows; the others are padding
@@ -285,6 +304,20 @@ class Generation:
             else:
                 yield from self._step()
 
+    def add(self, index: int, request: Request) -> None:
+        """One more request, whose events bear `index`. Raises `UserError` if it does not fit into the context."""
+        check_context(len(request.tokens), self._engine.context)
+        self._queue.extend(self._engine.slot(index, request, k) for k in range(request.n))
+
+    def drop(self, index: int) -> None:
+        """Ends all texts of a request, of which there are no more events; another may take their places."""
+        self._queue = collections.deque(slot for slot in self._queue if slot.request != index)
+        for slot in self._slots:
+            if slot.request == index and slot.reply.finish is None:
+                slot.reply.end("interrupted")
+        if self._half_started is not None and self._half_started.request == index:
+            self._half_started = None
+
     @property
     def _size(self) -> int:
         """B of the current batch."""
@@ -294,9 +327,9 @@ class Generation:
         return [b for b, slot in enumerate(self._slots) if slot.reply.finish is None]
 
     def _wants_admission(self) -> bool:
-        """Joining costs a copy of the batch, so places are filled a quarter of the rows at a time."""
+        """Joining costs a copy of the batch, so that a place is not always filled at once."""
         free = self._max_rows - len(self._live())
-        return bool(self._queue) and (free == self._max_rows or free >= max(1, self._max_rows // 4))
+        return bool(self._queue) and (free == self._max_rows or free >= self._fewest)
 
     def _interrupt(self) -> Iterator[Event]:
         waiting = [*(self._slots[b] for b in self._live()), *self._queue]

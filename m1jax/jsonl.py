@@ -1,9 +1,9 @@
 """Generating for every line of a JSONL file, in a way that can be killed and continued.
 
 Input: one JSON object per line with `prompt` or `messages` (and `tools`), optionally `id` and `metadata` (both carried
-into the output) and options of this line alone, see `OPTIONS`. Output: one line per text, appended when it is done, so
-that a second run generates only what is missing; at the end, lines are put in the input's order. Texts of another
-model, dtype or quantisation are never mixed with those that are there.
+into the output) and options of this line alone, see `prompt.OPTIONS`. Output: one line per text, appended when it is
+done, so that a second run generates only what is missing; at the end, lines are put in the input's order. Texts of
+another model, dtype or quantisation are never mixed with those that are there.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ import json
 import operator
 import os
 import random
-import reprlib
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,38 +22,19 @@ import jax
 import numpy as np
 
 from m1jax import distributed
-from m1jax.arguments import MOST_TEXTS
 from m1jax.engine import Engine, check_context
 from m1jax.errors import UserError
 from m1jax.kernels.experts import Quantized
 from m1jax.loading import MARKER
 from m1jax.model import M1
-from m1jax.prompt import Options, Prompter
+from m1jax.prompt import OPTIONS, Options, Prompter
 from m1jax.reply import Reply, Request
-from m1jax.sampling import DEFAULT_SAMPLING, MAX_SEED
+from m1jax.sampling import MAX_SEED
 
 _SAMPLE = 1 << 16  # bytes of a file of weights, at its beginning, middle and end, that tell it from another
 
-# Options that a line may set, and their JSON types.
-OPTIONS: dict[str, tuple[type, ...]] = {
-    "system": (str,),
-    "raw": (bool,),
-    "max_tokens": (int,),
-    "temperature": (int, float),
-    "top_k": (int,),
-    "top_p": (int, float),
-    "min_p": (int, float),
-    "repetition_penalty": (int, float),
-    "greedy": (bool,),
-    "seed": (int,),
-    "stop": (str, list),
-    "n": (int,),
-    "thinking_budget": (int,),
-    "no_thinking": (bool,),
-}
 _CONTENT = ("prompt", "messages", "tools", "id", "metadata")
 _START = b'{"line": '  # of every line of the output
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class Line(NamedTuple):
@@ -146,7 +126,7 @@ def _line(number: int, text: str, options: Options, prompter: Prompter) -> Line:
         raise UserError("give either prompt or messages")
     # Of its own, or lines of one prompt would have one text, and those of one length one noise.
     own = random.Random(f"{options.seed} {number}").randrange(MAX_SEED + 1)
-    options = _options(values, dataclasses.replace(options, seed=own))
+    options = dataclasses.replace(options, seed=own).changed(values)
     carried = {key: values[key] for key in ("id", "metadata") if key in values}
     try:
         json.dumps(carried, ensure_ascii=False, allow_nan=False).encode()
@@ -180,42 +160,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
         raise ValueError(f"the key {twice!r} comes twice")
     return values
-
-
-def _options(values: dict[str, Any], options: Options) -> Options:
-    """The options with those of a line in their place."""
-    given: dict[str, Any] = {}
-    for key, types in OPTIONS.items():
-        value = values.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise UserError(
-                f"{key} must be of type {' or '.join(t.__name__ for t in types)}, not {reprlib.repr(value)}"
-            )
-        given[key] = value
-    if given.get("n", 1) > MOST_TEXTS:
-        raise UserError(f"n must be at most {MOST_TEXTS}, not {reprlib.repr(given['n'])}")
-    greedy = given.pop("greedy", None)
-    if greedy:
-        if given.get("temperature"):
-            raise UserError("greedy and a temperature above 0 contradict each other: drop one")
-        given["temperature"] = 0.0
-    elif greedy is False and options.sampling.temperature == 0:
-        given.setdefault("temperature", DEFAULT_SAMPLING.temperature)
-    if "stop" in given:
-        given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
-        if not all(isinstance(item, str) for item in given["stop"]):
-            raise UserError("stop must be a string or a list of strings")
-    sampling = {key: given.pop(key) for key in _SAMPLING if key in given}
-    # A line that switches to one of two contradicting options switches the other off.
-    if given.get("raw"):
-        given.setdefault("system", None)
-    if "thinking_budget" in given:
-        given.setdefault("no_thinking", False)
-    elif given.get("no_thinking"):
-        given["thinking_budget"] = None
-    return dataclasses.replace(options, sampling=dataclasses.replace(options.sampling, **sampling), **given)
 
 
 class Output:

@@ -3,15 +3,36 @@
 import argparse
 import dataclasses
 import functools
+import reprlib
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from m1jax.arguments import MOST_TEXTS
 from m1jax.chat_template import ChatTemplate, Message
 from m1jax.errors import UserError
 from m1jax.reply import EMPTY_THINKING, FORCED_CLOSE, OPEN, Request
 from m1jax.sampling import DEFAULT_SAMPLING, MAX_SEED, Sampling
 from m1jax.tokenizer import Tokenizer
+
+# Options that may be given in JSON, and their types.
+OPTIONS: dict[str, tuple[type, ...]] = {
+    "system": (str,),
+    "raw": (bool,),
+    "max_tokens": (int,),
+    "temperature": (int, float),
+    "top_k": (int,),
+    "top_p": (int, float),
+    "min_p": (int, float),
+    "repetition_penalty": (int, float),
+    "greedy": (bool,),
+    "seed": (int,),
+    "stop": (str, list),
+    "n": (int,),
+    "thinking_budget": (int,),
+    "no_thinking": (bool,),
+}
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +83,45 @@ class Options:
             raw=args.raw,
             system=args.system,
         )
+
+    def changed(self, values: Mapping[str, Any]) -> "Options":
+        """These options with those of `OPTIONS` that are in `values`, and not None, in their place.
+
+        Raises:
+          UserError: one is of another type, out of range, or contradicts another.
+        """
+        given: dict[str, Any] = {}
+        for key, types in OPTIONS.items():
+            value = values.get(key)
+            if value is None:
+                continue
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                raise UserError(
+                    f"{key} must be of type {' or '.join(t.__name__ for t in types)}, not {reprlib.repr(value)}"
+                )
+            given[key] = value
+        if given.get("n", 1) > MOST_TEXTS:
+            raise UserError(f"n must be at most {MOST_TEXTS}, not {reprlib.repr(given['n'])}")
+        greedy = given.pop("greedy", None)
+        if greedy:
+            if given.get("temperature"):
+                raise UserError("greedy and a temperature above 0 contradict each other: drop one")
+            given["temperature"] = 0.0
+        elif greedy is False and self.sampling.temperature == 0:
+            given.setdefault("temperature", DEFAULT_SAMPLING.temperature)
+        if "stop" in given:
+            given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
+            if not all(isinstance(item, str) for item in given["stop"]):
+                raise UserError("stop must be a string or a list of strings")
+        sampling = {key: given.pop(key) for key in _SAMPLING if key in given}
+        # A line that switches to one of two contradicting options switches the other off.
+        if given.get("raw"):
+            given.setdefault("system", None)
+        if "thinking_budget" in given:
+            given.setdefault("no_thinking", False)
+        elif given.get("no_thinking"):
+            given["thinking_budget"] = None
+        return dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, **sampling), **given)
 
     def request(self, tokens: Sequence[int], thinking: bool) -> Request:
         """The request for a prompt of these tokens that ends inside `<think>` or not."""

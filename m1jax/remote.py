@@ -77,12 +77,7 @@ class Remote:
             good = False
         if not good:
             raise UserError(f"{url} is not an address: give one like http://localhost:8000/v1")
-        try:
-            key = "" if key_file is None else key_file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{key_file} cannot be read: {error}") from None
-        if not (key.isascii() and key.isprintable()) or " " in key:
-            raise UserError(f"{key_file} holds more than a key: it must be one word on one line")
+        key = "" if key_file is None else read_key(key_file)
         remote = cls(url.rstrip("/"), name or "", key, instruction, max_tokens, connections)
         if name is None:
             try:
@@ -200,6 +195,17 @@ class Remote:
             raise UserError(f"{self.url} cannot be sent ({error}): correct it") from None
         finally:
             connection.close()
+
+
+def read_key(file: Path) -> str:
+    """The bearer token in a file; an empty one is none. Raises `UserError`."""
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise UserError(f"{file} holds more than a key: it must be one word on one line")
+    return key
 
 
 def _seconds(later: str) -> float | None:

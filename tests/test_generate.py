@@ -501,7 +501,7 @@ def test_ctrl_c_while_something_is_imported(tmp_path: Path) -> None:
 
 
 def test_no_command_imports_jax_before_it_handles_ctrl_c() -> None:
-    names = ("convert", "evaluate", "export", "generate", "plan", "train.__main__")
+    names = ("convert", "evaluate", "export", "generate", "plan", "serve", "train.__main__")
     code = (
         f"import sys, importlib\nfor n in {names}: importlib.import_module('m1jax.' + n)\nprint('jax' in sys.modules)"
     )

@@ -1,0 +1,296 @@
+"""What OpenAI's chat completions and completions say in JSON: bodies to requests, replies to answers and their pieces.
+
+After https://platform.openai.com/docs/api-reference/chat, with `reasoning_content` for thinking as other servers of
+reasoning models have it, and M1's `<tool_calls>` (`chat_template.py`) as `tool_calls`. A field that would change the
+reply and is not known here is refused.
+"""
+
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from m1jax.errors import UserError
+from m1jax.prompt import OPTIONS, Options, Prompter
+from m1jax.reply import CLOSE, OPEN, Reply, Request, Segment, StopFilter
+from m1jax.sampling import MAX_SEED
+
+MOST = 128  # texts of one request
+CALLS, CALLS_END = "<tool_calls>", "</tool_calls>"
+# Fields that change nothing here.
+IGNORED = ("user", "metadata", "store", "parallel_tool_calls", "service_tier", "prompt_cache_key", "safety_identifier")
+# Fields of which only the value that asks for nothing is taken.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "logprobs": (False, 0),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("auto", "none"),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "modalities": (["text"],),
+}
+FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
+_OWN = ("model", "messages", "prompt", "tools", "stream", "stream_options", "max_completion_tokens")
+_OWN_OPTIONS = ("chat_template_kwargs",)
+_KNOWN = {*IGNORED, *NEUTRAL, *OPTIONS, *_OWN, *_OWN_OPTIONS} - {"system", "raw", "greedy", "no_thinking"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a body asks for.
+
+    Attributes:
+      request: what to generate.
+      chat: whether it is a chat's, or plain text to go on from.
+      tools: whether the reply may call tools.
+      stream: whether the reply is sent piece by piece.
+      usage: whether the last piece of a stream tells how many tokens there were.
+    """
+
+    request: Request
+    chat: bool
+    tools: bool
+    stream: bool
+    usage: bool
+
+
+def read(body: Any, chat: bool, model: str, prompter: Prompter, options: Options) -> Asked:
+    """What a body asks for.
+
+    Args:
+      body: the JSON value that was sent.
+      chat: whether it was sent to chat completions.
+      model: the name of the model that is served.
+      prompter: makes the prompt.
+      options: what holds where the body says nothing.
+
+    Raises:
+      UserError: it asks for what cannot be done; names the field.
+    """
+    if not isinstance(body, dict):
+        raise UserError('the body is not a JSON object: send {"model": …, "messages": [...]}')
+    _check(body, chat, model)
+    values: dict[str, Any] = {key: body.get(key) for key in OPTIONS}
+    values["seed"] = secrets.randbelow(MAX_SEED + 1) if body.get("seed") is None else body["seed"]
+    if body.get("max_completion_tokens") is not None:
+        values["max_tokens"] = body["max_completion_tokens"]
+    if (body.get("chat_template_kwargs") or {}).get("enable_thinking") is False:
+        values["no_thinking"] = True
+    options = dataclasses.replace(options, raw=not chat).changed(values)
+    if options.n > MOST:
+        raise UserError(f"n must be at most {MOST}, not {options.n}")
+    tools = body.get("tools") if body.get("tool_choice") != "none" else None
+    request = prompter.chat(body["messages"], options, tools or None) if chat else _plain(body, prompter, options)
+    stream = bool(body.get("stream"))
+    return Asked(request, chat, bool(tools), stream, bool((body.get("stream_options") or {}).get("include_usage")))
+
+
+def _check(body: Mapping[str, Any], chat: bool, model: str) -> None:
+    """Raises `UserError` for a field that is unknown, of a wrong type or not done here."""
+    for key, value in body.items():
+        if key not in _KNOWN:
+            raise UserError(f"{key} is not known here: drop it")
+        if value is not None and value not in NEUTRAL.get(key, (value,)):
+            raise UserError(f"{key} = {json.dumps(value)[:60]} is not done here: drop it")
+    kinds = {
+        "model": str, "messages": list, "tools": list, "stream": bool, "stream_options": dict,
+        "chat_template_kwargs": dict, "max_completion_tokens": int,
+    }  # fmt: skip
+    for key, kind in kinds.items():
+        value = body.get(key)
+        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            raise UserError(f"{key} must be of type {kind.__name__}, not {type(value).__name__}")
+    if body.get("model") not in (None, model):
+        raise UserError(f"the model {body['model']!r} is not served here: ask for {model!r}")
+    unknown = [key for key in body.get("chat_template_kwargs") or {} if key != "enable_thinking"]
+    if unknown:
+        raise UserError(f"chat_template_kwargs: {unknown[0]} is not known here: drop it")
+    wanted, other = ("messages", "prompt") if chat else ("prompt", "messages")
+    if body.get(wanted) is None or body.get(other) is not None:
+        raise UserError(f"give {wanted}, which this address takes, and not {other}")
+    for key in () if chat else ("tools", "chat_template_kwargs"):
+        if body.get(key) is not None:
+            raise UserError(f"{key} goes with messages, not with a prompt: drop it")
+    if not all(isinstance(message, dict) for message in body.get("messages") or []):
+        raise UserError("messages must be a list of objects with role and content")
+
+
+def _plain(body: Mapping[str, Any], prompter: Prompter, options: Options) -> Request:
+    """The request for a text, or tokens, to go on from."""
+    prompt = body["prompt"]
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        (prompt,) = prompt
+    if isinstance(prompt, str):
+        return prompter.plain(prompt, options)
+    size = prompter.tokenizer.size
+    if not isinstance(prompt, list) or not all(type(t) is int and 0 <= t < size for t in prompt):
+        raise UserError(f"prompt must be one text, or a list of tokens from 0 to {size - 1}")
+    return options.request(prompt, False)
+
+
+class Answer:
+    """An answer in the making: the same whether sent as a whole or in pieces.
+
+    Args:
+      asked: what was asked for.
+      model: the name of the model.
+    """
+
+    def __init__(self, asked: Asked, model: str) -> None:
+        self._asked = asked
+        kind = "chat.completion" if asked.chat else "text_completion"
+        prefix = "chatcmpl" if asked.chat else "cmpl"
+        self._head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._object = kind
+        self._texts = [_Text(asked) for _ in range(asked.request.n)]
+        self._replies: dict[int, Reply] = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether all texts have ended."""
+        return len(self._replies) == len(self._texts)
+
+    def push(self, reply: Reply, segments: Iterable[Segment]) -> list[dict[str, Any]]:
+        """Takes what is new in a text; returns the pieces to be sent in a stream."""
+        text, k = self._texts[reply.sample], reply.sample
+        deltas = [delta for segment in segments for delta in text.feed(segment)]
+        if reply.finish is not None:
+            self._replies[k] = reply
+            deltas += text.end()
+        if self._asked.chat and text.first:
+            deltas.insert(0, {"role": "assistant", "content": ""})
+            text.first = False
+        pieces = [self._piece(k, delta, None) for delta in deltas]
+        if reply.finish is not None:
+            pieces.append(self._piece(k, {} if self._asked.chat else {"text": ""}, self._finish(k)))
+        return pieces
+
+    def _piece(self, k: int, delta: dict[str, Any], finish: str | None) -> dict[str, Any]:
+        inside = {"delta": delta} if self._asked.chat else delta
+        kind = f"{self._object}.chunk" if self._asked.chat else self._object
+        return {**self._head, "object": kind, "choices": [{"index": k, **inside, "finish_reason": finish}]}
+
+    def usage_piece(self) -> dict[str, Any]:
+        """The piece that tells how many tokens there were, after all others."""
+        kind = f"{self._object}.chunk" if self._asked.chat else self._object
+        return {**self._head, "object": kind, "choices": [], "usage": self.usage}
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        """The answer as a whole, when all texts have ended."""
+        choices = [
+            {"index": k, **text.whole(self._asked.chat), "finish_reason": self._finish(k)}
+            for k, text in enumerate(self._texts)
+        ]
+        return {**self._head, "object": self._object, "choices": choices, "usage": self.usage}
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """How many tokens there were; a prompt counts once for all its texts."""
+        prompt = len(self._asked.request.tokens)
+        written = sum(len(reply.tokens) for reply in self._replies.values())
+        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+
+    def _finish(self, k: int) -> str:
+        reason = self._replies[k].finish or "interrupted"
+        return "tool_calls" if self._texts[k].calls else FINISH.get(reason, reason)
+
+
+class _Text:
+    """One text of an answer, as a chat's message or plain."""
+
+    def __init__(self, asked: Asked) -> None:
+        self.first = True
+        self.calls: list[dict[str, Any]] = []
+        self._chat = asked.chat
+        self._thinking, self._content = _Trimmed(OPEN, CLOSE), _Trimmed("", "", "\n")
+        self._before_calls = StopFilter((CALLS,) if asked.tools else ())
+        self._answer = ""  # the text after thinking, as generated
+        self._sent: dict[str, list[str]] = {}
+
+    def feed(self, segment: Segment) -> Sequence[dict[str, Any]]:
+        """What is new in the message."""
+        if not self._chat:
+            return self._out("text", segment.text)
+        if segment.thinking:
+            return self._out("reasoning_content", self._thinking.feed(segment.text))
+        self._answer += segment.text
+        return self._out("content", self._content.feed(self._before_calls.feed(segment.text)))
+
+    def end(self) -> Sequence[dict[str, Any]]:
+        """What was held back."""
+        if not self._before_calls.stopped:
+            return self._out("content", self._content.feed(self._before_calls.flush()) + self._content.end())
+        _, tag, rest = self._answer.partition(CALLS)
+        calls = _calls(rest)
+        if calls is None:  # then it is text
+            return self._out("content", self._content.feed(tag + rest) + self._content.end())
+        self.calls = calls
+        return [{"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}]
+
+    def _out(self, field: str, text: str) -> Sequence[dict[str, Any]]:
+        if not text:
+            return ()
+        self._sent.setdefault(field, []).append(text)
+        return ({field: text},)
+
+    def whole(self, chat: bool) -> dict[str, Any]:
+        """The message, or the text."""
+        joined = {field: "".join(pieces) for field, pieces in self._sent.items()}
+        if not chat:
+            return {"text": joined.get("text", "")}
+        content = joined.get("content", None if self.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if "reasoning_content" in joined:
+            message["reasoning_content"] = joined["reasoning_content"]
+        if self.calls:
+            message["tool_calls"] = self.calls
+        return {"message": message}
+
+
+class _Trimmed:
+    """Streamed text without its tags, without what is to be stripped before it and, with a tag at its end, after it."""
+
+    def __init__(self, opened: str, closed: str, stripped: str | None = None) -> None:
+        self._opened, self._closed, self._stripped = opened, closed, stripped
+        self._begun, self._held = False, ""
+
+    def feed(self, text: str) -> str:
+        """The text that is certain now."""
+        if not self._begun:
+            text = text.lstrip(self._stripped)
+            if self._opened and text.startswith(self._opened):
+                self._opened, text = "", text[len(self._opened) :].lstrip(self._stripped)
+            self._begun = bool(text)
+        if not self._closed:
+            return text
+        text = self._held + text.removesuffix(self._closed)
+        kept = text.rstrip()
+        self._held = text[len(kept) :]
+        return kept
+
+    def end(self) -> str:
+        """What was held back, unless it is to be stripped."""
+        return "" if self._closed else self._held
+
+
+def _calls(text: str) -> list[dict[str, Any]] | None:
+    """The tool calls in what follows `<tool_calls>`, one JSON object a line; None if they are not all of them."""
+    found = []
+    for line in text.partition(CALLS_END)[0].strip().splitlines():
+        try:
+            call = json.loads(line)
+            name, arguments = call["name"], call.get("arguments", {})
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return None
+        if not isinstance(name, str):
+            return None
+        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        found.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function})
+    return found or None

@@ -1,0 +1,147 @@
+"""One engine, in a thread of its own, for texts that many ask for meanwhile."""
+
+import dataclasses
+import itertools
+import queue
+import threading
+from collections.abc import Callable
+
+from m1jax.engine import Engine, Event, Generation, check_context
+from m1jax.model import M1
+from m1jax.reply import Request
+from m1jax.tokenizer import Tokenizer
+
+# Is told each event of a request, in the engine's thread, or the error that ends it.
+Listener = Callable[[Event | Exception], None]
+
+
+class Busy(Exception):
+    """So many texts wait that no more are taken."""
+
+
+class Closing(Exception):
+    """The service ends."""
+
+    def __init__(self) -> None:
+        super().__init__("the server ends: ask again later")
+
+
+@dataclasses.dataclass
+class _Order:
+    """A request, who is told of it, and how many of its texts have not ended."""
+
+    request: Request
+    listener: Listener
+    left: int
+
+
+class Service:
+    """Generates texts as they are ordered; each begins when there is a place for it.
+
+    What an order gets does not depend on the others (`Engine`). An error ends all texts, and the service goes on.
+
+    Args:
+      model: the model.
+      tokenizer: its tokenizer.
+      max_rows: the most texts generated at once.
+      max_waiting: the most that wait for a place.
+      context: see `Engine`.
+    """
+
+    def __init__(
+        self, model: M1, tokenizer: Tokenizer, max_rows: int, max_waiting: int, context: int | None = None
+    ) -> None:
+        self._closing = False
+        self.engine = Engine(model, tokenizer, lambda: self._closing, context)
+        self._max_rows, self._most = max_rows, max_rows + max_waiting
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._orders: dict[int, _Order] = {}
+        self._news: queue.SimpleQueue[int] = queue.SimpleQueue()  # of which something is to be done
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def texts(self) -> int:
+        """How many texts are generated or wait."""
+        with self._lock:
+            return sum(order.left for order in self._orders.values())
+
+    def order(self, request: Request, listener: Listener) -> int:
+        """Orders the texts of a request; returns its number.
+
+        Raises:
+          Busy: too many texts wait.
+          Closing: the service ends.
+          UserError: the prompt does not fit into the context.
+        """
+        check_context(len(request.tokens), self.engine.context)
+        with self._lock:
+            if self._closing:
+                raise Closing
+            waiting = sum(order.left for order in self._orders.values())
+            if waiting and waiting + request.n > self._most:
+                raise Busy(f"{waiting} texts are generated or wait: ask again later")
+            number = next(self._numbers)
+            self._orders[number] = _Order(request, listener, request.n)
+        self._news.put(number)
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Ends an order, of which nothing more is told; nothing happens if it has ended."""
+        with self._lock:
+            known = self._orders.pop(number, None)
+        if known is not None:
+            self._news.put(number)
+
+    def close(self) -> None:
+        """Ends all texts as "interrupted", and takes no more; may be called in a signal handler."""
+        self._closing = True
+        self._news.put(-1)
+
+    def join(self, seconds: float) -> None:
+        """Waits until the thread has ended, for so long at most."""
+        self._thread.join(seconds)
+
+    def _work(self) -> None:
+        while not self._closing:
+            # Anew each time there was nothing to do: the last texts' states are not kept.
+            generation = self.engine.generate([], self._max_rows, eager=True)
+            self._take(generation, self._news.get())
+            try:
+                for event in generation:
+                    self._tell(event.request, event, ended=event.reply.finish is not None)
+                    self._take_all(generation)
+            except Exception as error:  # whatever it is, it is told to those who wait
+                self._fail(error)
+        self._fail(Closing())
+
+    def _take_all(self, generation: Generation) -> None:
+        while not self._news.empty():
+            self._take(generation, self._news.get())
+
+    def _take(self, generation: Generation, number: int) -> None:
+        """Begins an order, or ends one that was cancelled."""
+        with self._lock:
+            order = self._orders.get(number)
+        if order is None:
+            generation.drop(number)
+        else:
+            generation.add(number, order.request)
+
+    def _tell(self, number: int, news: Event | Exception, ended: bool) -> None:
+        with self._lock:
+            order = self._orders.get(number)
+            if order is None:
+                return
+            order.left -= ended
+            if not order.left:
+                del self._orders[number]
+        order.listener(news)
+
+    def _fail(self, error: Exception) -> None:
+        """Ends all orders that are being worked on."""
+        with self._lock:
+            orders, self._orders = self._orders, {}
+        for order in orders.values():
+            order.listener(error)

@@ -1,0 +1,527 @@
+"""The OpenAI-compatible server: its engine's thread, what it reads and writes, its HTTP, the command."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m1jax import UserError
+from m1jax.engine import Engine
+from m1jax.prompt import Options, Prompter
+from m1jax.reply import Phase, Reply, Request, ThinkingSplitter
+from m1jax.sampling import Sampling
+from m1jax.server import protocol
+from m1jax.server.app import Server
+from m1jax.server.protocol import Answer, Asked
+from m1jax.server.service import Busy, Closing, Service
+from m1jax.tokenizer import Tokenizer
+from tests.generation_fixtures import train_tokenizer
+from tests.test_engine import CONTEXT, random_model
+
+ROWS, WAITING = 2, 4
+OPTIONS = Options(max_tokens=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(folder)
+    return Tokenizer.load(folder)
+
+
+@pytest.fixture(scope="module")
+def service(tokenizer: Tokenizer) -> Iterator[Service]:
+    """Texts of a random model, which no token ends; one for all tests, so that each shape is compiled once."""
+    service = Service(random_model(), tokenizer, ROWS, WAITING)
+    service.engine.eos_ids = frozenset()
+    yield service
+    service.close()
+    service.join(10)
+
+
+@pytest.fixture(scope="module")
+def alone(service: Service) -> Engine:
+    """An engine that shares the compiled functions."""
+    engine = Engine(service.engine.model, service.engine.tokenizer)
+    engine.eos_ids, engine._compiled = service.engine.eos_ids, service.engine._compiled
+    return engine
+
+
+def request(k: int, tokens: int = 12, n: int = 1) -> Request:
+    return Request(tokens=(5 + k, 6, 7 + 2 * k), seed=k, n=n, max_tokens=tokens)
+
+
+def tokens_of(engine: Engine, asked: Request) -> list[list[int]]:
+    found = {event.reply.sample: event.reply for event in engine.generate([asked], ROWS)}
+    return [found[k].tokens for k in range(asked.n)]
+
+
+class Listener:
+    """Collects what a service tells."""
+
+    def __init__(self, texts: int = 1) -> None:
+        self.replies: dict[int, Reply] = {}
+        self.errors: list[Exception] = []
+        self.events = 0
+        self._texts, self.ended, self.begun = texts, threading.Event(), threading.Event()
+
+    def __call__(self, news: Any) -> None:
+        self.events += 1
+        self.begun.set()
+        if isinstance(news, Exception):
+            self.errors.append(news)
+        elif news.reply.finish is not None:
+            self.replies[news.reply.sample] = news.reply
+        if self.errors or len(self.replies) == self._texts:
+            self.ended.set()
+
+
+def test_texts_are_what_they_are_alone(service: Service, alone: Engine) -> None:
+    """More than there are rows, ordered at once and while others are generated, one of several texts."""
+    asked = [request(0), request(1, 20), request(2, 7, n=3), request(3)]
+    heard = [Listener(each.n) for each in asked]
+    for each, listener in zip(asked[:3], heard, strict=False):
+        service.order(each, listener)
+    assert heard[1].begun.wait(60)
+    service.order(asked[3], heard[3])
+    for each, listener in zip(asked, heard, strict=True):
+        assert listener.ended.wait(60)
+        assert [listener.replies[k].tokens for k in range(each.n)] == tokens_of(alone, each)
+    assert service.texts == 0
+
+
+def test_a_cancelled_text_makes_room(service: Service, alone: Engine) -> None:
+    """Of texts that go on and of one that waits; those that stay are not disturbed."""
+    long = [Listener() for _ in range(3)]
+    numbers = [service.order(request(k, CONTEXT), listener) for k, listener in enumerate(long)]
+    assert all(listener.begun.wait(60) for listener in long[:ROWS])
+    late = Listener()
+    service.order(request(7), late)
+    for k in (0, 2):
+        service.cancel(numbers[k])
+    assert late.ended.wait(60) and not long[1].ended.is_set()
+    assert late.replies[0].tokens == tokens_of(alone, request(7))[0]
+    heard = long[0].events, long[2].events
+    assert long[1].ended.wait(60) and (long[0].events, long[2].events) == heard and heard[1] == 0
+    assert long[1].replies[0].tokens == tokens_of(alone, request(1, CONTEXT))[0]
+    service.cancel(numbers[1])  # of one that has ended
+    assert service.texts == 0
+
+
+def test_too_many_texts_are_sent_away(service: Service) -> None:
+    listeners = [Listener(3), Listener(3)]
+    numbers = [service.order(request(k, CONTEXT, n=3), listener) for k, listener in enumerate(listeners)]
+    with pytest.raises(Busy, match="6 texts are generated or wait: ask again later"):
+        service.order(request(9), Listener())
+    for number in numbers:
+        service.cancel(number)
+    with pytest.raises(UserError, match="shorten the prompt"):
+        service.order(Request(tokens=(1,) * CONTEXT), Listener())
+    deadline = time.monotonic() + 60
+    while service.texts and time.monotonic() < deadline:
+        time.sleep(0.01)
+    last = Listener()
+    service.order(request(9), last)
+    assert last.ended.wait(60) and not last.errors
+
+
+def test_an_error_is_told_and_the_service_goes_on(
+    service: Service, alone: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To those who are generated for and those who wait; not twice."""
+    heard = [Listener() for _ in range(4)]
+    for k, listener in enumerate(heard):
+        service.order(request(k, CONTEXT), listener)
+    assert heard[0].begun.wait(60)
+    run = service.engine.run
+
+    def broken(*args: Any, **static: int) -> Any:
+        monkeypatch.setattr(service.engine, "run", run)
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(service.engine, "run", broken)
+    assert all(listener.ended.wait(60) for listener in heard)
+    assert [[str(error) for error in listener.errors] for listener in heard] == [["out of order"]] * 4
+    after = Listener()
+    service.order(request(0), after)
+    assert after.ended.wait(60) and after.replies[0].tokens == tokens_of(alone, request(0))[0]
+
+
+def test_a_service_that_ends_ends_its_texts(tokenizer: Tokenizer, service: Service) -> None:
+    ending = Service(service.engine.model, tokenizer, ROWS, WAITING, context=64)
+    ending.engine._compiled = service.engine._compiled
+    assert ending.engine.cache_bucket(3) == 64 == ending.engine.context
+    heard = [Listener() for _ in range(3)]
+    for k, listener in enumerate(heard):
+        ending.order(request(k, 10_000), listener)
+    assert heard[0].begun.wait(60)
+    ending.close()
+    ending.join(60)
+    for listener in heard:
+        assert listener.ended.is_set()
+        assert [type(error) for error in listener.errors] == [Closing] or listener.replies[0].finish is not None
+    with pytest.raises(Closing):
+        ending.order(request(0), Listener())
+
+
+def test_a_context_is_within_the_models(tokenizer: Tokenizer, service: Service) -> None:
+    for context in (1, CONTEXT + 1):
+        with pytest.raises(UserError, match=f"context must be from 2 to the model's {CONTEXT}, not {context}"):
+            Engine(service.engine.model, tokenizer, context=context)
+
+
+USER = [{"role": "user", "content": "hi"}]
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+
+
+def read(tokenizer: Tokenizer, body: Any, chat: bool = True) -> Asked:
+    return protocol.read(body, chat, "m1", Prompter(tokenizer), OPTIONS)
+
+
+def test_a_body_with_everything(tokenizer: Tokenizer) -> None:
+    body = {
+        "model": "m1", "messages": USER, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "seed": 4, "n": 2,
+        "repetition_penalty": 1.1, "max_completion_tokens": 9, "stop": "end", "thinking_budget": 3, "tools": TOOLS,
+        "stream": True, "stream_options": {"include_usage": True}, "user": "me", "logprobs": False, "logit_bias": {},
+        "response_format": {"type": "text"}, "frequency_penalty": 0.0, "tool_choice": "auto",
+    }  # fmt: skip
+    asked = read(tokenizer, body)
+    sampling = Sampling(0.5, 3, 0.9, 0.1, 1.1)
+    options = Options(sampling, seed=4, n=2, max_tokens=9, stop=("end",), thinking_budget=3)
+    assert asked == Asked(Prompter(tokenizer).chat(USER, options, TOOLS), True, True, True, True)
+    asked = read(tokenizer, dict.fromkeys(body) | {"messages": USER})
+    assert (asked.tools, asked.stream, asked.usage) == (False, False, False)
+    assert asked.request.max_tokens == CONTEXT and asked.request.sampling == OPTIONS.sampling
+    assert asked.request.seed != read(tokenizer, {"messages": USER}).request.seed
+    no_tools = read(tokenizer, {"messages": USER, "tools": TOOLS, "tool_choice": "none"})
+    assert not no_tools.tools and no_tools.request.tokens == asked.request.tokens
+    quick = read(tokenizer, {"messages": USER, "chat_template_kwargs": {"enable_thinking": False}})
+    assert not quick.request.may_think and len(quick.request.tokens) > len(asked.request.tokens)
+
+
+def test_texts_and_tokens_to_go_on_from(tokenizer: Tokenizer) -> None:
+    text = "The quick <think>"
+    tokens = tokenizer.encode(text)
+    for prompt in (text, [text], tokens, [tokens]):
+        asked = read(tokenizer, {"prompt": prompt}, chat=False)
+        assert list(asked.request.tokens) == list(tokens) and not asked.chat
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ([1], "not a JSON object"),
+        ({}, "give messages"),
+        ({"messages": USER, "prompt": "x"}, "not prompt"),
+        ({"messages": "hi"}, "messages must be of type list, not str"),
+        ({"messages": ["hi"]}, "list of objects"),
+        ({"messages": []}, "empty"),
+        ({"messages": USER, "model": "m2"}, "'m2' is not served here: ask for 'm1'"),
+        ({"messages": USER, "temprature": 1}, "temprature is not known here"),
+        ({"messages": USER, "raw": True}, "raw is not known here"),
+        ({"messages": USER, "logprobs": True}, "logprobs = true is not done here"),
+        ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format = .* is not done here"),
+        ({"messages": USER, "tool_choice": "required"}, "tool_choice"),
+        ({"messages": USER, "tools": [{"type": "function"}]}, "has no name"),
+        ({"messages": USER, "n": 129}, "n must be at most 128"),
+        ({"messages": USER, "n": True}, "n must be of type int"),
+        ({"messages": USER, "max_completion_tokens": 0}, "max-tokens must be 1 or more"),
+        ({"messages": USER, "temperature": float("nan")}, "temperature"),
+        ({"messages": USER, "stop": ["a", 1]}, "stop"),
+        ({"messages": USER, "stream": "yes"}, "stream must be of type bool"),
+        ({"messages": USER, "chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: x"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "UTF-8"),
+    ],
+)
+def test_bodies_that_are_refused(tokenizer: Tokenizer, body: Any, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        read(tokenizer, body)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ({"messages": USER}, "give prompt"),
+        ({"prompt": "x", "tools": TOOLS}, "tools goes with messages"),
+        ({"prompt": ["a", "b"]}, "one text, or a list of tokens from 0 to 399"),
+        ({"prompt": [1, 400]}, "one text"),
+        ({"prompt": [True]}, "one text"),
+        ({"prompt": []}, "the prompt is empty"),
+    ],
+)
+def test_prompts_that_are_refused(tokenizer: Tokenizer, body: Any, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        read(tokenizer, body, chat=False)
+
+
+class Written:
+    """A reply that is already written, as far as an answer looks at it."""
+
+    sample, tokens = 0, (1, 2, 3)
+
+    def __init__(self, finish: str | None) -> None:
+        self.finish = finish
+
+
+def answered(text: str, cuts: list[int], tools: bool, chat: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The answer of a model that writes `text`, cut into pieces, as a whole and put together from a stream."""
+    answer = Answer(Asked(request(0), chat, tools, True, True), "m1")
+    splitter, pieces, places = ThinkingSplitter(Phase.START), [], sorted({0, *(c % (len(text) + 1) for c in cuts)})
+    for begin, end in zip(places, [*places[1:], len(text)], strict=True):
+        pieces += answer.push(Written(None), splitter.feed(text[begin:end]))  # pyright: ignore[reportArgumentType]
+    assert not answer.done
+    pieces += answer.push(Written("eos"), splitter.flush())  # pyright: ignore[reportArgumentType]
+    assert answer.done
+    (whole,) = answer.whole["choices"]
+    streamed: dict[str, Any] = {"finish_reason": pieces[-1]["choices"][0]["finish_reason"], "index": 0}
+    assert all(piece["choices"][0]["finish_reason"] is None for piece in pieces[:-1])
+    if not chat:
+        return whole, streamed | {"text": "".join(piece["choices"][0]["text"] for piece in pieces)}
+    message: dict[str, Any] = {}
+    for piece in pieces:
+        for field, value in piece["choices"][0]["delta"].items():
+            if field == "tool_calls":
+                message[field] = [{key: v for key, v in call.items() if key != "index"} for call in value]
+            else:
+                message[field] = message.get(field, "") + value
+    if "content" not in whole["message"] or whole["message"]["content"] is None:
+        assert message["content"] == ""
+        message["content"] = None
+    return whole, streamed | {"message": message}
+
+
+CALLED = '<tool_calls>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n{"name": "time"}\n</tool_calls>'
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["", "<think>\nOkay.\n</think>\n\n", "<think></think>", "<think> a <tool_calls> b", "\n<think>x"]),
+    st.sampled_from(["85", " 85\n", "a < b <tool", "Let me see.\n" + CALLED, CALLED, "<tool_calls>\n{oops}"]),
+    st.lists(st.integers(0, 200), max_size=12),
+    st.booleans(),
+)
+def test_a_stream_is_the_whole_however_it_is_cut(thinking: str, text: str, cuts: list[int], tools: bool) -> None:
+    whole, streamed = answered(thinking + text, cuts, tools)
+    assert streamed == whole
+    message, uncut = whole["message"], answered(thinking + text, [], tools)[0]["message"]
+    for fields in (message, uncut):  # the ids of calls are random
+        fields["tool_calls"] = [call["function"] for call in fields.get("tool_calls", ())]
+    assert message == uncut
+    closed = not thinking or "</think>" in thinking
+    if closed and not (tools and CALLED in text):
+        assert message["content"] == text.lstrip("\n") and not message["tool_calls"]
+
+
+def test_thinking_and_tool_calls_have_their_places() -> None:
+    whole, _ = answered("<think>\nWhere?\n</think>\nLet me see.\n" + CALLED, [3, 30, 60], True)
+    message = whole["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Where?", "Let me see.\n")
+    assert whole["finish_reason"] == "tool_calls"
+    functions = [call["function"] for call in message["tool_calls"]]
+    assert functions == [
+        {"name": "weather", "arguments": '{"city": "Zürich"}'},
+        {"name": "time", "arguments": "{}"},
+    ]
+    assert len({call["id"] for call in message["tool_calls"]}) == 2
+    plain = "<think>x</think> y"
+    assert [choice["text"] for choice in answered(plain, [4], False, chat=False)] == [plain] * 2
+
+
+@pytest.fixture(scope="module")
+def port(service: Service) -> Iterator[int]:
+    """The port of a server with a key."""
+    app = Server(service, "m1", OPTIONS, key="secret").app
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        yield listening.getsockname()[1]
+        server.should_exit = True
+        thread.join(20)
+
+
+@contextlib.contextmanager
+def asking(port: int, body: Any, path: str = "/v1/chat/completions", key: str = "secret") -> Iterator[Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {"Authorization": f"Bearer {key}"}
+    data = body if isinstance(body, bytes | None) else json.dumps(body)
+    connection.request("GET" if body is None else "POST", path, data, headers)
+    try:
+        yield connection.getresponse()
+    finally:
+        connection.close()
+
+
+def ask(port: int, body: Any, path: str = "/v1/chat/completions", key: str = "secret") -> tuple[int, Any]:
+    with asking(port, body, path, key) as response:
+        return response.status, json.loads(response.read())
+
+
+def test_answers_over_http(port: int, alone: Engine, tokenizer: Tokenizer) -> None:
+    body = {"messages": USER, "seed": 3, "n": 2, "max_tokens": 8}
+    status, whole = ask(port, body)
+    assert status == 200 and whole["object"] == "chat.completion"
+    asked = read(tokenizer, body).request
+    assert whole["usage"]["completion_tokens"] == 16
+    want = {event.reply.sample: event.reply for event in alone.generate([asked], ROWS)}
+    assert [choice["finish_reason"] for choice in whole["choices"]] == ["length"] * 2
+    assert [choice["message"]["content"] for choice in whole["choices"]] == [want[k].answer for k in range(2)]
+    with asking(port, body | {"stream": True, "stream_options": {"include_usage": True}}) as response:
+        assert response.getheader("Content-Type").startswith("text/event-stream")
+        events = [line.removeprefix("data: ") for line in response.read().decode().split("\n\n") if line]
+    assert events.pop() == "[DONE]"
+    *pieces, last = map(json.loads, events)
+    assert last["usage"] == whole["usage"] and not last["choices"]
+    texts = ["", ""]
+    for piece in pieces:
+        (choice,) = piece["choices"]
+        texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == [want[k].answer for k in range(2)]
+    status, plain = ask(port, {"prompt": [5, 6], "seed": 1, "max_tokens": 4}, "/v1/completions")
+    assert status == 200 and plain["choices"][0]["finish_reason"] == "length" and plain["object"] == "text_completion"
+
+
+def test_what_is_refused_over_http(port: int, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask(port, None, "/v1/models")[1]["data"][0]["id"] == "m1"
+    assert ask(port, None, "/health", key="")[0] == 200
+    for path, body, key, status, why in [
+        ("/v1/models", None, "wrong", 401, "the key is missing or wrong"),
+        ("/v1/chat/completions", {"messages": USER}, "", 401, "key"),
+        ("/v1/chat/completions", b"{", "secret", 400, "not valid JSON"),
+        ("/v1/chat/completions", b"[" * 100_000, "secret", 400, "not valid JSON"),
+        ("/v1/chat/completions", b"\xff", "secret", 400, "not valid JSON"),
+        ("/v1/chat/completions", {"messages": USER, "n": 0}, "secret", 400, "n must be 1 or more"),
+        ("/v1/chat/completions", {"prompt": "x"}, "secret", 400, "give messages"),
+        ("/v1/chat/completions", None, "secret", 405, "GET /v1/chat/completions: Method Not Allowed"),
+        ("/v2", None, "secret", 404, "Not Found"),
+    ]:
+        found, value = ask(port, body, path, key)
+        assert found == status and why in value["error"]["message"], (path, body, value)
+    monkeypatch.setattr("m1jax.server.app.LARGEST", 10)
+    assert ask(port, {"messages": USER})[0] == 413
+    monkeypatch.undo()
+    full = [service.order(request(k, CONTEXT, n=3), Listener(3)) for k in range(2)]
+    with asking(port, {"messages": USER}) as response:
+        assert response.status == 503 and response.getheader("Retry-After") == "1"
+    for number in full:
+        service.cancel(number)
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("secret things")
+
+    monkeypatch.setattr(protocol, "_check", broken)
+    status, value = ask(port, {"messages": USER})
+    assert status == 500 and value["error"]["type"] == "server_error" and "secret" not in str(value)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_ends_its_text(
+    port: int, service: Service, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = service.engine.run
+    slow = lambda *args, **static: (time.sleep(0.05), step(*args, **static))[1]  # noqa: E731
+    monkeypatch.setattr(service.engine, "run", slow)  # its 250 tokens take longer than it is waited for
+    monkeypatch.setattr("m1jax.server.app.LOOK", 0.05)
+    with asking_for_long(port, stream):
+        assert service.texts == 1
+    deadline = time.monotonic() + 8
+    while service.texts and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert service.texts == 0
+
+
+@contextlib.contextmanager
+def asking_for_long(port: int, stream: bool) -> Iterator[None]:
+    """A client that hangs up in the middle."""
+    body = json.dumps({"messages": USER, "stream": stream, "max_tokens": CONTEXT})
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: {len(body)}"
+    )
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(f"{head}\r\n\r\n{body}".encode())
+        if stream:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        else:
+            time.sleep(0.5)
+        yield
+
+
+@contextlib.contextmanager
+def serve(*args: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "m1jax.serve", *args]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as server:
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+def test_the_command_serves_until_ctrl_c(tmp_path: Path) -> None:
+    """The shipped model, asked by `evaluate --against`; a stream that Ctrl-C ends is told why."""
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    with serve("--port", "0", "--api-key-file", str(key), "--context", "512", "--batch-size", "4") as server:
+        assert server.stderr
+        line = server.stderr.readline()
+        assert line.startswith("m1-nano at http://127.0.0.1:"), line
+        port = int(line.split(":")[2].split("/")[0])
+        address = f"http://127.0.0.1:{port}/v1"
+        command = [sys.executable, "-m", "m1jax.evaluate", "--against", address, "--api-key-file", str(key)]
+        command += ["--task", "addition", "--problems", "12", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["scores"][0]["accuracy"] > 0.9
+        body = {"messages": USER, "stream": True, "temperature": 3, "repetition_penalty": 9, "thinking_budget": 400}
+        with asking(port, body) as response:
+            assert response.readline().startswith(b"data: ")
+            server.send_signal(signal.SIGINT)
+            rest = response.read().decode()
+        assert "[DONE]" in rest or "the server ends: ask again later" in rest
+        assert server.wait(30) == 130
+        assert server.stderr.read().strip() == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["--port", "70000"], "port must be from 0 to 65535"),
+        (["--batch-size", "0"], "batch-size must be 1 or more"),
+        (["--max-waiting", "-1"], "max-waiting must be 0 or more"),
+        (["--model", "nowhere"], "nowhere is not a folder"),
+        (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
+        (["--api-key-file", os.devnull], "is empty"),
+        (["--context", "99999999"], "context must be from 2 to the model's"),
+    ],
+)
+def test_commands_that_are_refused(
+    args: list[str], why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from m1jax.serve import main
+
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    assert end.value.code == 2 and why in capsys.readouterr().err
+
+
+def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
+    from m1jax.serve import main
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit) as end:
+            main(["--port", str(port)])
+    assert end.value.code == 2 and f"port {port}: Address already in use; choose another" in capsys.readouterr().err
