@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
-from m1jax.engine import Engine, Event
+from m1jax.engine import Engine
 from m1jax.errors import UserError
+from m1jax.generation import Event
 from m1jax.prompt import Options, Prompter, ends_inside_thinking
 from m1jax.state import M1State
 

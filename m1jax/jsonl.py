@@ -22,13 +22,13 @@ import jax
 import numpy as np
 
 from m1jax import distributed
-from m1jax.engine import Engine, check_context
+from m1jax.engine import Engine
 from m1jax.errors import UserError
 from m1jax.kernels.experts import Quantized
 from m1jax.loading import MARKER
 from m1jax.model import M1
 from m1jax.prompt import OPTIONS, Options, Prompter
-from m1jax.reply import Reply, Request
+from m1jax.reply import Reply, Request, check_context
 from m1jax.sampling import MAX_SEED
 
 _SAMPLE = 1 << 16  # bytes of a file of weights, at its beginning, middle and end, that tell it from another

@@ -12,12 +12,12 @@ from m1jax import distributed
 from m1jax.arguments import read_prompt
 from m1jax.chat import Chat
 from m1jax.config import M1Config
-from m1jax.engine import Engine, Stats, check_context
+from m1jax.engine import Engine, Stats
 from m1jax.errors import INTERRUPTED, UserError
 from m1jax.jsonl import describe, generate_lines, named_precision, open_output, read_lines
 from m1jax.loading import load, open_parameters
 from m1jax.prompt import Options, Prompter
-from m1jax.reply import Reply
+from m1jax.reply import Reply, check_context
 from m1jax.runtime import Interrupts, use_compilation_cache
 from m1jax.terminal import Printer, ending, figures, note, rates
 from m1jax.tokenizer import Tokenizer

@@ -77,6 +77,12 @@ class Request:
             raise UserError(f"thinking-budget must be 0 or more, not {self.thinking_budget}")
 
 
+def check_context(prompt: int, context: int) -> None:
+    """Raises `UserError` if a prompt of so many tokens leaves no room for an answer."""
+    if prompt >= context:
+        raise UserError(f"the prompt has {prompt} tokens, the model's context is {context}: shorten the prompt")
+
+
 class Segment(NamedTuple):
     """A piece of generated text, and whether it is thinking (the tags included)."""
 

@@ -4,7 +4,8 @@ import os
 from collections.abc import Sequence
 from typing import TextIO
 
-from m1jax.engine import Event, Stats
+from m1jax.engine import Stats
+from m1jax.generation import Event
 from m1jax.reply import Reply, Segment
 from m1jax.runtime import peak_memory
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from m1jax.engine import not_finite
+from m1jax.generation import not_finite
 from m1jax.model import M1
 from m1jax.sampling import Sampling, SamplingRows, sample
 from m1jax.sharding.region import everywhere, ways

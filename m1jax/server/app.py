@@ -16,8 +16,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from m1jax.engine import Event
 from m1jax.errors import UserError
+from m1jax.generation import Event
 from m1jax.prompt import Options, Prompter
 from m1jax.server import protocol
 from m1jax.server.protocol import Answer, Asked

@@ -6,9 +6,10 @@ import queue
 import threading
 from collections.abc import Callable
 
-from m1jax.engine import Engine, Event, Generation, check_context
+from m1jax.engine import Engine
+from m1jax.generation import Event, Generation
 from m1jax.model import M1
-from m1jax.reply import Request
+from m1jax.reply import Request, check_context
 from m1jax.tokenizer import Tokenizer
 
 # Is told each event of a request, in the engine's thread, or the error that ends it.
