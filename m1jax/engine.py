@@ -2,6 +2,7 @@
 
 Every array shape is rounded up to a power of two (rows, prompt chunk, cache length), so that a handful of compiled
 functions serves all requests. Rows are independent of each other: what a row generates does not depend on its batch.
+Between two chunks of a long prompt the others go on by a step.
 The host reads tokens one step behind the device, and in time where it decides a token itself (thinking budgets).
 
 Letters: B batch rows (a bucket), T tokens of a chunk (a bucket), N cache length (a bucket), V vocabulary.
@@ -10,7 +11,7 @@ Letters: B batch rows (a bucket), T tokens of a chunk (a bucket), N cache length
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -161,10 +162,10 @@ class Engine:
         """The length of a cache for n tokens."""
         return min(self.bucket(n, self._smallest_cache), self.context)
 
-    def prefill(
+    def read(
         self, prompts: Sequence[Sequence[int]], N: int, prior: M1State | None = None
-    ) -> tuple[jax.Array, M1State]:
-        """Reads prompts, chunk by chunk.
+    ) -> Generator[None, None, tuple[jax.Array, M1State]]:
+        """Reads prompts, chunk by chunk; yields between two chunks.
 
         Args:
           prompts: of each row, the tokens that `prior` has not read.
@@ -185,15 +186,18 @@ class Engine:
         chunk = min(CHUNK, max(SMALLEST_CHUNK, CHUNK_OF_ALL // B))
         for start in range(0, longest, chunk):
             if start:
-                logits.block_until_ready()  # a long prompt can be given up between two chunks
+                with self.clock("prompt_seconds"):
+                    logits.block_until_ready()  # a long prompt can be given up between two chunks
                 if self.cancelled():
                     raise Cancelled
+                yield
             T = self.bucket(min(chunk, longest - start), SMALLEST_CHUNK)
             tokens, lengths = np.zeros((B, T), np.int32), np.zeros((B,), np.int32)
             for b, prompt in enumerate(prompts):
                 part = prompt[start : start + chunk]
                 tokens[b, : len(part)], lengths[b] = part, len(part)
-            logits, state = self.run(device.prefill, self.model, tokens, lengths, state, logits)
+            with self.clock("prompt_seconds"):
+                logits, state = self.run(device.prefill, self.model, tokens, lengths, state, logits)
             self.stats.prompt_tokens += int(lengths.sum())
         return logits, state
 

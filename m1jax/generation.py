@@ -6,7 +6,7 @@ Letters as in `engine.py`.
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -55,6 +55,10 @@ class Cancelled(Exception):
     """Reading prompts was given up."""
 
 
+class _Unwanted(Exception):
+    """Nobody wants the prompts any more that are being read."""
+
+
 class Slot(NamedTuple):
     """A text and the index of its request."""
 
@@ -99,6 +103,7 @@ class Generation:
         self._rows: Rows | None = None
         self._pending: _Pending | None = None
         self._half_started: _Read | None = None
+        self._entering: list[Slot] = []  # whose prompts are being read
 
     @property
     def state(self) -> M1State | None:
@@ -126,7 +131,7 @@ class Generation:
     def drop(self, index: int) -> None:
         """Ends all texts of a request, of which there are no more events; another may take their places."""
         self._queue = collections.deque(slot for slot in self._queue if slot.request != index)
-        for slot in self._slots:
+        for slot in [*self._slots, *self._entering]:
             if slot.request == index and slot.reply.finish is None:
                 slot.reply.end("interrupted")
         if self._half_started is not None and self._half_started.request == index:
@@ -157,27 +162,35 @@ class Generation:
         engine, live = self._engine, self._live()
         new = [self._queue.popleft() for _ in range(min(self._max_rows - len(live), len(self._queue)))]
         self._queue.extend(itertools.islice(self._later, len(new)))
+        needed = max(len(slot.reply.request.tokens) + min(slot.reply.limit, ROOM) for slot in new)
+        N = max(engine.cache_bucket(needed), self._rows.state.max_length if self._rows and live else 0)
+        self._entering = new
+        try:
+            logits, state = yield from self._prompts(new, N)
+        except (Cancelled, _Unwanted) as end:
+            self._prior = None
+            if isinstance(end, Cancelled):
+                wanted = [slot for slot in new if slot.reply.finish is None]
+                self._queue.extendleft(reversed(wanted))  # they end with all others
+            return
+        finally:
+            self._entering = []
+        yield from self._collect()  # of the steps meanwhile
         with engine.clock("prompt_seconds"):
-            needed = max(len(slot.reply.request.tokens) + min(slot.reply.limit, ROOM) for slot in new)
-            N = max(engine.cache_bucket(needed), self._rows.state.max_length if self._rows and live else 0)
-            try:
-                tokens, rows = self._begin(new, N)
-            except Cancelled:
-                self._prior = None
-                self._queue.extendleft(reversed(new))  # they end with all others
-                return
+            tokens, rows = self._begin(new, logits, state)
+            live = self._live()
             self._rows = self._join(rows, live, len(new)) if live else rows
             self._slots = [*(self._slots[b] for b in live), *new]
             self._chosen = [*(self._chosen[b] for b in live), *[1] * len(new)]
             values = np.asarray(tokens).tolist()
         for slot, token in zip(new, values, strict=False):
-            yield self._push(slot, token)
+            if slot.reply.finish is None:
+                yield self._push(slot, token)
 
-    def _begin(self, new: list[Slot], N: int) -> tuple[jax.Array, Rows]:
+    def _begin(self, new: list[Slot], logits: jax.Array, state: M1State) -> tuple[jax.Array, Rows]:
         """The new texts as a batch of their own, with their first tokens."""
         engine = self._engine
         B = engine.rows_bucket(len(new))
-        logits, state = self._prompts(new, N)
         seen = np.zeros((B, engine.model.config.vocab_size), bool)
         settings = [(Sampling(temperature=0), 0, 0)] * B
         for b, slot in enumerate(new):
@@ -187,7 +200,21 @@ class Generation:
         forced = _forced(B, {b: slot.reply for b, slot in enumerate(new)})
         return engine.run(device.begin, logits, state, seen, SamplingRows.of(settings), forced)
 
-    def _prompts(self, new: list[Slot], N: int) -> tuple[jax.Array, M1State]:
+    def _between_steps(
+        self, reading: Generator[None, None, tuple[jax.Array, M1State]]
+    ) -> Generator[Event, None, tuple[jax.Array, M1State]]:
+        """What is read, with a step of the texts that are generated between two chunks."""
+        while True:
+            try:
+                next(reading)
+            except StopIteration as end:
+                return end.value
+            if self._live():
+                yield from self._step()
+            if all(slot.reply.finish is not None for slot in self._entering):
+                raise _Unwanted
+
+    def _prompts(self, new: list[Slot], N: int) -> Generator[Event, None, tuple[jax.Array, M1State]]:
         """Logits and state after each new text's prompt, which is read unless an earlier sample's was kept."""
         engine, kept = self._engine, self._half_started
         unread = {slot.request: slot.reply.request.tokens for slot in new}
@@ -200,7 +227,8 @@ class Generation:
         if unread:
             place |= {request: b for b, request in enumerate(unread, 0 if kept is None else engine.rows_bucket(1))}
             known = 0 if self._prior is None else int(self._prior.length[0])
-            reads.append(engine.prefill([tokens[known:] for tokens in unread.values()], N, self._prior))
+            reading = engine.read([tokens[known:] for tokens in unread.values()], N, self._prior)
+            reads.append((yield from self._between_steps(reading)))
             self._prior = None
         last = new[-1].request
         if not self._queue or self._queue[0].request != last:
@@ -215,11 +243,11 @@ class Generation:
         return engine.run(device.pick, tuple(reads), source, N=N)
 
     def _join(self, new: Rows, live: list[int], count: int) -> Rows:
-        """The live rows, then the first `count` rows of a new batch, whose cache is as long or longer."""
+        """The live rows, then the first `count` rows of a new batch."""
         assert self._rows is not None
-        old = self._grown(new.state.max_length)
+        N = max(self._rows.state.max_length, new.state.max_length)
         source = _padded([*live, *range(self._size, self._size + count)], self._engine.rows_bucket(len(live) + count))
-        return self._engine.run(device.join, (old, new), source)
+        return self._engine.run(device.join, (self._grown(self._rows, N), self._grown(new, N)), source)
 
     def _compact(self) -> None:
         """Drops the rows of texts that have ended."""
@@ -231,11 +259,10 @@ class Generation:
         self._slots = [self._slots[b] for b in live]
         self._chosen = [self._chosen[b] for b in live]
 
-    def _grown(self, N: int) -> Rows:
-        assert self._rows is not None
-        if self._rows.state.max_length == N:
-            return self._rows
-        return dataclasses.replace(self._rows, state=self._engine.run(device.grow, self._rows.state, N=N))
+    def _grown(self, rows: Rows, N: int) -> Rows:
+        if rows.state.max_length == N:
+            return rows
+        return dataclasses.replace(rows, state=self._engine.run(device.grow, rows.state, N=N))
 
     def _step(self) -> Iterator[Event]:
         """Starts the next step, then reads the tokens of the one before."""
@@ -253,7 +280,8 @@ class Generation:
             return None
         needed = max(len(self._slots[b].reply.request.tokens) + self._chosen[b] for b in going)
         assert self._rows is not None
-        self._rows = self._grown(max(self._rows.state.max_length, self._engine.cache_bucket(needed)))
+        N = max(self._rows.state.max_length, self._engine.cache_bucket(needed))
+        self._rows = self._grown(self._rows, N)
         active = np.isin(np.arange(self._size), going)
         forced = _forced(self._size, {b: self._slots[b].reply for b in going})
         tokens, self._rows = self._engine.run(device.decode, self._engine.model, self._rows, active, forced)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from m1jax import M1, UserError
+from m1jax import M1, UserError, rows
 from m1jax import engine as engine_module
 from m1jax import generation as generation_module
 from m1jax.chat import Chat
@@ -147,6 +147,42 @@ def test_chunked_prefill_equals_one_shot(engine: Engine, monkeypatch: pytest.Mon
     monkeypatch.setattr(engine_module, "CHUNK", 16)
     chunked = replies(engine, requests)
     assert {key: reply.tokens for key, reply in whole.items()} == {key: reply.tokens for key, reply in chunked.items()}
+
+
+def joining(engine: Engine, first: Request, second: Request, after: int, drop: bool = False) -> dict[int, list[int]]:
+    """Tokens of two texts, of which the second is asked for (and dropped) when the first has some."""
+    generation, order, found = engine.generate([first], 4, eager=True), [], {}
+    for event in generation:
+        order.append(event.request)
+        if len(order) == after:
+            generation.add(1, second)
+        if len(order) == after + 2 and drop:
+            generation.drop(1)
+        if event.reply.finish is not None:
+            found[event.request] = event.reply.tokens
+    if not drop:
+        assert order[after : order.index(1)] and 0 in order[order.index(1) :]
+    return found
+
+
+def test_texts_go_on_while_a_long_prompt_is_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step between two chunks; the cache of those that go on may meanwhile become the longer one."""
+    monkeypatch.setattr(engine_module, "CHUNK", 16)
+    monkeypatch.setattr(engine_module, "SMALLEST_CACHE", 16)
+    monkeypatch.setattr(generation_module, "ROOM", 4)
+    first, second = Request((5, 6, 7), max_tokens=90, seed=1), Request(tuple(range(9, 59)), max_tokens=9, seed=2)
+    want = {0: one(engine, first).tokens, 1: one(engine, second).tokens}
+    for after in (3, 58):  # at 61 tokens and a step for each of three chunks the first one's cache doubles
+        assert joining(engine, first, second, after) == want
+    chunks, run = [], engine.run
+
+    def counted(function: Any, *args: Any, **static: int) -> Any:
+        chunks.extend([function] * (function is rows.prefill))
+        return run(function, *args, **static)
+
+    monkeypatch.setattr(engine, "run", counted)
+    assert joining(engine, first, second, 3, drop=True) == {0: want[0]}
+    assert len(chunks) == 1 + 2  # the first text's prompt, and the half of the second's that was read in vain
 
 
 def test_nothing_is_compiled_twice(engine: Engine) -> None:
