@@ -172,7 +172,7 @@ def test_texts_go_on_while_a_long_prompt_is_read(engine: Engine, monkeypatch: py
     monkeypatch.setattr(generation_module, "ROOM", 4)
     first, second = Request((5, 6, 7), max_tokens=90, seed=1), Request(tuple(range(9, 59)), max_tokens=9, seed=2)
     want = {0: one(engine, first).tokens, 1: one(engine, second).tokens}
-    for after in (3, 58):  # at 61 tokens and a step for each of three chunks the first one's cache doubles
+    for after in (3, *range(56, 62)):  # at 64 tokens, prompt included, the cache of the first doubles
         assert joining(engine, first, second, after) == want
     chunks, run = [], engine.run
 
