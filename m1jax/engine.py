@@ -85,7 +85,7 @@ class Engine:
             )
         self.model, self.tokenizer, self.cancelled = model, tokenizer, cancelled
         self.context = config.max_position_embeddings if context is None else context
-        self._smallest_cache = SMALLEST_CACHE if context is None else context
+        self._fixed = context is not None
         self.eos_ids = end_tokens(config, tokenizer)
         self.stats = Stats()
         mesh = mesh_of(model.embed.get_value())
@@ -160,7 +160,7 @@ class Engine:
 
     def cache_bucket(self, n: int) -> int:
         """The length of a cache for n tokens."""
-        return min(self.bucket(n, self._smallest_cache), self.context)
+        return self.context if self._fixed else min(self.bucket(n, SMALLEST_CACHE), self.context)
 
     def read(
         self, prompts: Sequence[Sequence[int]], N: int, prior: M1State | None = None
