@@ -9,6 +9,7 @@ all who ask are generated together. Exit code 2 is bad input, 130 Ctrl-C, which 
 
 import argparse
 import contextlib
+import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -90,7 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         class Until(uvicorn.Server):
             """Ends the texts, for whose streams it would wait, before it ends."""
 
+            interrupted = False
+
             def handle_exit(self, sig: int, frame: object) -> None:
+                self.interrupted = sig == signal.SIGINT
                 service.close()
                 super().handle_exit(sig, frame)  # pyright: ignore[reportArgumentType]
 
@@ -99,11 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         host, port = bound.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"{name} at http://{shown}:{port}/v1 (Ctrl-C ends)", file=sys.stderr, flush=True)
+        server = Until(config)
         try:
-            Until(config).run(sockets=[bound])
+            server.run(sockets=[bound])
         finally:
             service.close()
             service.join(PATIENCE)
+        if server.interrupted:  # asyncio does not always say so
+            raise KeyboardInterrupt
     return 0
 
 
