@@ -157,6 +157,11 @@ def test_a_warp_group_that_uses_more_registers_than_it_keeps() -> None:
     for register, faults in (("R37", 0), ("R38", 1)):
         far = f".L_x_2:\nIADD3 {register}, R1, R2 ;\nBRA `(.L_x_1) ;"
         assert len(aot._counted("k", 168, 0, seldom + others + far).crowded) == faults
+    # Who leaves by a conditional exit has run what stands before it.
+    leaving = "USETMAXREG.DEALLOC.CTAPOOL 0x28 ;\nIADD3 R40, R1, R2 ;\n@P1 EXIT ;\n" + second
+    assert aot._counted("k", 168, 0, leaving).crowded
+    with pytest.raises(RuntimeError, match="cannot follow CALL"):
+        _ = aot._counted("k", 168, 0, leaving + "CALL.REL.NOINC `($f) ;\n").crowded
     for text, last in {
         "LDS.128 R56, [R80+0x10] ;": 59,
         "IMAD.WIDE.U32 R2, R3, 0x4, R6 ;": 7,
@@ -168,6 +173,7 @@ def test_a_warp_group_that_uses_more_registers_than_it_keeps() -> None:
         "STSM.16.M88 [R3], R12 ;": 12,
         "@P1 STG.E.64 desc[UR4][R90.64], R60 ;": 61,
         "HGMMA.64x64x16.F32.BF16 R24, R88, gdesc[UR8], R24 ;": 119,
+        "HMMA.16816.F32.BF16 R24, R8, R12, R24 ;": 27,
         "EXIT ;": 0,
     }.items():
         assert aot._last_register(text) == last, text

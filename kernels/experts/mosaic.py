@@ -3,7 +3,7 @@
 Rows are copied into the order of experts first (of M1's prefill a hundredth of the time), each expert's from a multiple
 of BLOCK on, so that every tile is read and written whole by the TMA unit and no expert's rows are another's. Then
 
-    LOADS       fills a ring of tiles in shared memory: 64 channels of two blocks of rows, and of 256 rows of weights
+    LOADS       fills a ring of tiles in shared memory: 64 channels of one or two blocks of rows, of 256 rows of weights
     MULTIPLIES  two groups, each a block of rows by all 256: 128 registers of sums a thread
 
 The programs, one a multiprocessor, share the tiles among them, each taking the next but so many, and LOADS is already
@@ -47,10 +47,15 @@ class Plan:
       programs: all of them.
     """
 
-    shared: Literal["x", "weights"] | None = "x"
+    shared: Literal["x", "weights"] | None = "weights"
     stages: int = 4
     registers: tuple[int, int] = (232, 40)
     programs: int = MULTIPROCESSORS
+
+    @property
+    def stride(self) -> int:
+        """Items of work that are done at a time."""
+        return self.programs // self.pair
 
     @property
     def pair(self) -> int:
@@ -169,7 +174,7 @@ def product(
     shared = {
         "x": in_tiles(plan.stages, GROUPS * BLOCK, INNER),
         "w": in_tiles(plan.stages, WIDTH, INNER),
-        "loaded": plgpu.Barrier(num_arrivals=2 + gated, num_barriers=plan.stages),
+        "loaded": plgpu.Barrier(num_arrivals=GROUPS + 1 + gated, num_barriers=plan.stages),
         "read": plgpu.ClusterBarrier(collective_axes=("pair",), **read) if plan.shared else plgpu.Barrier(**read),
     }
     if gated:
@@ -178,7 +183,7 @@ def product(
         body,
         out_type=jax.ShapeDtypeStruct((x.shape[0], O), jnp.bfloat16 if gated else jnp.float32),
         scratch_types=[shared],
-        grid=(plan.programs // plan.pair,),
+        grid=(plan.stride,),
         grid_names=("program",),
         cluster=(plan.pair,),
         cluster_names=("pair",),
@@ -212,8 +217,19 @@ class _Program:
     @property
     def turns(self) -> jax.Array:
         """Items of work of this program."""
-        stride = self.plan.programs // self.plan.pair
-        return lax.div(jnp.maximum(self.needed[0] - lax.axis_index("program") + stride - 1, 0), jnp.int32(stride))
+        whole = lax.div(self.needed[0], jnp.int32(self.plan.stride))
+        return whole + (self.number(whole) < self.needed[0]).astype(jnp.int32)
+
+    def number(self, turn: jax.Array) -> jax.Array:
+        """The item of work that is done in a turn.
+
+        Tiles of one expert that a pair shares the weights of are long and short by turns, and the short ones must not
+        always be the same programs': these change places.
+        """
+        program = lax.axis_index("program")
+        if self.plan.shared == "weights":
+            program = lax.rem(program + 7 * turn, jnp.int32(self.plan.stride))
+        return turn * self.plan.stride + program
 
     def run(self, group: int) -> None:
         """What a warp group does."""
@@ -235,8 +251,8 @@ class _Program:
         """
 
         def item(turn: jax.Array) -> tuple[jax.Array, ...]:
-            number = lax.axis_index("program") + turn * (self.plan.programs // self.plan.pair)
-            return tuple(self.work[jnp.minimum(number, self.work.shape[0] - 1), i] for i in range(4))
+            number = jnp.minimum(self.number(turn), self.work.shape[0] - 1)
+            return tuple(self.work[number, i] for i in range(4))
 
         def one(turn: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             following = item(turn + 1)
@@ -256,24 +272,40 @@ class _Program:
         return lax.rem(turn * self.steps + step, jnp.int32(self.plan.stages))
 
     def load(
-        self, layer: jax.Array, turn: jax.Array, expert: jax.Array, first: jax.Array, _: jax.Array, channel: jax.Array
+        self,
+        layer: jax.Array,
+        turn: jax.Array,
+        expert: jax.Array,
+        first: jax.Array,
+        blocks: jax.Array,
+        channel: jax.Array,
     ) -> None:
         """Copies the tiles of all steps of a turn to shared memory, each as its place becomes free."""
-        shared, rows, channels = self.shared, pl.ds(first, GROUPS * BLOCK), pl.ds(channel, self.channels)
+        shared, channels = self.shared, pl.ds(channel, self.channels)
         parts = [(layer, expert, i) if self.gated else (layer, expert) for i in range(1 + self.gated)]
+        together = {name: "pair" if self.plan.shared == name else None for name in ("x", "weights")}
 
         @pl.loop(0, self.steps)
         def _(step: jax.Array) -> None:
             slot, inner = self.slot(turn, step), pl.ds(step * INNER, INNER)
             loaded, free = shared["loaded"].at[slot], shared["read"].at[slot]
             pl.when(turn * self.steps + step >= self.plan.stages)(lambda: plgpu.barrier_wait(free))
-            together = "pair" if self.plan.shared == "x" else None
-            plgpu.copy_gmem_to_smem(self.x.at[rows, inner], shared["x"].at[slot], loaded, collective_axes=together)
-            together = "pair" if self.plan.shared == "weights" else None
+            for group in range(GROUPS):
+
+                @pl.when(group < blocks)
+                def _(group: int = group) -> None:
+                    block = self.x.at[pl.ds(first + group * BLOCK, BLOCK), inner]
+                    place = shared["x"].at[slot, pl.ds(group * BLOCK, BLOCK)]
+                    plgpu.copy_gmem_to_smem(block, place, loaded, collective_axes=together["x"])
+
+                @pl.when(group >= blocks)
+                def _() -> None:
+                    plgpu.barrier_arrive(loaded)
+
             for i, part in enumerate(parts):
                 place = shared["w"].at[slot, pl.ds(i * self.channels, self.channels)]
                 source = self.weights.at[(*part, channels, inner)]
-                plgpu.copy_gmem_to_smem(source, place, loaded, collective_axes=together)
+                plgpu.copy_gmem_to_smem(source, place, loaded, collective_axes=together["weights"])
 
     def wait_for_readers(self) -> None:
         """Until all that was copied has been read."""
@@ -316,6 +348,9 @@ class _Program:
             def _(step: jax.Array) -> None:
                 slot = self.slot(turn, step)
                 plgpu.barrier_wait(shared["loaded"].at[slot])
+                # One thread arrives for all, whom products keep together; here this does, or one that is late by the
+                # whole ring would take the next turn's tile for this one's, and wait for good.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(shared["read"].at[slot])
 
     def write(self, group: int, acc: jax.Array, first: jax.Array, channel: jax.Array) -> None:

@@ -76,17 +76,30 @@ class Report:
         return found
 
 
+def _changes(lines: list[str]) -> list[int]:
+    return [i for i, line in enumerate(lines) if "USETMAXREG" in line]
+
+
 def _warp_groups(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Each change of a warp group's registers, and the instructions that can come after it.
 
     What surely leads to another change belongs to another group, which is sent there before it changes its own.
+
+    Raises:
+      RuntimeError: there are jumps whose ends the text does not tell.
     """
+    if odd := re.search(r"\b(?:CALL|BRX|JMX|JMP|BSYNC|BREAK)\b[^;]*", "\n".join(lines) if _changes(lines) else ""):
+        raise RuntimeError(f"cannot follow {odd[0]}")
     labels = {line.strip()[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L\w*:", line.strip())}
-    changes = [i for i, line in enumerate(lines) if "USETMAXREG" in line]
+    changes = _changes(lines)
+    end = len(lines)  # where programs go that end
     following = []
     for i, line in enumerate(lines):
-        after = [labels[name] for name in re.findall(r"\.L\w*", line) if name in labels]
-        if i + 1 < len(lines) and not re.search(r"^(?!.*@!?U?P\d).*\b(?:BRA `|EXIT\b|RET\b)", line):
+        after = [labels[name] for name in re.findall(r"\.L\w*", line) if labels.get(name, i) != i]
+        conditional = re.search(r"@!?U?P\d", line)
+        if exits := re.search(r"\b(?:EXIT|RET)\b", line):
+            after.append(end)
+        if conditional or not (exits or re.search(r"\bBRA `", line)):
             after.append(i + 1)
         following.append(after)
     elsewhere = set(changes)
@@ -96,7 +109,7 @@ def _warp_groups(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
         ahead, code = list(following[change]), set()
         while ahead:
             i = ahead.pop()
-            if i not in code and i not in elsewhere:
+            if i < end and i not in code and i not in elsewhere:
                 code.add(i)
                 ahead += following[i]
         yield lines[change], [lines[i] for i in sorted(code)]
@@ -115,6 +128,8 @@ def _in_a_row(code: str) -> int:
         return int(sums[1]) // 2
     if bits := re.search(r"\.(64|128)\b", code):
         return int(bits[1]) // 32
+    if re.search(r"\bHMMA\b", code):
+        return 4
     if matrices := re.search(r"\b(?:LDSM|STSM)\S*\.([24])\b", code):
         return int(matrices[1])
     return 2 if re.search(r"\bCS2R |\.WIDE\b", code) else 1

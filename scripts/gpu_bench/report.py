@@ -134,7 +134,7 @@ def _measured(row: dict[str, Any]) -> bool:
 def versions() -> dict[str, str]:
     """Versions of what is measured and what it is measured with."""
     found = {}
-    for name in ("jax", "jaxlib", "jax-triton", "triton", "torch", "flash-linear-attention"):
+    for name in ("jax", "jaxlib", "jax-triton", "triton", "torch", "flash-linear-attention", "tokamax"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
