@@ -56,7 +56,7 @@ def _tokamax(report: Report, case: ExpertsCase) -> Measurement:
         from tokamax._src.ops.ragged_dot import pallas_mosaic_gpu as form  # pyright: ignore[reportMissingImports]
 
         tiles = {"block_m": 128, "block_n": 64, "block_k": 128, "num_stages": 4, "split_k": 1}
-        config = form.Config(**tiles, persistent=True, grid_minor_dim=1, grid_tile_width=8)
+        config = form.Config(**tiles, persistent=True, grid_tile_width=8)
         how = form.PallasMosaicGpuRaggedDot(config=config)
         dot = functools.partial(ragged_dot, group_sizes=counts, implementation=[how])
         gate, up = jnp.split(dot(rows, gate_up), 2, axis=1)
