@@ -208,7 +208,7 @@ def _call(call: Any, names: dict[str, str]) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"arguments of the tool call {function['name']!r} are not valid JSON") from None
     if "id" in call:
         names[str(call["id"])] = function["name"]

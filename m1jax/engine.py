@@ -70,8 +70,8 @@ class Engine:
         context: int | None = None,
     ) -> None:
         config = model.config
-        if context is not None and not 1 < context <= config.max_position_embeddings:
-            raise UserError(f"context must be from 2 to the model's {config.max_position_embeddings}, not {context}")
+        if context is not None:
+            check_own_context(context, config)
         if tokenizer.size > config.vocab_size:
             raise UserError(
                 f"the tokenizer in {tokenizer.folder} has {tokenizer.size} tokens, the model {config.vocab_size}: "
@@ -206,3 +206,9 @@ def end_tokens(config: M1Config, tokenizer: Tokenizer) -> frozenset[int]:
     """The tokens that end a text: the tokenizer's and the model's."""
     eos = config.eos_token_id
     return tokenizer.eos_ids | frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
+
+
+def check_own_context(context: int, config: M1Config) -> None:
+    """Raises `UserError` if an engine of this model cannot have such a context."""
+    if not 1 < context <= config.max_position_embeddings:
+        raise UserError(f"context must be from 2 to the model's {config.max_position_embeddings}, not {context}")

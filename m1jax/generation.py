@@ -161,6 +161,8 @@ class Generation:
         """Prefills waiting requests and adds them to the batch; the samples of one request share its prefill."""
         engine, live = self._engine, self._live()
         new = [self._queue.popleft() for _ in range(min(self._max_rows - len(live), len(self._queue)))]
+        if not new:  # all were dropped when it was their turn
+            return
         self._queue.extend(itertools.islice(self._later, len(new)))
         needed = max(len(slot.reply.request.tokens) + min(slot.reply.limit, ROOM) for slot in new)
         N = max(engine.cache_bucket(needed), self._rows.state.max_length if self._rows and live else 0)

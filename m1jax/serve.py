@@ -19,6 +19,7 @@ from m1jax.arguments import Parser
 from m1jax.errors import UserError, main_guard
 from m1jax.remote import read_key
 
+BACKLOG = 2048  # clients that may wait to be taken in
 PATIENCE = 5  # seconds that clients have to read what is left when the server ends
 
 
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from m1jax.server.app import Server
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}: pip install 'm1jax[serve]'") from None
+    from m1jax.config import M1Config
+    from m1jax.engine import check_own_context
     from m1jax.loading import load
     from m1jax.nano import default_model
     from m1jax.prompt import Options, Prompter
@@ -82,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{folder} is not a folder: give one with a model's config.json")
     name = args.name or (folder.resolve().name if args.model else "m1-nano")
     with _bound(args.host, args.port) as bound, memory_errors():
+        if args.context is not None:
+            check_own_context(args.context, M1Config.from_file(folder))
         tokenizer = Tokenizer.load(folder)
         _ = Prompter(tokenizer).template  # complains before the weights are read
         use_compilation_cache()
@@ -100,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         app = Server(service, name, Options(max_tokens=service.engine.context), key).app
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE, lifespan="off")
+        with _refused(args.host, args.port):
+            bound.listen(BACKLOG)
         host, port = bound.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"{name} at http://{shown}:{port}/v1 (Ctrl-C ends)", file=sys.stderr, flush=True)
@@ -119,14 +126,18 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
     """A socket at an address, which does not listen yet. Raises `UserError`, before the weights are read."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+        with _refused(host, port):
             bound.bind((host, port))
-        except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(
-                f"cannot listen on {host}, port {port}: {reason}; choose another --host or --port"
-            ) from None
         yield bound
+
+
+@contextlib.contextmanager
+def _refused(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen on {host}, port {port}: {reason}; choose another --host or --port") from None
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from m1jax.errors import UserError
 
+LONG = 1 << 16  # characters
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -72,6 +73,11 @@ class Tokenizer:
         """One more than the largest token id."""
         return max(self._backend.get_vocab_size(), max(self._added, default=-1) + 1)
 
+    @property
+    def longest(self) -> int:
+        """The most bytes that a token stands for."""
+        return max((len(self.bytes_of(index)) for index in range(self.size)), default=0)
+
     @staticmethod
     def check(text: str) -> None:
         """Raises `UserError` if the text cannot be encoded."""
@@ -83,7 +89,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of the text as it stands: nothing is added, special tokens written in it are recognised."""
         self.check(text)
-        return self._backend.encode(text, add_special_tokens=False).ids
+        if len(text) < LONG:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        # This lets Python's other threads run meanwhile.
+        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Iterable[int], keep: Iterable[str] | None = ()) -> str:
         """Text of token ids; `keep` as in `Detokeniser`."""

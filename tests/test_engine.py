@@ -149,6 +149,23 @@ def test_chunked_prefill_equals_one_shot(engine: Engine, monkeypatch: pytest.Mon
     assert {key: reply.tokens for key, reply in whole.items()} == {key: reply.tokens for key, reply in chunked.items()}
 
 
+@pytest.mark.parametrize("after", range(4, 9))
+def test_a_text_is_dropped_when_it_is_its_turn(engine: Engine, after: int) -> None:
+    """Between the events of the last step before it would join, or those of the first after; of two, which stay."""
+    pair, other = Request((5, 6, 7), n=2, max_tokens=12), Request((8, 9), seed=1, max_tokens=12)
+    want = {k: reply.tokens for (_, k), reply in replies(engine, [pair]).items()}
+    generation, found = engine.generate([pair], 4, eager=True), {}
+    for count, event in enumerate(generation, 1):
+        assert event.request == 0
+        if count == after:
+            generation.add(1, other)
+        if count == after + 1:
+            generation.drop(1)
+        if event.reply.finish is not None:
+            found[event.reply.sample] = event.reply.tokens
+    assert found == want
+
+
 def joining(engine: Engine, first: Request, second: Request, after: int, drop: bool = False) -> dict[int, list[int]]:
     """Tokens of two texts, of which the second is asked for (and dropped) when the first has some."""
     generation, order, found = engine.generate([first], 4, eager=True), [], {}

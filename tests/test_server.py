@@ -1,6 +1,7 @@
 """The OpenAI-compatible server: its engine's thread, what it reads and writes, its HTTP, the command."""
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -23,7 +24,7 @@ from m1jax import UserError
 from m1jax.engine import Engine
 from m1jax.prompt import Options, Prompter
 from m1jax.reply import Phase, Reply, Request, ThinkingSplitter
-from m1jax.sampling import Sampling
+from m1jax.sampling import MAX_SEED, Sampling
 from m1jax.server import protocol
 from m1jax.server.app import Server
 from m1jax.server.protocol import Answer, Asked
@@ -140,9 +141,9 @@ def test_too_many_texts_are_sent_away(service: Service) -> None:
 
 
 def test_an_error_is_told_and_the_service_goes_on(
-    service: Service, alone: Engine, monkeypatch: pytest.MonkeyPatch
+    service: Service, alone: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """To those who are generated for and those who wait; not twice."""
+    """To those who are generated for and those who wait; not twice; and to the log."""
     heard = [Listener() for _ in range(4)]
     for k, listener in enumerate(heard):
         service.order(request(k, CONTEXT), listener)
@@ -156,6 +157,7 @@ def test_an_error_is_told_and_the_service_goes_on(
     monkeypatch.setattr(service.engine, "run", broken)
     assert all(listener.ended.wait(60) for listener in heard)
     assert [[str(error) for error in listener.errors] for listener in heard] == [["out of order"]] * 4
+    assert "error: out of order\nTraceback" in capsys.readouterr().err
     after = Listener()
     service.order(request(0), after)
     assert after.ended.wait(60) and after.replies[0].tokens == tokens_of(alone, request(0))[0]
@@ -171,8 +173,9 @@ def test_a_service_that_ends_ends_its_texts(tokenizer: Tokenizer, service: Servi
     assert heard[0].begun.wait(60)
     ending.close()
     ending.join(60)
+    assert not ending.works
     for listener in heard:
-        assert listener.ended.is_set()
+        assert listener.ended.wait(10)
         assert [type(error) for error in listener.errors] == [Closing] or listener.replies[0].finish is not None
     with pytest.raises(Closing):
         ending.order(request(0), Listener())
@@ -189,7 +192,7 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}
 
 
 def read(tokenizer: Tokenizer, body: Any, chat: bool = True) -> Asked:
-    return protocol.read(body, chat, "m1", Prompter(tokenizer), OPTIONS)
+    return protocol.read(body, chat, Prompter(tokenizer), OPTIONS)
 
 
 def test_a_body_with_everything(tokenizer: Tokenizer) -> None:
@@ -209,8 +212,12 @@ def test_a_body_with_everything(tokenizer: Tokenizer) -> None:
     assert asked.request.seed != read(tokenizer, {"messages": USER}).request.seed
     no_tools = read(tokenizer, {"messages": USER, "tools": TOOLS, "tool_choice": "none"})
     assert not no_tools.tools and no_tools.request.tokens == asked.request.tokens
+    other = {"top_k": -1, "seed": -1, "reasoning_effort": None, "function_call": None}
+    asked = read(tokenizer, other | {"messages": [{"role": "developer", "content": "be brief"}, *USER]}).request
+    system = [{"role": "system", "content": "be brief"}, *USER]
+    assert asked == dataclasses.replace(read(tokenizer, {"messages": system}).request, seed=MAX_SEED)
     quick = read(tokenizer, {"messages": USER, "chat_template_kwargs": {"enable_thinking": False}})
-    assert not quick.request.may_think and len(quick.request.tokens) > len(asked.request.tokens)
+    assert not quick.request.may_think and len(quick.request.tokens) > len(no_tools.request.tokens)
 
 
 def test_texts_and_tokens_to_go_on_from(tokenizer: Tokenizer) -> None:
@@ -218,7 +225,7 @@ def test_texts_and_tokens_to_go_on_from(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode(text)
     for prompt in (text, [text], tokens, [tokens]):
         asked = read(tokenizer, {"prompt": prompt}, chat=False)
-        assert list(asked.request.tokens) == list(tokens) and not asked.chat
+        assert list(asked.request.tokens) == list(tokens) and not asked.chat and asked.request.max_tokens == 16
 
 
 @pytest.mark.parametrize(
@@ -230,7 +237,8 @@ def test_texts_and_tokens_to_go_on_from(tokenizer: Tokenizer) -> None:
         ({"messages": "hi"}, "messages must be of type list, not str"),
         ({"messages": ["hi"]}, "list of objects"),
         ({"messages": []}, "empty"),
-        ({"messages": USER, "model": "m2"}, "'m2' is not served here: ask for 'm1'"),
+        ({"messages": USER, "model": 2}, "model must be of type str"),
+        ({"messages": USER, "reasoning_effort": "high"}, "reasoning_effort is not known here"),
         ({"messages": USER, "temprature": 1}, "temprature is not known here"),
         ({"messages": USER, "raw": True}, "raw is not known here"),
         ({"messages": USER, "logprobs": True}, "logprobs = true is not done here"),
@@ -242,8 +250,16 @@ def test_texts_and_tokens_to_go_on_from(tokenizer: Tokenizer) -> None:
         ({"messages": USER, "max_completion_tokens": 0}, "max-tokens must be 1 or more"),
         ({"messages": USER, "temperature": float("nan")}, "temperature"),
         ({"messages": USER, "stop": ["a", 1]}, "stop"),
+        ({"messages": USER, "stop": ["a"] * 65}, "stop must be at most 64 strings, not 65"),
+        ({"messages": USER, "n": 10**30}, "n must be at most 128, not 1000"),
         ({"messages": USER, "stream": "yes"}, "stream must be of type bool"),
-        ({"messages": USER, "chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: x"),
+        ({"messages": USER, "chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: x = 1 is not known"),
+        ({"messages": USER, "chat_template_kwargs": {"enable_thinking": "false"}}, 'enable_thinking = "false" is not'),
+        (
+            {"messages": USER, "chat_template_kwargs": {"enable_thinking": False}, "thinking_budget": 3},
+            "thinking_budget and enable_thinking = false contradict each other",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[" * 90_000}]}]}, "valid JSON"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "UTF-8"),
     ],
 )
@@ -257,9 +273,10 @@ def test_bodies_that_are_refused(tokenizer: Tokenizer, body: Any, why: str) -> N
     [
         ({"messages": USER}, "give prompt"),
         ({"prompt": "x", "tools": TOOLS}, "tools goes with messages"),
-        ({"prompt": ["a", "b"]}, "one text, or a list of tokens from 0 to 399"),
-        ({"prompt": [1, 400]}, "one text"),
-        ({"prompt": [True]}, "one text"),
+        ({"prompt": ["a", "b"]}, "one text, not several"),
+        ({"prompt": [[1], [2]]}, "one text, not several"),
+        ({"prompt": [1, 400]}, "a text, or a list of tokens from 0 to 399"),
+        ({"prompt": [True]}, "a text, or a list of tokens"),
         ({"prompt": []}, "the prompt is empty"),
     ],
 )
@@ -277,14 +294,16 @@ class Written:
         self.finish = finish
 
 
-def answered(text: str, cuts: list[int], tools: bool, chat: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+def answered(
+    text: str, cuts: list[int], tools: bool, chat: bool = True, finish: str = "eos"
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The answer of a model that writes `text`, cut into pieces, as a whole and put together from a stream."""
     answer = Answer(Asked(request(0), chat, tools, True, True), "m1")
     splitter, pieces, places = ThinkingSplitter(Phase.START), [], sorted({0, *(c % (len(text) + 1) for c in cuts)})
     for begin, end in zip(places, [*places[1:], len(text)], strict=True):
         pieces += answer.push(Written(None), splitter.feed(text[begin:end]))  # pyright: ignore[reportArgumentType]
     assert not answer.done
-    pieces += answer.push(Written("eos"), splitter.flush())  # pyright: ignore[reportArgumentType]
+    pieces += answer.push(Written(finish), splitter.flush())  # pyright: ignore[reportArgumentType]
     assert answer.done
     (whole,) = answer.whole["choices"]
     streamed: dict[str, Any] = {"finish_reason": pieces[-1]["choices"][0]["finish_reason"], "index": 0}
@@ -332,13 +351,35 @@ def test_thinking_and_tool_calls_have_their_places() -> None:
     assert (message["reasoning_content"], message["content"]) == ("Where?", "Let me see.\n")
     assert whole["finish_reason"] == "tool_calls"
     functions = [call["function"] for call in message["tool_calls"]]
-    assert functions == [
-        {"name": "weather", "arguments": '{"city": "Zürich"}'},
-        {"name": "time", "arguments": "{}"},
-    ]
+    called = [(function["name"], json.loads(function["arguments"])) for function in functions]
+    assert called == [("weather", {"city": "Zürich"}), ("time", {})]
     assert len({call["id"] for call in message["tool_calls"]}) == 2
+    cut_off, _ = answered(CALLED.partition("\n{")[0], [], True, finish="length")
+    assert cut_off["finish_reason"] == "length" and "tool_calls" not in cut_off["message"]
     plain = "<think>x</think> y"
     assert [choice["text"] for choice in answered(plain, [4], False, chat=False)] == [plain] * 2
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        (
+            '{"name": "f", "arguments": {"a": "one\u2028two </tool_calls> three"}}',
+            {"a": "one\u2028two </tool_calls> three"},
+        ),
+        ('\n\n{"name": "f",\n "arguments": {"a": 1}}\n\n', {"a": 1}),
+        ('{"name": "f", "arguments": "{\\"a\\": 1}"}', {"a": 1}),
+        ('{"name": "f", "arguments": null}', {}),
+        ('{"name": "f"}', {}),
+        ('{"name": "f", "arguments": {"a": "\\ud83d"}}', {"a": "\ud83d"}),
+    ],
+)
+def test_calls_as_models_write_them(written: str, arguments: Any) -> None:
+    for tail in ("\n</tool_calls>", "</tool_calls> and more", ""):
+        calls = protocol._calls("\n" + written + tail)
+        assert calls and [call["function"]["name"] for call in calls] == ["f"]
+        assert json.loads(calls[0]["function"]["arguments"]) == arguments
+        json.dumps(calls).encode()
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +398,7 @@ def port(service: Service) -> Iterator[int]:
 @contextlib.contextmanager
 def asking(port: int, body: Any, path: str = "/v1/chat/completions", key: str = "secret") -> Iterator[Any]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    headers = {"Authorization": f"Bearer {key}"}
+    headers = {"Authorization": f"bearer {key}"}
     data = body if isinstance(body, bytes | None) else json.dumps(body)
     connection.request("GET" if body is None else "POST", path, data, headers)
     try:
@@ -396,7 +437,8 @@ def test_answers_over_http(port: int, alone: Engine, tokenizer: Tokenizer) -> No
 
 
 def test_what_is_refused_over_http(port: int, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ask(port, None, "/v1/models")[1]["data"][0]["id"] == "m1"
+    listed = ask(port, None, "/v1/models")[1]["data"][0]
+    assert listed["id"] == "m1" and ask(port, None, "/v1/models/m1") == (200, listed)
     assert ask(port, None, "/health", key="")[0] == 200
     for path, body, key, status, why in [
         ("/v1/models", None, "wrong", 401, "the key is missing or wrong"),
@@ -408,12 +450,16 @@ def test_what_is_refused_over_http(port: int, service: Service, monkeypatch: pyt
         ("/v1/chat/completions", {"prompt": "x"}, "secret", 400, "give messages"),
         ("/v1/chat/completions", None, "secret", 405, "GET /v1/chat/completions: Method Not Allowed"),
         ("/v2", None, "secret", 404, "Not Found"),
+        ("/v1/models/a/b", None, "secret", 404, "'a/b' is not served here: ask for 'm1'"),
+        ("/v1/chat/completions", {"messages": USER, "model": "m2"}, "secret", 404, "'m2' is not served here"),
+        ("/v1/chat/completions", b'{"\\ud800": 1}', "secret", 400, "is not known here"),
     ]:
         found, value = ask(port, body, path, key)
         assert found == status and why in value["error"]["message"], (path, body, value)
-    monkeypatch.setattr("m1jax.server.app.LARGEST", 10)
-    assert ask(port, {"messages": USER})[0] == 413
-    monkeypatch.undo()
+    with asking(port, None) as response:
+        assert response.status == 405 and response.getheader("Allow") == "POST"
+    long = {"messages": [{"role": "user", "content": "x" * (2 << 20)}]}
+    assert ask(port, long)[0] == 413  # more than fits into 256 tokens, however it is written
     full = [service.order(request(k, CONTEXT, n=3), Listener(3)) for k in range(2)]
     with asking(port, {"messages": USER}) as response:
         assert response.status == 503 and response.getheader("Retry-After") == "1"
@@ -429,25 +475,20 @@ def test_what_is_refused_over_http(port: int, service: Service, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_ends_its_text(
-    port: int, service: Service, stream: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = service.engine.run
-    slow = lambda *args, **static: (time.sleep(0.05), step(*args, **static))[1]  # noqa: E731
-    monkeypatch.setattr(service.engine, "run", slow)  # its 250 tokens take longer than it is waited for
-    monkeypatch.setattr("m1jax.server.app.LOOK", 0.05)
-    with asking_for_long(port, stream):
-        assert service.texts == 1
-    deadline = time.monotonic() + 8
+def test_a_client_that_goes_away_ends_its_texts(port: int, service: Service, stream: bool) -> None:
+    """While they are generated, one after the other, which takes longer than is waited here."""
+    with asking_for_long(service, port, stream):
+        assert service.texts > 90
+    deadline = time.monotonic() + 0.5
     while service.texts and time.monotonic() < deadline:
-        time.sleep(0.02)
+        time.sleep(0.01)
     assert service.texts == 0
 
 
 @contextlib.contextmanager
-def asking_for_long(port: int, stream: bool) -> Iterator[None]:
+def asking_for_long(service: Service, port: int, stream: bool) -> Iterator[None]:
     """A client that hangs up in the middle."""
-    body = json.dumps({"messages": USER, "stream": stream, "max_tokens": CONTEXT})
+    body = json.dumps({"messages": USER, "stream": stream, "max_tokens": CONTEXT, "n": 100})
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: {len(body)}"
     )
@@ -456,7 +497,9 @@ def asking_for_long(port: int, stream: bool) -> Iterator[None]:
         if stream:
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
         else:
-            time.sleep(0.5)
+            deadline = time.monotonic() + 10
+            while not service.texts and time.monotonic() < deadline:
+                time.sleep(0.01)
         yield
 
 

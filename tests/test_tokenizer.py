@@ -13,7 +13,7 @@ from tokenizers import models, pre_tokenizers
 
 from m1jax import UserError
 from m1jax.chat_template import ChatTemplate
-from m1jax.tokenizer import Detokeniser, Tokenizer
+from m1jax.tokenizer import LONG, Detokeniser, Tokenizer
 from tests.generation_fixtures import DATA, MARKS, train_tokenizer
 
 M1_TEMPLATE = json.loads((DATA / "tokenizer_config.json").read_text())["chat_template"]
@@ -37,6 +37,15 @@ def tokenizer(folder: Path) -> Tokenizer:
 @pytest.mark.parametrize("text", TEXTS)
 def test_decode_inverts_encode(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text), keep=None) == text
+
+
+def test_long_texts_are_encoded_alike(tokenizer: Tokenizer) -> None:
+    text = ("The quick <think> 日本語 <end_of_sentence> 🙃\n" * 4000)[: LONG + 7]
+    tokens = tokenizer.encode(text)
+    assert len(text) > LONG and tokens == tokenizer._backend.encode(text, add_special_tokens=False).ids
+    assert (
+        tokenizer.longest == max(len(tokenizer.bytes_of(i)) for i in range(tokenizer.size)) >= len("<end_of_sentence>")
+    )
 
 
 def test_special_tokens_are_one_token_and_hidden(tokenizer: Tokenizer) -> None:

@@ -7,6 +7,7 @@ reply and is not known here is refused.
 
 import dataclasses
 import json
+import reprlib
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ from m1jax.reply import CLOSE, OPEN, Reply, Request, Segment, StopFilter
 from m1jax.sampling import MAX_SEED
 
 MOST = 128  # texts of one request
+MOST_STOPS = 64  # strings that end a text, for which every piece of text is searched
+PLAIN_TOKENS = 16  # of a text to go on from, where nothing is said of it, as OpenAI has it
 CALLS, CALLS_END = "<tool_calls>", "</tool_calls>"
 # Fields that change nothing here.
 IGNORED = ("user", "metadata", "store", "parallel_tool_calls", "service_tier", "prompt_cache_key", "safety_identifier")
@@ -60,13 +63,12 @@ class Asked:
     usage: bool
 
 
-def read(body: Any, chat: bool, model: str, prompter: Prompter, options: Options) -> Asked:
+def read(body: Any, chat: bool, prompter: Prompter, options: Options) -> Asked:
     """What a body asks for.
 
     Args:
       body: the JSON value that was sent.
       chat: whether it was sent to chat completions.
-      model: the name of the model that is served.
       prompter: makes the prompt.
       options: what holds where the body says nothing.
 
@@ -75,62 +77,88 @@ def read(body: Any, chat: bool, model: str, prompter: Prompter, options: Options
     """
     if not isinstance(body, dict):
         raise UserError('the body is not a JSON object: send {"model": …, "messages": [...]}')
-    _check(body, chat, model)
+    _check(body, chat)
     values: dict[str, Any] = {key: body.get(key) for key in OPTIONS}
-    values["seed"] = secrets.randbelow(MAX_SEED + 1) if body.get("seed") is None else body["seed"]
+    values["seed"] = secrets.randbelow(MAX_SEED + 1) if body.get("seed") is None else body["seed"] % (MAX_SEED + 1)
     if body.get("max_completion_tokens") is not None:
         values["max_tokens"] = body["max_completion_tokens"]
+    if body.get("top_k") == -1:  # other servers' word for all
+        values["top_k"] = 0
     if (body.get("chat_template_kwargs") or {}).get("enable_thinking") is False:
         values["no_thinking"] = True
-    options = dataclasses.replace(options, raw=not chat).changed(values)
-    if options.n > MOST:
-        raise UserError(f"n must be at most {MOST}, not {options.n}")
+    if not chat:
+        options = dataclasses.replace(options, raw=True, max_tokens=PLAIN_TOKENS)
+    options = options.changed(values)
     tools = body.get("tools") if body.get("tool_choice") != "none" else None
-    request = prompter.chat(body["messages"], options, tools or None) if chat else _plain(body, prompter, options)
+    if chat:
+        messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in body["messages"]]
+        request = prompter.chat(messages, options, tools or None)
+    else:
+        request = _plain(body["prompt"], prompter, options)
     stream = bool(body.get("stream"))
     return Asked(request, chat, bool(tools), stream, bool((body.get("stream_options") or {}).get("include_usage")))
 
 
-def _check(body: Mapping[str, Any], chat: bool, model: str) -> None:
+# Fields of which the type is looked at here; of the others `Options.changed` does.
+_TYPES: dict[str, type] = {
+    "model": str,
+    "messages": list,
+    "tools": list,
+    "stream": bool,
+    "stream_options": dict,
+    "chat_template_kwargs": dict,
+    "max_completion_tokens": int,
+    "seed": int,
+    "n": int,
+}
+
+
+def _check(body: Mapping[str, Any], chat: bool) -> None:
     """Raises `UserError` for a field that is unknown, of a wrong type or not done here."""
-    for key, value in body.items():
+    given = {key: value for key, value in body.items() if value is not None}
+    for key, value in given.items():
         if key not in _KNOWN:
             raise UserError(f"{key} is not known here: drop it")
-        if value is not None and value not in NEUTRAL.get(key, (value,)):
+        if value not in NEUTRAL.get(key, (value,)):
             raise UserError(f"{key} = {json.dumps(value)[:60]} is not done here: drop it")
-    kinds = {
-        "model": str, "messages": list, "tools": list, "stream": bool, "stream_options": dict,
-        "chat_template_kwargs": dict, "max_completion_tokens": int,
-    }  # fmt: skip
-    for key, kind in kinds.items():
-        value = body.get(key)
-        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+        kind = _TYPES.get(key, object)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise UserError(f"{key} must be of type {kind.__name__}, not {type(value).__name__}")
-    if body.get("model") not in (None, model):
-        raise UserError(f"the model {body['model']!r} is not served here: ask for {model!r}")
-    unknown = [key for key in body.get("chat_template_kwargs") or {} if key != "enable_thinking"]
-    if unknown:
-        raise UserError(f"chat_template_kwargs: {unknown[0]} is not known here: drop it")
+    if given.get("n", 1) > MOST:
+        raise UserError(f"n must be at most {MOST}, not {reprlib.repr(given['n'])}")
+    if isinstance(given.get("stop"), list) and len(given["stop"]) > MOST_STOPS:
+        raise UserError(f"stop must be at most {MOST_STOPS} strings, not {len(given['stop'])}")
+    _check_template(given)
     wanted, other = ("messages", "prompt") if chat else ("prompt", "messages")
-    if body.get(wanted) is None or body.get(other) is not None:
+    if wanted not in given or other in given:
         raise UserError(f"give {wanted}, which this address takes, and not {other}")
     for key in () if chat else ("tools", "chat_template_kwargs"):
-        if body.get(key) is not None:
+        if key in given:
             raise UserError(f"{key} goes with messages, not with a prompt: drop it")
-    if not all(isinstance(message, dict) for message in body.get("messages") or []):
+    if not all(isinstance(message, dict) for message in given.get("messages", ())):
         raise UserError("messages must be a list of objects with role and content")
 
 
-def _plain(body: Mapping[str, Any], prompter: Prompter, options: Options) -> Request:
+def _check_template(given: Mapping[str, Any]) -> None:
+    """The same of what the chat template is to be told."""
+    for key, value in given.get("chat_template_kwargs", {}).items():
+        if key != "enable_thinking" or not isinstance(value, bool):
+            raise UserError(f"chat_template_kwargs: {key} = {json.dumps(value)[:60]} is not known here: drop it")
+        if not value and "thinking_budget" in given:
+            raise UserError("thinking_budget and enable_thinking = false contradict each other: drop one")
+
+
+def _plain(prompt: Any, prompter: Prompter, options: Options) -> Request:
     """The request for a text, or tokens, to go on from."""
-    prompt = body["prompt"]
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         (prompt,) = prompt
     if isinstance(prompt, str):
         return prompter.plain(prompt, options)
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        raise UserError("prompt must be one text, not several: send a request for each")
     size = prompter.tokenizer.size
     if not isinstance(prompt, list) or not all(type(t) is int and 0 <= t < size for t in prompt):
-        raise UserError(f"prompt must be one text, or a list of tokens from 0 to {size - 1}")
+        raise UserError(f"prompt must be a text, or a list of tokens from 0 to {size - 1}")
     return options.request(prompt, False)
 
 
@@ -162,7 +190,7 @@ class Answer:
         deltas = [delta for segment in segments for delta in text.feed(segment)]
         if reply.finish is not None:
             self._replies[k] = reply
-            deltas += text.end()
+            deltas += text.end(reply.finish in ("length", "context"))
         if self._asked.chat and text.first:
             deltas.insert(0, {"role": "assistant", "content": ""})
             text.first = False
@@ -223,12 +251,12 @@ class _Text:
         self._answer += segment.text
         return self._out("content", self._content.feed(self._before_calls.feed(segment.text)))
 
-    def end(self) -> Sequence[dict[str, Any]]:
-        """What was held back."""
+    def end(self, cut_off: bool) -> Sequence[dict[str, Any]]:
+        """What was held back; the calls of a text that was cut off may not be all, and are text."""
         if not self._before_calls.stopped:
             return self._out("content", self._content.feed(self._before_calls.flush()) + self._content.end())
         _, tag, rest = self._answer.partition(CALLS)
-        calls = _calls(rest)
+        calls = None if cut_off else _calls(rest)
         if calls is None:  # then it is text
             return self._out("content", self._content.feed(tag + rest) + self._content.end())
         self.calls = calls
@@ -281,16 +309,18 @@ class _Trimmed:
 
 
 def _calls(text: str) -> list[dict[str, Any]] | None:
-    """The tool calls in what follows `<tool_calls>`, one JSON object a line; None if they are not all of them."""
-    found = []
-    for line in text.partition(CALLS_END)[0].strip().splitlines():
+    """The tool calls in what follows `<tool_calls>`, JSON objects one after the other; None if they are none."""
+    found, text = [], text.lstrip()
+    while text and not text.startswith(CALLS_END):
         try:
-            call = json.loads(line)
-            name, arguments = call["name"], call.get("arguments", {})
+            call, end = json.JSONDecoder().raw_decode(text)
+            name, arguments = call["name"], call.get("arguments")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
         if not isinstance(name, str):
             return None
-        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        written = arguments if isinstance(arguments, str) else json.dumps({} if arguments is None else arguments)
+        function = {"name": name, "arguments": written}
         found.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function})
+        text = text[end:].lstrip()
     return found or None

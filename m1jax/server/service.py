@@ -3,13 +3,17 @@
 import dataclasses
 import itertools
 import queue
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 
 from m1jax.engine import Engine
+from m1jax.errors import UserError
 from m1jax.generation import Event, Generation
 from m1jax.model import M1
 from m1jax.reply import Request, check_context
+from m1jax.runtime import memory_errors
 from m1jax.tokenizer import Tokenizer
 
 # Is told each event of a request, in the engine's thread, or the error that ends it.
@@ -95,10 +99,19 @@ class Service:
         if known is not None:
             self._news.put(number)
 
+    @property
+    def works(self) -> bool:
+        """Whether orders are taken."""
+        return self._thread.is_alive() and not self._closing
+
     def close(self) -> None:
-        """Ends all texts as "interrupted", and takes no more; may be called in a signal handler."""
+        """Ends all texts, and takes no more; may be called in a signal handler.
+
+        Who waits is told at once: the engine may be compiling.
+        """
         self._closing = True
         self._news.put(-1)
+        threading.Thread(target=self._fail, args=(Closing(),), daemon=True).start()
 
     def join(self, seconds: float) -> None:
         """Waits until the thread has ended, for so long at most."""
@@ -108,12 +121,17 @@ class Service:
         while not self._closing:
             # Anew each time there was nothing to do: the last texts' states are not kept.
             generation = self.engine.generate([], self._max_rows, eager=True)
-            self._take(generation, self._news.get())
+            number = self._news.get()
             try:
-                for event in generation:
-                    self._tell(event.request, event, ended=event.reply.finish is not None)
-                    self._take_all(generation)
+                self._take(generation, number)
+                with memory_errors():
+                    for event in generation:
+                        self._tell(event.request, event, ended=event.reply.finish is not None)
+                        self._take_all(generation)
             except Exception as error:  # whatever it is, it is told to those who wait
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+                if not isinstance(error, UserError):
+                    traceback.print_exc()
                 self._fail(error)
         self._fail(Closing())
 
