@@ -8,8 +8,10 @@ The host reads tokens one step behind the device, and in time where it decides a
 Letters: B batch rows (a bucket), T tokens of a chunk (a bucket), N cache length (a bucket), V vocabulary.
 """
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Sequence
 from typing import Any
@@ -108,8 +110,8 @@ class Engine:
           prior: with a single request for a single text, a state (one row) that has read the prompt's beginning.
             It is used up.
           done: (index of request, sample) of texts to leave out.
-          eager: begin a text as soon as there is a place, not when a quarter of the rows is free: whoever waits for one
-            waits less, all together take longer.
+          eager: begin a request as soon as there is a place, by itself, not several when a quarter of the rows is free:
+            whoever waits for one waits less, there are fewer shapes, all together take longer.
 
         Raises:
           UserError: a prompt does not fit into the model's context.
@@ -121,7 +123,37 @@ class Engine:
             check_context(len(request.tokens), self.context)
         texts = ((i, request, k) for i, request in enumerate(requests) for k in range(request.n))
         queue = (self.slot(i, request, k) for i, request, k in texts if (i, k) not in done)
-        return Generation(self, queue, max_rows, prior, 1 if eager else max(1, max_rows // 4))
+        return Generation(self, queue, max_rows, prior, eager)
+
+    def warm_up(self, max_rows: int) -> None:
+        """Compiles what up to so many texts need, generated eagerly in a given context, each of a request of its own.
+
+        That is, reading prompts of any length, steps of any number of texts, and from each number to each other one.
+        """
+        longest = min(CHUNK, self.context - 1)
+        shorter = itertools.takewhile(lambda length: length < longest, (SMALLEST_CHUNK << i for i in itertools.count()))
+        sizes = [*itertools.takewhile(lambda size: size < max_rows, (1 << i for i in itertools.count())), max_rows]
+        eos_ids, self.eos_ids = self.eos_ids, frozenset()
+        try:
+            for length in [*shorter, longest]:
+                collections.deque(self.generate([Request((0,) * length, max_tokens=2)], 1), maxlen=0)
+            for size in sizes:
+                for left in sizes[: sizes.index(size) + 1]:
+                    for joining in range(1 + (left < max_rows)):
+                        self._change(max_rows, size, left, joining)
+        finally:
+            self.eos_ids, self.stats = eos_ids, Stats()
+
+    def _change(self, max_rows: int, size: int, left: int, joining: int) -> None:
+        """Begins `size` texts; when all have begun, all but `left` are dropped, and so many join."""
+        texts, begun = self.generate([Request((0,), max_tokens=2 * size + 2)] * size, max_rows, eager=True), set[int]()
+        for event in texts:
+            if event.request not in begun and len(begun) == size - 1:
+                for k in range(left, size):
+                    texts.drop(k)
+                for k in range(joining):
+                    texts.add(size + k, Request((0,), max_tokens=2))
+            begun.add(event.request)
 
     def slot(self, index: int, request: Request, sample: int) -> Slot:
         """A text that has not begun, of the request of this index."""

@@ -92,10 +92,9 @@ class Generation:
     """
 
     def __init__(
-        self, engine: "Engine", queue: Iterable[Slot], max_rows: int, prior: M1State | None, fewest: int
+        self, engine: "Engine", queue: Iterable[Slot], max_rows: int, prior: M1State | None, eager: bool
     ) -> None:
-        self._engine, self._max_rows, self._prior = engine, max_rows, prior
-        self._fewest = fewest  # free rows for which it is worth joining
+        self._engine, self._max_rows, self._prior, self._eager = engine, max_rows, prior, eager
         self._later = iter(queue)  # not made before they are due
         self._queue = collections.deque(itertools.islice(self._later, max_rows))
         self._slots: list[Slot] = []  # of the first rows; the others are padding
@@ -146,9 +145,10 @@ class Generation:
         return [b for b, slot in enumerate(self._slots) if slot.reply.finish is None]
 
     def _wants_admission(self) -> bool:
-        """Joining costs a copy of the batch, so that a place is not always filled at once."""
+        """Joining costs a copy of the batch: unless it is to be eager, a quarter of the rows joins at a time."""
         free = self._max_rows - len(self._live())
-        return bool(self._queue) and (free == self._max_rows or free >= self._fewest)
+        fewest = 1 if self._eager else max(1, self._max_rows // 4)
+        return bool(self._queue) and (free == self._max_rows or free >= fewest)
 
     def _interrupt(self) -> Iterator[Event]:
         waiting = [*(self._slots[b] for b in self._live()), *self._queue]
@@ -160,7 +160,11 @@ class Generation:
     def _admit(self) -> Iterator[Event]:
         """Prefills waiting requests and adds them to the batch; the samples of one request share its prefill."""
         engine, live = self._engine, self._live()
-        new = [self._queue.popleft() for _ in range(min(self._max_rows - len(live), len(self._queue)))]
+        new: list[Slot] = []
+        while self._queue and len(new) < self._max_rows - len(live):
+            if self._eager and new and self._queue[0].request != new[0].request:
+                break
+            new.append(self._queue.popleft())
         if not new:  # all were dropped when it was their turn
             return
         self._queue.extend(itertools.islice(self._later, len(new)))

@@ -49,7 +49,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="at most N tokens of prompt and reply, with room for so many from the start (the model's; room grows)",
     )
+    add("--warm-up", action="store_true", help="with --context: compile before listening, not when texts first need it")
     args = parser.parse_args(argv)
+    if args.warm_up and args.context is None:
+        raise UserError("--warm-up goes with --context, which makes texts of one size: give it, too")
     for name, value, least in (("batch-size", args.batch_size, 1), ("max-waiting", args.max_waiting, 0)):
         if value < least:
             raise UserError(f"{name} must be {least} or more, not {value}")
@@ -92,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         use_compilation_cache()
         model = load(folder, args.dtype, args.quantize, mesh=args.mesh)
         service = Service(model, tokenizer, args.batch_size, args.max_waiting, args.context)
+        if args.warm_up:
+            service.engine.warm_up(args.batch_size)
 
         class Until(uvicorn.Server):
             """Ends the texts, for whose streams it would wait, before it ends."""

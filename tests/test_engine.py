@@ -149,6 +149,23 @@ def test_chunked_prefill_equals_one_shot(engine: Engine, monkeypatch: pytest.Mon
     assert {key: reply.tokens for key, reply in whole.items()} == {key: reply.tokens for key, reply in chunked.items()}
 
 
+def test_what_is_warm_is_not_compiled(engine: Engine) -> None:
+    """Prompts of all lengths and in chunks, texts that join and leave one by one; nothing of the warming stays."""
+    warm = Engine(engine.model, engine.tokenizer, context=64)
+    warm.warm_up(4)
+    assert warm.stats.generated_tokens == warm.stats.compilations == 0
+    warm.eos_ids = frozenset()
+    requests = [Request((7,) * length, max_tokens=9 + length % 7, seed=length) for length in (1, 15, 17, 33, 50, 3)]
+    generation, found = warm.generate([requests[0]], 4, eager=True), {}
+    for count, event in enumerate(generation, 1):
+        if count % 3 == 0 and count // 3 < len(requests):
+            generation.add(count // 3, requests[count // 3])
+        if event.reply.finish is not None:
+            found[event.request] = event.reply.tokens
+    assert warm.stats.compilations == 0
+    assert found == {k: one(engine, request).tokens for k, request in enumerate(requests)}
+
+
 @pytest.mark.parametrize("after", range(4, 9))
 def test_a_text_is_dropped_when_it_is_its_turn(engine: Engine, after: int) -> None:
     """Between the events of the last step before it would join, or those of the first after; of two, which stay."""

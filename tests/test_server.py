@@ -316,7 +316,9 @@ def test_the_command_serves_until_ctrl_c(tmp_path: Path) -> None:
     """The shipped model, asked by `evaluate --against`; a stream that Ctrl-C ends is told why."""
     key = tmp_path / "key"
     key.write_text("secret\n")
-    with serve("--port", "0", "--api-key-file", str(key), "--context", "512", "--batch-size", "4") as server:
+    with serve(
+        "--port", "0", "--api-key-file", str(key), "--context", "512", "--batch-size", "4", "--warm-up"
+    ) as server:
         assert server.stderr
         line = server.stderr.readline()
         assert line.startswith("m1-nano at http://127.0.0.1:"), line
@@ -347,6 +349,7 @@ def test_the_command_serves_until_ctrl_c(tmp_path: Path) -> None:
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         (["--api-key-file", os.devnull], "is empty"),
         (["--context", "99999999"], "context must be from 2 to the model's"),
+        (["--warm-up"], "--warm-up goes with --context"),
     ],
 )
 def test_commands_that_are_refused(
