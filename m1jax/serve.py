@@ -14,10 +14,16 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from m1jax.arguments import Parser
 from m1jax.errors import UserError, main_guard
 from m1jax.remote import read_key
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from m1jax.server.service import Service
 
 BACKLOG = 2048  # clients that may wait to be taken in
 PATIENCE = 5  # seconds that clients have to read what is left when the server ends
@@ -69,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if key == "":
         raise UserError(f"{args.api_key_file} is empty: put a key into it, or drop --api-key-file")
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401, which the next does without
 
         from m1jax.server.app import Server
     except ModuleNotFoundError as error:
@@ -98,32 +104,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.warm_up:
             service.engine.warm_up(args.batch_size)
 
-        class Until(uvicorn.Server):
-            """Ends the texts, for whose streams it would wait, before it ends."""
-
-            interrupted = False
-
-            def handle_exit(self, sig: int, frame: object) -> None:
-                self.interrupted = sig == signal.SIGINT
-                service.close()
-                super().handle_exit(sig, frame)  # pyright: ignore[reportArgumentType]
-
         app = Server(service, name, Options(max_tokens=service.engine.context), key).app
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE, lifespan="off")
         with _refused(args.host, args.port):
             bound.listen(BACKLOG)
         host, port = bound.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"{name} at http://{shown}:{port}/v1 (Ctrl-C ends)", file=sys.stderr, flush=True)
-        server = Until(config)
-        try:
-            server.run(sockets=[bound])
-        finally:
-            service.close()
-            service.join(PATIENCE)
-        if server.interrupted:  # asyncio does not always say so
-            raise KeyboardInterrupt
+        _until_told(app, service, bound)
     return 0
+
+
+def _until_told(app: "Starlette", service: "Service", listening: socket.socket) -> None:
+    """Serves until a signal, then ends the texts, for whose streams it would wait. Raises `KeyboardInterrupt`."""
+    import uvicorn
+
+    class Until(uvicorn.Server):
+        """Says first that it ends."""
+
+        interrupted = False
+
+        def handle_exit(self, sig: int, frame: object) -> None:
+            self.interrupted = sig == signal.SIGINT
+            service.close()
+            super().handle_exit(sig, frame)  # pyright: ignore[reportArgumentType]
+
+    server = Until(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE, lifespan="off"))
+    try:
+        server.run(sockets=[listening])
+    finally:
+        service.close()
+        service.join(PATIENCE)
+    if server.interrupted:  # asyncio does not always say so
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
