@@ -114,8 +114,11 @@ class Generation:
             if self._engine.cancelled():
                 yield from self._interrupt()
             elif self._wants_admission():
+                others = bool(self._live())
                 yield from self._collect()
                 yield from self._admit()
+                if self._eager and others and self._live():  # or those that join would hold them up for good
+                    yield from self._step()
             elif not self._queue and self._engine.rows_bucket(len(self._live())) < self._size:
                 yield from self._collect()
                 self._compact()
@@ -128,8 +131,10 @@ class Generation:
         self._queue.extend(self._engine.slot(index, request, k) for k in range(request.n))
 
     def drop(self, index: int) -> None:
-        """Ends all texts of a request, of which there are no more events; another may take their places."""
-        self._queue = collections.deque(slot for slot in self._queue if slot.request != index)
+        """Ends all texts of a request that has begun or was added; there are no more events of it."""
+        kept = collections.deque(slot for slot in self._queue if slot.request != index)
+        kept.extend(itertools.islice(self._later, len(self._queue) - len(kept)))
+        self._queue = kept
         for slot in [*self._slots, *self._entering]:
             if slot.request == index and slot.reply.finish is None:
                 slot.reply.end("interrupted")
@@ -155,6 +160,8 @@ class Generation:
         self._queue.clear()
         self._half_started = None
         for slot in itertools.chain(waiting, self._later):
+            if slot.reply.finish is not None:  # dropped meanwhile
+                continue
             yield Event(slot.request, slot.reply, slot.reply.end("interrupted"))
 
     def _admit(self) -> Iterator[Event]:
@@ -181,7 +188,6 @@ class Generation:
             return
         finally:
             self._entering = []
-        yield from self._collect()  # of the steps meanwhile
         with engine.clock("prompt_seconds"):
             tokens, rows = self._begin(new, logits, state)
             live = self._live()
@@ -217,6 +223,7 @@ class Generation:
                 return end.value
             if self._live():
                 yield from self._step()
+                yield from self._collect()  # its time is not the prompt's, and who hears of it may drop what joins
             if all(slot.reply.finish is not None for slot in self._entering):
                 raise _Unwanted
 

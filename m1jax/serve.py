@@ -55,7 +55,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="at most N tokens of prompt and reply, with room for so many from the start (the model's; room grows)",
     )
-    add("--warm-up", action="store_true", help="with --context: compile before listening, not when texts first need it")
+    add(
+        "--warm-up",
+        action="store_true",
+        help="with --context: compile before listening what texts need later (but for n > 1)",
+    )
     args = parser.parse_args(argv)
     if args.warm_up and args.context is None:
         raise UserError("--warm-up goes with --context, which makes texts of one size: give it, too")

@@ -183,18 +183,21 @@ def test_a_text_is_dropped_when_it_is_its_turn(engine: Engine, after: int) -> No
     assert found == want
 
 
-def joining(engine: Engine, first: Request, second: Request, after: int, drop: bool = False) -> dict[int, list[int]]:
-    """Tokens of two texts, of which the second is asked for (and dropped) when the first has some."""
-    generation, order, found = engine.generate([first], 4, eager=True), [], {}
+def joining(engine: Engine, first: Request, second: Request, after: int, drop: int = 0) -> dict[int, list[int]]:
+    """Tokens of two texts, of which the second is asked for when the first has some, and dropped some events later."""
+    generation, order, found, gone = engine.generate([first], 4, eager=True), [], {}, 0
     for event in generation:
         order.append(event.request)
         if len(order) == after:
             generation.add(1, second)
-        if len(order) == after + 2 and drop:
+        if drop and len(order) == after + drop:
             generation.drop(1)
-        if event.reply.finish is not None:
+            gone = len(order)
+        if event.reply.finish not in (None, "interrupted"):
             found[event.request] = event.reply.tokens
-    if not drop:
+    if drop:
+        assert 1 not in order[gone:]
+    else:
         assert order[after : order.index(1)] and 0 in order[order.index(1) :]
     return found
 
@@ -208,6 +211,15 @@ def test_texts_go_on_while_a_long_prompt_is_read(engine: Engine, monkeypatch: py
     want = {0: one(engine, first).tokens, 1: one(engine, second).tokens}
     for after in (3, *range(56, 62)):  # at 64 tokens, prompt included, the cache of the first doubles
         assert joining(engine, first, second, after) == want
+    chunks = counted_chunks(engine, monkeypatch)
+    for drop, read in enumerate((0, 1, 2, 3, 4, 4), 1):  # before it is read, after each chunk, and when it has begun
+        chunks.clear()
+        assert joining(engine, first, second, 3, drop) == {0: want[0]}
+        assert len(chunks) == 1 + read, drop
+
+
+def counted_chunks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that grows by one with each chunk of a prompt that is read."""
     chunks, run = [], engine.run
 
     def counted(function: Any, *args: Any, **static: int) -> Any:
@@ -215,8 +227,20 @@ def test_texts_go_on_while_a_long_prompt_is_read(engine: Engine, monkeypatch: py
         return run(function, *args, **static)
 
     monkeypatch.setattr(engine, "run", counted)
-    assert joining(engine, first, second, 3, drop=True) == {0: want[0]}
-    assert len(chunks) == 1 + 2  # the first text's prompt, and the half of the second's that was read in vain
+    return chunks
+
+
+def test_short_texts_do_not_hold_up_those_that_go_on(engine: Engine) -> None:
+    """A queue that never empties, of texts that end with their first token."""
+    long, short = Request((5, 6, 7), max_tokens=20, seed=1), Request((8, 9), max_tokens=1)
+    generation, count = engine.generate([long], 2, eager=True), 0
+    for event in generation:
+        if event.request == 0 and event.reply.finish is not None:
+            break
+        count += 1
+        assert count < 60
+        generation.add(count, short)
+    assert event.reply.tokens == one(engine, long).tokens
 
 
 def test_nothing_is_compiled_twice(engine: Engine) -> None:

@@ -25,7 +25,7 @@ from m1jax.server.app import Server
 from m1jax.server.service import Busy, Closing, Service
 from m1jax.tokenizer import Tokenizer
 from tests.generation_fixtures import train_tokenizer
-from tests.test_engine import CONTEXT, random_model
+from tests.test_engine import CONTEXT, counted_chunks, random_model
 from tests.test_server_protocol import OPTIONS, USER, read
 
 ROWS, WAITING = 2, 4
@@ -115,6 +115,25 @@ def test_a_cancelled_text_makes_room(service: Service, alone: Engine) -> None:
     assert long[1].replies[0].tokens == tokens_of(alone, request(1, CONTEXT))[0]
     service.cancel(numbers[1])  # of one that has ended
     assert service.texts == 0
+
+
+def test_a_long_prompt_that_nobody_wants_is_not_read(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself, with no other text of which there were news meanwhile."""
+    monkeypatch.setattr("m1jax.engine.CHUNK", 16)
+    chunks, listener = counted_chunks(service.engine, monkeypatch), Listener()
+    run, number = service.engine.run, [0]
+
+    def cancelling(function: Any, *args: Any, **static: int) -> Any:
+        if len(chunks) == 3:
+            service.cancel(number[0])
+        return run(function, *args, **static)
+
+    monkeypatch.setattr(service.engine, "run", cancelling)
+    number[0] = service.order(Request((7,) * 200), listener)
+    last = Listener()
+    service.order(request(0), last)
+    assert last.ended.wait(60) and not listener.events
+    assert len(chunks) <= 5  # of 13, and the last one's
 
 
 def test_too_many_texts_are_sent_away(service: Service) -> None:

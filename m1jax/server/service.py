@@ -57,7 +57,8 @@ class Service:
         self, model: M1, tokenizer: Tokenizer, max_rows: int, max_waiting: int, context: int | None = None
     ) -> None:
         self._closing = False
-        self.engine = Engine(model, tokenizer, lambda: self._closing, context)
+        self._generation: Generation | None = None
+        self.engine = Engine(model, tokenizer, self._look, context)
         self._max_rows, self._most = max_rows, max_rows + max_waiting
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -120,14 +121,13 @@ class Service:
     def _work(self) -> None:
         while not self._closing:
             # Anew each time there was nothing to do: the last texts' states are not kept.
-            generation = self.engine.generate([], self._max_rows, eager=True)
+            self._generation = self.engine.generate([], self._max_rows, eager=True)
             number = self._news.get()
             try:
-                self._take(generation, number)
+                self._take(self._generation, number)
                 with memory_errors():
-                    for event in generation:
+                    for event in self._generation:
                         self._tell(event.request, event, ended=event.reply.finish is not None)
-                        self._take_all(generation)
             except Exception as error:  # whatever it is, it is told to those who wait
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
                 if not isinstance(error, UserError):
@@ -135,9 +135,11 @@ class Service:
                 self._fail(error)
         self._fail(Closing())
 
-    def _take_all(self, generation: Generation) -> None:
-        while not self._news.empty():
-            self._take(generation, self._news.get())
+    def _look(self) -> bool:
+        """What the engine asks before every step and chunk of a prompt: takes the news; whether the service ends."""
+        while self._generation is not None and not self._news.empty():
+            self._take(self._generation, self._news.get())
+        return self._closing
 
     def _take(self, generation: Generation, number: int) -> None:
         """Begins an order, or ends one that was cancelled."""
