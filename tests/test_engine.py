@@ -233,11 +233,10 @@ def counted_chunks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any]
 def test_short_texts_do_not_hold_up_those_that_go_on(engine: Engine) -> None:
     """A queue that never empties, of texts that end with their first token."""
     long, short = Request((5, 6, 7), max_tokens=20, seed=1), Request((8, 9), max_tokens=1)
-    generation, count = engine.generate([long], 2, eager=True), 0
-    for event in generation:
+    generation = engine.generate([long], 2, eager=True)
+    for count, event in enumerate(generation, 1):
         if event.request == 0 and event.reply.finish is not None:
             break
-        count += 1
         assert count < 60
         generation.add(count, short)
     assert event.reply.tokens == one(engine, long).tokens
