@@ -1,17 +1,26 @@
-"""A small real tokenizer with M1's special tokens and chat template, and a random model folder that uses it."""
+"""A small real tokenizer with M1's special tokens and chat template, random models that use it, and what they write."""
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
+import pytest
 import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from m1jax import M1Config
+from m1jax import M1, M1Config, rows
+from m1jax.engine import Engine
+from m1jax.model import build
+from m1jax.params import ParamSpec
+from m1jax.reply import Reply, Request
 
 DATA = Path(__file__).parent / "data"
+CONTEXT = 256  # of `random_model`, the smallest cache: few shapes, few compilations
 MARKS = ["<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>"]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and then thinks about it: what is 17 times 24?",
@@ -103,3 +112,43 @@ def write_model(folder: Path, config: M1Config | None = None, seed: int = 0) -> 
     (folder / "config.json").write_text(json.dumps(config.to_official()), encoding="utf-8")
     save_file(official_tensors(config, seed), folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def random_model(seed: int = 0) -> M1:
+    config = tiny_config(num_hidden_layers=2, attn_type_list=[0, 1], max_position_embeddings=CONTEXT)
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: str, spec: ParamSpec) -> jax.Array:
+        values = np.ones(spec.shape) if spec.init is None else rng.normal(scale=spec.init, size=spec.shape)
+        return jax.device_put(values.astype(spec.dtype or "float32"), jax.devices()[0])  # as `load` puts them
+
+    return build(config, leaf)
+
+
+def replies(engine: Engine, requests: Sequence[Request], max_rows: int = 4) -> dict[tuple[int, int], Reply]:
+    out: dict[tuple[int, int], Reply] = {}
+    shown: dict[tuple[int, int], str] = {}
+    for event in engine.generate(requests, max_rows):
+        key = (event.request, event.reply.sample)
+        assert key not in out, "an event after the last"
+        shown[key] = shown.get(key, "") + "".join(segment.text for segment in event.segments)
+        if event.reply.finish is not None:
+            out[key] = event.reply
+    assert shown == {key: reply.text for key, reply in out.items()}
+    return out
+
+
+def one(engine: Engine, request: Request) -> Reply:
+    return replies(engine, [request])[0, 0]
+
+
+def counted_chunks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that grows by one with each chunk of a prompt that is read."""
+    chunks, run = [], engine.run
+
+    def counted(function: Any, *args: Any, **static: int) -> Any:
+        chunks.extend([function] * (function is rows.prefill))
+        return run(function, *args, **static)
+
+    monkeypatch.setattr(engine, "run", counted)
+    return chunks

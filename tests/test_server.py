@@ -24,8 +24,7 @@ from m1jax.server import protocol
 from m1jax.server.app import Server
 from m1jax.server.service import Busy, Closing, Service
 from m1jax.tokenizer import Tokenizer
-from tests.generation_fixtures import train_tokenizer
-from tests.test_engine import CONTEXT, counted_chunks, random_model
+from tests.generation_fixtures import CONTEXT, counted_chunks, random_model, train_tokenizer
 from tests.test_server_protocol import OPTIONS, USER, read
 
 ROWS, WAITING = 2, 4

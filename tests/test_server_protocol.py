@@ -15,8 +15,7 @@ from m1jax.sampling import MAX_SEED, Sampling
 from m1jax.server import protocol
 from m1jax.server.protocol import Answer, Asked
 from m1jax.tokenizer import Tokenizer
-from tests.generation_fixtures import train_tokenizer
-from tests.test_engine import CONTEXT
+from tests.generation_fixtures import CONTEXT, train_tokenizer
 
 OPTIONS = Options(max_tokens=CONTEXT)
 
