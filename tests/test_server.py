@@ -84,6 +84,18 @@ class Listener:
             self.ended.set()
 
 
+class Gate(Listener):
+    """One that holds the engine at its first event until it is opened, however slow the machine."""
+
+    def __init__(self, texts: int = 1) -> None:
+        super().__init__(texts)
+        self.opened = threading.Event()
+
+    def __call__(self, news: Any) -> None:
+        super().__call__(news)
+        assert self.opened.wait(60)
+
+
 def test_texts_are_what_they_are_alone(service: Service, alone: Engine) -> None:
     """More than there are rows, ordered at once and while others are generated, one of several texts."""
     asked = [request(0), request(1, 20), request(2, 7, n=3), request(3)]
@@ -100,17 +112,23 @@ def test_texts_are_what_they_are_alone(service: Service, alone: Engine) -> None:
 
 def test_a_cancelled_text_makes_room(service: Service, alone: Engine) -> None:
     """Of texts that go on and of one that waits; those that stay are not disturbed."""
-    long = [Listener() for _ in range(3)]
+    long = [Listener(), Gate(), Listener()]
     numbers = [service.order(request(k, CONTEXT), listener) for k, listener in enumerate(long)]
-    assert all(listener.begun.wait(60) for listener in long[:ROWS])
-    late = Listener()
-    service.order(request(7), late)
+    assert long[1].begun.wait(60) and long[0].begun.is_set()
+    late, in_time = Listener(), []
+
+    def hear(news: Any) -> None:
+        late(news)
+        in_time.append(not long[1].ended.is_set())
+
+    service.order(request(7), hear)
     for k in (0, 2):
         service.cancel(numbers[k])
-    assert late.ended.wait(60) and not long[1].ended.is_set()
+    heard = long[0].events
+    long[1].opened.set()  # pyright: ignore[reportAttributeAccessIssue]
+    assert late.ended.wait(60) and long[1].ended.wait(60)
+    assert all(in_time) and (long[0].events, long[2].events) == (heard, 0)
     assert late.replies[0].tokens == tokens_of(alone, request(7))[0]
-    heard = long[0].events, long[2].events
-    assert long[1].ended.wait(60) and (long[0].events, long[2].events) == heard and heard[1] == 0
     assert long[1].replies[0].tokens == tokens_of(alone, request(1, CONTEXT))[0]
     service.cancel(numbers[1])  # of one that has ended
     assert service.texts == 0
@@ -136,12 +154,13 @@ def test_a_long_prompt_that_nobody_wants_is_not_read(service: Service, monkeypat
 
 
 def test_too_many_texts_are_sent_away(service: Service) -> None:
-    listeners = [Listener(3), Listener(3)]
+    listeners = [Gate(3), Gate(3)]
     numbers = [service.order(request(k, CONTEXT, n=3), listener) for k, listener in enumerate(listeners)]
     with pytest.raises(Busy, match="6 texts are generated or wait: ask again later"):
         service.order(request(9), Listener())
-    for number in numbers:
+    for number, listener in zip(numbers, listeners, strict=True):
         service.cancel(number)
+        listener.opened.set()
     with pytest.raises(UserError, match="shorten the prompt"):
         service.order(Request(tokens=(1,) * CONTEXT), Listener())
     deadline = time.monotonic() + 60
@@ -156,10 +175,11 @@ def test_an_error_is_told_and_the_service_goes_on(
     service: Service, alone: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """To those who are generated for and those who wait; not twice; and to the log."""
-    heard = [Listener() for _ in range(4)]
+    gate = Gate()
+    heard = [gate, *(Listener() for _ in range(3))]
     for k, listener in enumerate(heard):
         service.order(request(k, CONTEXT), listener)
-    assert heard[0].begun.wait(60)
+    assert gate.begun.wait(60)
     run = service.engine.run
 
     def broken(*args: Any, **static: int) -> Any:
@@ -167,6 +187,7 @@ def test_an_error_is_told_and_the_service_goes_on(
         raise RuntimeError("out of order")
 
     monkeypatch.setattr(service.engine, "run", broken)
+    gate.opened.set()
     assert all(listener.ended.wait(60) for listener in heard)
     assert [[str(error) for error in listener.errors] for listener in heard] == [["out of order"]] * 4
     assert "error: out of order\nTraceback" in capsys.readouterr().err
@@ -277,11 +298,13 @@ def test_what_is_refused_over_http(port: int, service: Service, monkeypatch: pyt
         assert response.status == 405 and response.getheader("Allow") == "POST"
     long = {"messages": [{"role": "user", "content": "x" * (2 << 20)}]}
     assert ask(port, long)[0] == 413  # more than fits into 256 tokens, however it is written
-    full = [service.order(request(k, CONTEXT, n=3), Listener(3)) for k in range(2)]
+    gates = [Gate(3), Gate(3)]
+    full = [service.order(request(k, CONTEXT, n=3), gate) for k, gate in enumerate(gates)]
     with asking(port, {"messages": USER}) as response:
         assert response.status == 503 and response.getheader("Retry-After") == "1"
-    for number in full:
+    for number, gate in zip(full, gates, strict=True):
         service.cancel(number)
+        gate.opened.set()
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("secret things")
@@ -296,7 +319,7 @@ def test_a_client_that_goes_away_ends_its_texts(port: int, service: Service, str
     """While they are generated, one after the other, which takes longer than is waited here."""
     with asking_for_long(service, port, stream):
         assert service.texts > 90
-    deadline = time.monotonic() + 0.5
+    deadline = time.monotonic() + 1.5
     while service.texts and time.monotonic() < deadline:
         time.sleep(0.01)
     assert service.texts == 0
