@@ -18,6 +18,7 @@ from m1jax.engine import Engine
 from m1jax.model import build
 from m1jax.params import ParamSpec
 from m1jax.reply import Reply, Request
+from m1jax.tokenizer import Tokenizer
 
 DATA = Path(__file__).parent / "data"
 CONTEXT = 256  # of `random_model`, the smallest cache: few shapes, few compilations
@@ -123,6 +124,19 @@ def random_model(seed: int = 0) -> M1:
         return jax.device_put(values.astype(spec.dtype or "float32"), jax.devices()[0])  # as `load` puts them
 
     return build(config, leaf)
+
+
+def small_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that `train_tokenizer` writes to a folder."""
+    train_tokenizer(folder)
+    return Tokenizer.load(folder)
+
+
+def random_engine(folder: Path) -> Engine:
+    """An engine of a random model; no token ends a text, which would happen now and then."""
+    engine = Engine(random_model(), small_tokenizer(folder))
+    engine.eos_ids = frozenset()
+    return engine
 
 
 def replies(engine: Engine, requests: Sequence[Request], max_rows: int = 4) -> dict[tuple[int, int], Reply]:

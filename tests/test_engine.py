@@ -23,7 +23,7 @@ from m1jax.prompt import Options, Prompter
 from m1jax.reply import CLOSE, OPEN, Phase, Reply, Request, StopFilter, ThinkingSplitter
 from m1jax.sampling import Sampling
 from m1jax.tokenizer import Tokenizer
-from tests.generation_fixtures import CONTEXT, one, random_model, replies, train_tokenizer
+from tests.generation_fixtures import CONTEXT, one, random_engine, replies
 
 GREEDY = Sampling(temperature=0)
 
@@ -31,11 +31,7 @@ GREEDY = Sampling(temperature=0)
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """One engine for all tests, so that each shape is compiled once."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(folder)
-    engine = Engine(random_model(), Tokenizer.load(folder))
-    engine.eos_ids = frozenset()  # a random model would end now and then
-    return engine
+    return random_engine(tmp_path_factory.mktemp("tokenizer"))
 
 
 def like(engine: Engine, **changes: object) -> Engine:

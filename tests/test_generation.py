@@ -6,18 +6,13 @@ from m1jax import engine as engine_module
 from m1jax import generation as generation_module
 from m1jax.engine import Engine
 from m1jax.reply import Request
-from m1jax.tokenizer import Tokenizer
-from tests.generation_fixtures import counted_chunks, one, random_model, replies, train_tokenizer
+from tests.generation_fixtures import counted_chunks, one, random_engine, replies
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """One engine for all tests, so that each shape is compiled once."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(folder)
-    engine = Engine(random_model(), Tokenizer.load(folder))
-    engine.eos_ids = frozenset()  # a random model would end now and then
-    return engine
+    return random_engine(tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_what_is_warm_is_not_compiled(engine: Engine) -> None:

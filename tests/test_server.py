@@ -24,7 +24,7 @@ from m1jax.server import protocol
 from m1jax.server.app import Server
 from m1jax.server.service import Busy, Closing, Service
 from m1jax.tokenizer import Tokenizer
-from tests.generation_fixtures import CONTEXT, counted_chunks, random_model, train_tokenizer
+from tests.generation_fixtures import CONTEXT, counted_chunks, random_model, small_tokenizer
 from tests.test_server_protocol import OPTIONS, USER, read
 
 ROWS, WAITING = 2, 4
@@ -32,9 +32,7 @@ ROWS, WAITING = 2, 4
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(folder)
-    return Tokenizer.load(folder)
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,14 @@ from m1jax.sampling import MAX_SEED, Sampling
 from m1jax.server import protocol
 from m1jax.server.protocol import Answer, Asked
 from m1jax.tokenizer import Tokenizer
-from tests.generation_fixtures import CONTEXT, train_tokenizer
+from tests.generation_fixtures import CONTEXT, small_tokenizer
 
 OPTIONS = Options(max_tokens=CONTEXT)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(folder)
-    return Tokenizer.load(folder)
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 USER = [{"role": "user", "content": "hi"}]

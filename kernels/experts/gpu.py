@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from m1jax.kernels.experts.order import by_bucket
+from m1jax.kernels.experts.order import by_bucket, table_of_tiles
 from m1jax.kernels.experts.quantized import Quantized, Weights
 from m1jax.kernels.gpu import launch
 from m1jax.kernels.gpu.tiles import Tiles
@@ -55,7 +55,9 @@ def bits_of(weights: Weights) -> int:
     return int(weights.kind[3:]) if isinstance(weights, Quantized) else 0
 
 
-def default_form(assignments: int, E: int, dtype: Any, bits: tuple[int, int], interpreted: bool = False) -> Form:
+def default_form(
+    assignments: int, E: int, dtype: Any, bits: tuple[int, int], interpreted: bool = False, mosaic: bool = False
+) -> Form:
     """Tiles for a number of rows: wide where products are bound by arithmetic, narrow where by reading weights.
 
     `bits` are those of gate_up and of down, as of `bits_of`.
@@ -78,7 +80,7 @@ def default_form(assignments: int, E: int, dtype: Any, bits: tuple[int, int], in
         gate_up = {0: Tiles(128, 128, 64, 8, 4), 8: Tiles(128, 64, 64, 4, 4), 4: Tiles(64, 128, 64, 8, 3)}[bits[0]]
         down = {0: Tiles(128, 256, 64, 8, 4), 8: Tiles(256, 128, 64, 8, 3), 4: Tiles(128, 128, 64, 8, 4)}[bits[1]]
     rows_gradient = Tiles(128, 64, 128, 8, 3) if each > 96 else Tiles(64, 64, 128, 4, 3)
-    return Form(gate_up, down, rows_gradient, Tiles(64, 128, 128, 8, 3), interpreted)
+    return Form(gate_up, down, rows_gradient, Tiles(64, 128, 128, 8, 3), interpreted, mosaic)
 
 
 def refusal(gate_up: Weights, down: Weights) -> str | None:
@@ -121,8 +123,7 @@ def experts(
         return _in_chunks(one, x, gate_up, down, layer, chosen, weights)
     E = gate_up.shape[1]
     if form is None:
-        form = default_form(N * k, E, x.dtype, (bits_of(gate_up), bits_of(down)), interpreted)
-        form = dataclasses.replace(form, mosaic=mosaic)
+        form = default_form(N * k, E, x.dtype, (bits_of(gate_up), bits_of(down)), interpreted, mosaic)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     both = _both_by_mosaic if form.mosaic else _both
     y: Any = both(form, x, gate_up, down, layer, chosen)
@@ -182,19 +183,7 @@ def route(chosen: jax.Array, E: int, R: int) -> Routing:
     n = flat.shape[0]
     order, _, counts = by_bucket(flat, E)
     bounds = jnp.pad(jnp.cumsum(counts), (1, 0))
-    tiles = -(-counts // R)
-    last = jnp.cumsum(tiles)
-    index = jnp.arange(min(n, n // R + E), dtype=jnp.int32)
-    expert = jnp.minimum(jnp.searchsorted(last, index, side="right"), E - 1).astype(jnp.int32)
-    among = index - (last - tiles)[expert]
-    span = index - among % SPAN
-    size = jnp.minimum(SPAN, last[expert] - span)
-    needed = index < last[-1]
-    rows = jnp.clip(counts[expert] - among * R, 0, R)
-    entry = (expert, bounds[expert] + among * R, rows, span, size)
-    spare = (jnp.zeros_like(index), jnp.zeros_like(index), jnp.zeros_like(index), index, jnp.ones_like(index))
-    table = jnp.stack([jnp.where(needed, a, b) for a, b in zip(entry, spare, strict=True)], axis=1)
-    return Routing(order, table.astype(jnp.int32), bounds)
+    return Routing(order, table_of_tiles(counts, bounds[:-1], R, min(n, n // R + E), SPAN), bounds)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

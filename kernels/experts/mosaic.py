@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from m1jax.kernels.experts.order import by_bucket
+from m1jax.kernels.experts.order import by_bucket, table_of_tiles
 from m1jax.kernels.gpu.tiles import MULTIPROCESSORS
 
 BLOCK = 64  # rows that a warp group multiplies
@@ -121,23 +121,13 @@ def layout(chosen: jax.Array, E: int, most: int) -> Layout:
     flat, R = chosen.reshape(-1), rows_of(N * k, E)
     _, place, counts = by_bucket(flat, E)
     blocks = -(-counts // BLOCK)
-    begins = BLOCK * (jnp.cumsum(blocks) - blocks)
-    moved = begins - (jnp.cumsum(counts) - counts)
+    begins = jnp.cumsum(blocks) - blocks
+    moved = begins * BLOCK - (jnp.cumsum(counts) - counts)
     place = jnp.where(flat < E, place + moved[jnp.minimum(flat, E - 1)], R)
     token = jnp.arange(N * k, dtype=jnp.int32) // k
     source = jnp.zeros(R, jnp.int32).at[place].set(token, mode="drop")
-    tiles = -(-blocks // most)
-    last = jnp.cumsum(tiles)
-    index = jnp.arange(N * k // (most * BLOCK) + E, dtype=jnp.int32)
-    e = jnp.minimum(jnp.searchsorted(last, index, side="right"), E - 1)
-    among = index - (last - tiles)[e]
-    span = index - among % SPAN
-    entry = e, begins[e] + among * most * BLOCK, jnp.clip(blocks[e] - among * most, 0, most)
-    spare = jnp.zeros_like(index)
-    needed = (index < last[-1])[:, None]
-    of_tiles = jnp.stack([*entry, span, jnp.minimum(SPAN, last[e] - span)], axis=1)
-    of_spare = jnp.stack([spare, spare, spare, index, spare + 1], axis=1)
-    return Layout(source, place, jnp.where(needed, of_tiles, of_spare).astype(jnp.int32))
+    tiles = table_of_tiles(blocks, begins, most, N * k // (most * BLOCK) + E, SPAN)
+    return Layout(source, place, tiles.at[:, 1].multiply(BLOCK))
 
 
 def _work(tiles: jax.Array, across: int) -> tuple[jax.Array, jax.Array]:

@@ -76,10 +76,6 @@ class Report:
         return found
 
 
-def _changes(lines: list[str]) -> list[int]:
-    return [i for i, line in enumerate(lines) if "USETMAXREG" in line]
-
-
 def _warp_groups(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Each change of a warp group's registers, and the instructions that can come after it.
 
@@ -88,10 +84,10 @@ def _warp_groups(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
     Raises:
       RuntimeError: there are jumps whose ends the text does not tell.
     """
-    if odd := re.search(r"\b(?:CALL|BRX|JMX|JMP|BSYNC|BREAK)\b[^;]*", "\n".join(lines) if _changes(lines) else ""):
+    changes = [i for i, line in enumerate(lines) if "USETMAXREG" in line]
+    if changes and (odd := re.search(r"\b(?:CALL|BRX|JMX|JMP|BSYNC|BREAK)\b[^;]*", "\n".join(lines))):
         raise RuntimeError(f"cannot follow {odd[0]}")
     labels = {line.strip()[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L\w*:", line.strip())}
-    changes = _changes(lines)
     end = len(lines)  # where programs go that end
     following = []
     for i, line in enumerate(lines):

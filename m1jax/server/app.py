@@ -152,8 +152,6 @@ class _Work:
         self._service.cancel(self._number)
 
     def _told(self, news: Event | Exception) -> None:
-        if isinstance(news, Event) and news.reply.finish == "interrupted":
-            news = Closing()
         if isinstance(news, Event):
             out: Any = self._answer.push(news.reply, news.segments)
         else:

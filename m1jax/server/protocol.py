@@ -39,9 +39,17 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
 }
 FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
-_OWN = ("model", "messages", "prompt", "tools", "stream", "stream_options", "max_completion_tokens")
-_OWN_OPTIONS = ("chat_template_kwargs",)
-_KNOWN = {*IGNORED, *NEUTRAL, *OPTIONS, *_OWN, *_OWN_OPTIONS} - {"system", "raw", "greedy", "no_thinking"}
+_OWN = (
+    "model",
+    "messages",
+    "prompt",
+    "tools",
+    "stream",
+    "stream_options",
+    "max_completion_tokens",
+    "chat_template_kwargs",
+)
+_KNOWN = {*IGNORED, *NEUTRAL, *OPTIONS, *_OWN} - {"system", "raw", "greedy", "no_thinking"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,26 +85,27 @@ def read(body: Any, chat: bool, prompter: Prompter, options: Options) -> Asked:
     """
     if not isinstance(body, dict):
         raise UserError('the body is not a JSON object: send {"model": …, "messages": [...]}')
-    _check(body, chat)
-    values: dict[str, Any] = {key: body.get(key) for key in OPTIONS}
-    values["seed"] = secrets.randbelow(MAX_SEED + 1) if body.get("seed") is None else body["seed"] % (MAX_SEED + 1)
-    if body.get("max_completion_tokens") is not None:
-        values["max_tokens"] = body["max_completion_tokens"]
-    if body.get("top_k") == -1:  # other servers' word for all
+    given = {key: value for key, value in body.items() if value is not None}
+    _check(given, chat)
+    values: dict[str, Any] = {key: given.get(key) for key in OPTIONS}
+    values["seed"] = given["seed"] % (MAX_SEED + 1) if "seed" in given else secrets.randbelow(MAX_SEED + 1)
+    if "max_completion_tokens" in given:
+        values["max_tokens"] = given["max_completion_tokens"]
+    if given.get("top_k") == -1:  # other servers' word for all
         values["top_k"] = 0
-    if (body.get("chat_template_kwargs") or {}).get("enable_thinking") is False:
+    if given.get("chat_template_kwargs", {}).get("enable_thinking") is False:
         values["no_thinking"] = True
     if not chat:
         options = dataclasses.replace(options, raw=True, max_tokens=PLAIN_TOKENS)
     options = options.changed(values)
-    tools = body.get("tools") if body.get("tool_choice") != "none" else None
+    tools = given.get("tools") if given.get("tool_choice") != "none" else None
     if chat:
-        messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in body["messages"]]
+        messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in given["messages"]]
         request = prompter.chat(messages, options, tools or None)
     else:
-        request = _plain(body["prompt"], prompter, options)
-    stream = bool(body.get("stream"))
-    return Asked(request, chat, bool(tools), stream, bool((body.get("stream_options") or {}).get("include_usage")))
+        request = _plain(given["prompt"], prompter, options)
+    usage = bool(given.get("stream_options", {}).get("include_usage"))
+    return Asked(request, chat, bool(tools), given.get("stream", False), usage)
 
 
 # Fields of which the type is looked at here; of the others `Options.changed` does.
@@ -113,9 +122,8 @@ _TYPES: dict[str, type] = {
 }
 
 
-def _check(body: Mapping[str, Any], chat: bool) -> None:
+def _check(given: Mapping[str, Any], chat: bool) -> None:
     """Raises `UserError` for a field that is unknown, of a wrong type or not done here."""
-    given = {key: value for key, value in body.items() if value is not None}
     for key, value in given.items():
         if key not in _KNOWN:
             raise UserError(f"{key} is not known here: drop it")
@@ -172,10 +180,9 @@ class Answer:
 
     def __init__(self, asked: Asked, model: str) -> None:
         self._asked = asked
-        kind = "chat.completion" if asked.chat else "text_completion"
-        prefix = "chatcmpl" if asked.chat else "cmpl"
+        self._object, prefix = ("chat.completion", "chatcmpl") if asked.chat else ("text_completion", "cmpl")
         self._head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-        self._object = kind
+        self._piece_head = {**self._head, "object": f"{self._object}.chunk" if asked.chat else self._object}
         self._texts = [_Text(asked) for _ in range(asked.request.n)]
         self._replies: dict[int, Reply] = {}
 
@@ -201,21 +208,16 @@ class Answer:
 
     def _piece(self, k: int, delta: dict[str, Any], finish: str | None) -> dict[str, Any]:
         inside = {"delta": delta} if self._asked.chat else delta
-        kind = f"{self._object}.chunk" if self._asked.chat else self._object
-        return {**self._head, "object": kind, "choices": [{"index": k, **inside, "finish_reason": finish}]}
+        return {**self._piece_head, "choices": [{"index": k, **inside, "finish_reason": finish}]}
 
     def usage_piece(self) -> dict[str, Any]:
         """The piece that tells how many tokens there were, after all others."""
-        kind = f"{self._object}.chunk" if self._asked.chat else self._object
-        return {**self._head, "object": kind, "choices": [], "usage": self.usage}
+        return {**self._piece_head, "choices": [], "usage": self.usage}
 
     @property
     def whole(self) -> dict[str, Any]:
         """The answer as a whole, when all texts have ended."""
-        choices = [
-            {"index": k, **text.whole(self._asked.chat), "finish_reason": self._finish(k)}
-            for k, text in enumerate(self._texts)
-        ]
+        choices = [{"index": k, **text.whole, "finish_reason": self._finish(k)} for k, text in enumerate(self._texts)]
         return {**self._head, "object": self._object, "choices": choices, "usage": self.usage}
 
     @property
@@ -254,11 +256,11 @@ class _Text:
     def end(self, cut_off: bool) -> Sequence[dict[str, Any]]:
         """What was held back; the calls of a text that was cut off may not be all, and are text."""
         if not self._before_calls.stopped:
-            return self._out("content", self._content.feed(self._before_calls.flush()) + self._content.end())
+            return self._out("content", self._content.feed(self._before_calls.flush()))
         _, tag, rest = self._answer.partition(CALLS)
         calls = None if cut_off else _calls(rest)
         if calls is None:  # then it is text
-            return self._out("content", self._content.feed(tag + rest) + self._content.end())
+            return self._out("content", self._content.feed(tag + rest))
         self.calls = calls
         return [{"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}]
 
@@ -268,10 +270,11 @@ class _Text:
         self._sent.setdefault(field, []).append(text)
         return ({field: text},)
 
-    def whole(self, chat: bool) -> dict[str, Any]:
+    @property
+    def whole(self) -> dict[str, Any]:
         """The message, or the text."""
         joined = {field: "".join(pieces) for field, pieces in self._sent.items()}
-        if not chat:
+        if not self._chat:
             return {"text": joined.get("text", "")}
         content = joined.get("content", None if self.calls else "")
         message: dict[str, Any] = {"role": "assistant", "content": content}
@@ -302,10 +305,6 @@ class _Trimmed:
         kept = text.rstrip()
         self._held = text[len(kept) :]
         return kept
-
-    def end(self) -> str:
-        """What was held back, unless it is to be stripped."""
-        return "" if self._closed else self._held
 
 
 def _calls(text: str) -> list[dict[str, Any]] | None:

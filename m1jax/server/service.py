@@ -71,7 +71,10 @@ class Service:
     def texts(self) -> int:
         """How many texts are generated or wait."""
         with self._lock:
-            return sum(order.left for order in self._orders.values())
+            return self._count()
+
+    def _count(self) -> int:
+        return sum(order.left for order in self._orders.values())
 
     def order(self, request: Request, listener: Listener) -> int:
         """Orders the texts of a request; returns its number.
@@ -85,7 +88,7 @@ class Service:
         with self._lock:
             if self._closing:
                 raise Closing
-            waiting = sum(order.left for order in self._orders.values())
+            waiting = self._count()
             if waiting and waiting + request.n > self._most:
                 raise Busy(f"{waiting} texts are generated or wait: ask again later")
             number = next(self._numbers)
@@ -127,7 +130,7 @@ class Service:
                 self._take(self._generation, number)
                 with memory_errors():
                     for event in self._generation:
-                        self._tell(event.request, event, ended=event.reply.finish is not None)
+                        self._tell(event)
             except Exception as error:  # whatever it is, it is told to those who wait
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
                 if not isinstance(error, UserError):
@@ -150,15 +153,17 @@ class Service:
         else:
             generation.add(number, order.request)
 
-    def _tell(self, number: int, news: Event | Exception, ended: bool) -> None:
+    def _tell(self, event: Event) -> None:
+        if event.reply.finish == "interrupted":  # the service ends, of which everyone is told
+            return
         with self._lock:
-            order = self._orders.get(number)
+            order = self._orders.get(event.request)
             if order is None:
                 return
-            order.left -= ended
+            order.left -= event.reply.finish is not None
             if not order.left:
-                del self._orders[number]
-        order.listener(news)
+                del self._orders[event.request]
+        order.listener(event)
 
     def _fail(self, error: Exception) -> None:
         """Ends all orders that are being worked on."""
