@@ -141,15 +141,16 @@ class Softmax(nnx.Module):
         cache_k: jax.Array | None,
         cache_v: jax.Array | None,
         first: jax.Array,
+        pages: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of x `[B, T, M]`: `[B, K, T, D]`, or the caches `[S, B, K, N, D]` with these in them."""
+        """Keys and values of x `[B, T, M]`: `[B, K, T, D]`, or the caches with these in them, as `KVCache` has them."""
         B, T, _ = x.shape
         K, D = self.k_proj[...].shape[1:3]
         k = rotate(project(x, self.k_proj, n).reshape(B, T, K, D), rope).swapaxes(1, 2)
         v = project(x, self.v_proj, n).reshape(B, T, K, D).swapaxes(1, 2)
         if cache_k is None or cache_v is None:
             return k, v
-        return append((cache_k, cache_v), (k, v), n, first)
+        return append((cache_k, cache_v), (k, v), n, first, pages)
 
     def attend(
         self,
@@ -159,6 +160,7 @@ class Softmax(nnx.Module):
         keys_values: tuple[jax.Array, jax.Array],
         first: jax.Array,
         segments: jax.Array | None,
+        pages: jax.Array | None,
         recurrent: bool = False,
     ) -> jax.Array:
         """y `[B, T, M]` of x `[B, T, M]`, with positions from `first` int32 `[B]` on; `segments` go without caches.
@@ -172,7 +174,7 @@ class Softmax(nnx.Module):
         if k.ndim == 4:
             out = softmax_attention(q, k, v, segments=segments, recurrent=recurrent)
         else:
-            out = softmax_attention(q, k, v, offset=first, layer=n, recurrent=recurrent)
+            out = softmax_attention(q, k, v, offset=first, layer=n, pages=pages, recurrent=recurrent)
         return total(project(out, self.o_proj, n), "heads")
 
 

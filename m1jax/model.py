@@ -396,7 +396,7 @@ def read(
     none = jnp.zeros((cfg.num_hidden_layers, *tokens.shape, cfg.num_experts_per_tok), kind) if routed else None
     cache = state.cache
     carry = Carry(embed(model, tokens), state.lightning.s, cache.k, cache.v, None, None, routes=none)
-    carry = body(model, carry, state.length, lengths, last_only=last_only, recurrent=recurrent)
+    carry = body(model, carry, state.length, lengths, last_only=last_only, recurrent=recurrent, pages=state.pages)
     assert carry.s is not None and carry.k is not None and carry.v is not None
     routes = None if carry.routes is None else jnp.moveaxis(carry.routes, 0, 2)
     return carry.x, M1State(LightningState(carry.s), KVCache(carry.k, carry.v), state.length + lengths), routes
@@ -427,6 +427,7 @@ def _step(
 
     out = (("batch", "vocab") if last else (*TOKENS, "vocab"), STATE, (*TOKENS, "layer", "router") if routed else None)
     run = on_mesh(local, model.config, out, model=(), tokens=TOKENS, state=(), lengths=("batch",))
-    values, state, routes = run(model, stretched(tokens), state, lengths)
+    values, new, routes = run(model, stretched(tokens), state, lengths)
+    state = dataclasses.replace(new, pages=state.pages)
     T = tokens.shape[1]
     return values if last else values[:, :T], state, None if routes is None else routes[:, :T]

@@ -44,6 +44,7 @@ STATE_AXES = {
     "cache.k": ("layer", "batch", "kv_heads", "cache", "head_dim"),
     "cache.v": ("layer", "batch", "kv_heads", "cache", "head_dim"),
     "length": ("batch",),
+    "pages": ("batch", "page"),
 }
 
 

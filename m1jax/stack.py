@@ -86,12 +86,14 @@ def body(
     last_only: bool = False,
     routes: jax.Array | None = None,
     recurrent: bool = False,
+    pages: jax.Array | None = None,
 ) -> Carry:
     """All layers; `tokens_seen` int32 `[B]` is the position of the first token, `lengths` int32 `[B]` as in `step`.
 
     `decays` float32 `[L, H]` is log λ where the layers are a part of a larger model, whose numbering counts.
     `segments` int32 `[B, T]` as in `M1.__call__`, where nothing was read before. `capacity` as in `layers.MoE`,
-    and `routes` `[L, B, T, k]`: its `route` in every layer. `recurrent` as in `M1.step`.
+    and `routes` `[L, B, T, k]`: its `route` in every layer. `recurrent` as in `M1.step`, `pages`
+    as in `M1State`.
     With `last_only`, which goes with caches alone, the output is undefined but for each row's last valid token: of the
     last layer the states, keys and values of all tokens are made, the rest for that one.
     """
@@ -124,9 +126,9 @@ def body(
             y, s = model.lightning(h, n, decays[i], carry.s, lengths, segments, recurrent)
             carry = carry._replace(s=s)
         else:
-            keys_values = model.softmax.keys_values(h, n, rope, carry.k, carry.v, tokens_seen)
-            given = {"n": n, "keys_values": keys_values, "segments": segments, "recurrent": recurrent}
-            attend = functools.partial(model.softmax.attend, **given)
+            keys_values = model.softmax.keys_values(h, n, rope, carry.k, carry.v, tokens_seen, pages)
+            given = {"keys_values": keys_values, "segments": segments, "pages": pages, "recurrent": recurrent}
+            attend = functools.partial(model.softmax.attend, n=n, **given)
             if carry.k is not None:
                 carry = carry._replace(k=keys_values[0], v=keys_values[1])
         rest = functools.partial(_rest, model, i, capacity, None if routes is None else routes[i], attend)

@@ -25,7 +25,10 @@ class LightningState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Rotated keys and values of every softmax layer: `k`, `v` `[S, B, K, N, D]` in the compute dtype."""
+    """Rotated keys and values of every softmax layer, in the compute dtype.
+
+    `k`, `v` `[S, B, K, N, D]`; or, in pages, `[S, R, K, P, D]`: R of them with room for P tokens of one row each.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -34,19 +37,32 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class M1State:
-    """What a sequence leaves behind: lightning states, softmax caches, and the number of tokens seen, int32 `[B]`."""
+    """What a sequence leaves behind: lightning states, softmax caches, and the number of tokens seen, int32 `[B]`.
+
+    Where the caches are in pages, `pages` int32 `[B, n]` says which belong to each row: what is of position p lies in
+    page pages[b, p // P], at p % P; where there is no page of that number nothing is kept. On a mesh that splits rows
+    each of their parts has R / parts pages, and the numbers are those among them; one that splits the tokens of a
+    sequence splits those of each page, and a row has one page.
+    """
 
     lightning: LightningState
     cache: KVCache
     length: jax.Array
+    pages: jax.Array | None = None
 
     @property
     def max_length(self) -> int:
-        """N, how many tokens fit in the cache."""
-        return self.cache.k.shape[3]
+        """How many tokens of a row fit in the cache."""
+        return self.cache.k.shape[3] * (1 if self.pages is None else self.pages.shape[1])
 
     def take(self, rows: ArrayLike | Sequence[int]) -> "M1State":
-        """The state of the given rows, integers `[B']`, in that order; rows may repeat."""
+        """The state of the given rows, integers `[B']`, in that order; rows may repeat.
+
+        Raises:
+          ValueError: the caches are in pages.
+        """
+        if self.pages is not None:
+            raise ValueError("state: rows in pages cannot be copied: give each row pages of its own")
         return take_rows((self,), jnp.asarray(rows))
 
 

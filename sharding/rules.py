@@ -21,7 +21,7 @@ from m1jax.sharding.mesh import AXES
 Rules = Mapping[str, tuple[str, ...]]
 AnyMesh = Mesh | AbstractMesh
 
-_WHOLE = ("layer", "qkv", "gate_up", "head_dim", "value_dim", "router", "channel", "hidden", "expert_hidden")
+_WHOLE = ("layer", "page", "qkv", "gate_up", "head_dim", "value_dim", "router", "channel", "hidden", "expert_hidden")
 
 # Rows over data and expert: attention of different rows, then an exchange between the experts' devices.
 _SERVE: Rules = {

@@ -24,6 +24,7 @@ from m1jax.kernels.rounding import rounded
 from m1jax.kernels.segments import numbered, starts
 from m1jax.kernels.softmax_attention import xla
 from m1jax.kernels.softmax_attention.api import K_BLOCK, Q_BLOCK, over_part
+from m1jax.kernels.softmax_attention.pages import in_order
 from m1jax.sharding.region import Axes, block, gathered, index, size_of, split_over, total
 
 
@@ -115,36 +116,46 @@ def softmax_attention(
     offset: jax.Array | None = None,
     segments: jax.Array | None = None,
     layer: jax.Array | None = None,
+    pages: jax.Array | None = None,
     recurrent: bool = False,
 ) -> jax.Array:
     """As the kernel of this name: q `[B, T, H, D]`, k and v `[B, K, N, D]`, `segments` `[B, T]` are this device's.
 
-    With `layer` k and v are `[S, B, K, N, D]`. `offset` is the position of the first query of all devices. With
+    With `layer` k and v are `[S, B, K, N, D]`, and with `pages`, which a split sequence has one of for each row,
+    `[S, R, K, N, D]`. `offset` is the position of the first query of all devices. With
     `recurrent` each query is what decoding makes of it on a CPU, where one device has the whole sequence.
     """
     over = split_over("sequence")
     if not over:
         form = "direct" if recurrent and capability() is None else None
-        return softmax.softmax_attention(q, k, v, offset=offset, segments=segments, layer=layer, implementation=form)
+        return softmax.softmax_attention(
+            q, k, v, offset=offset, segments=segments, layer=layer, pages=pages, implementation=form
+        )
     if offset is None:
         offset = jnp.zeros(q.shape[:1], jnp.int32)
     T, H, K, N = q.shape[1], q.shape[2], *k.shape[-3:-1]
     # Queries and float32 outputs travel, or keys and values: whatever is less.
     if segments is None and T * H < N * K:
-        return _gathered_queries(q, *((k[None], v[None], 0) if layer is None else (k, v, layer)), offset, over)
+        return _gathered_queries(q, *((k[None], v[None], 0) if layer is None else (k, v, layer)), offset, pages, over)
     if layer is not None:
-        k, v = k[layer], v[layer]
+        k, v = (x[layer] if pages is None else in_order(x, pages, layer) for x in (k, v))
     if segments is not None:
         segments = block(numbered(gathered(segments, 1, "sequence")), 1, "sequence")
     return _ring(q, k, v, offset, segments, over)
 
 
 def _gathered_queries(
-    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array | int, offset: jax.Array, over: Axes
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: jax.Array | int,
+    offset: jax.Array,
+    pages: jax.Array | None,
+    over: Axes,
 ) -> jax.Array:
     """All devices' queries over this device's keys, then the parts put together."""
     everyone = lax.all_gather(q, over, axis=1, tiled=True)
-    out, log_sum = over_part(everyone, k, v, offset - index(over) * k.shape[3], layer)
+    out, log_sum = over_part(everyone, k, v, offset - index(over) * k.shape[3], layer, pages)
     most = lax.pmax(lax.stop_gradient(log_sum), over)  # finite: every query sees itself
     weight = jnp.exp(log_sum - most)
     parts = jnp.concatenate([out * weight[..., None], weight[..., None]], axis=-1)
@@ -257,16 +268,19 @@ _ring.defvjp(_ring_fwd, _ring_bwd)
 Pair = tuple[jax.Array, jax.Array]
 
 
-def append(caches: Pair, new: Pair, n: jax.Array, first: jax.Array) -> Pair:
+def append(caches: Pair, new: Pair, n: jax.Array, first: jax.Array, pages: jax.Array | None) -> Pair:
     """Writes new `[B, K, T, D]` into layer n of each cache `[S, B, K, N, D]` from position first[b] of all devices on.
 
-    Positions past the end are dropped. Padded tokens are written as well: the row's next tokens overwrite them before
-    any query reaches them.
+    With `pages` integers `[B, m]` caches are `[S, R, K, P, D]`, as for `softmax_attention`; tokens of which devices
+    have a part each are in pages as long as a row.
+
+    Positions past the end, and those whose page is none, are dropped. Padded tokens are written as well: the row's next
+    tokens overwrite them before any query reaches them.
     """
     over = split_over("sequence")
 
     def written(caches: Pair, new: Pair, first: jax.Array) -> Pair:
-        k, v = (_write(*both, n, first) for both in zip(caches, new, strict=True))
+        k, v = (_write(*both, n, first, pages) for both in zip(caches, new, strict=True))
         return k, v
 
     if not over:
@@ -284,9 +298,17 @@ def append(caches: Pair, new: Pair, n: jax.Array, first: jax.Array) -> Pair:
     return lax.scan(body, (caches, new), jnp.arange(size_of(over)))[0][0]
 
 
-def _write(cache: jax.Array, new: jax.Array, n: jax.Array, first: jax.Array) -> jax.Array:
+def _write(
+    cache: jax.Array, new: jax.Array, n: jax.Array, first: jax.Array, pages: jax.Array | None = None
+) -> jax.Array:
     B, _, T, _ = new.shape
+    R, P = cache.shape[1], cache.shape[3]
     position = first[:, None] + jnp.arange(T)  # [B, T]
     # Negative indices would count from the end. Of those dropped no two may be equal either.
     position = jnp.where(position < 0, FAR - position, position)
-    return cache.at[n, jnp.arange(B)[:, None], :, position].set(new.swapaxes(1, 2), mode="drop", unique_indices=True)
+    page = jnp.arange(B)[:, None]
+    if pages is not None:
+        page = jnp.take_along_axis(pages, position // P, axis=1, mode="fill", fill_value=R).astype(jnp.int32)
+        page = jnp.where((page >= 0) & (page < R), page, R + jnp.arange(B * T).reshape(B, T))
+        position %= P
+    return cache.at[n, page, :, position].set(new.swapaxes(1, 2), mode="drop", unique_indices=True)

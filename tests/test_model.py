@@ -1,5 +1,6 @@
 """The model against an independent float64 implementation, and its own invariances."""
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from m1jax.kernels.softmax_attention import api as softmax_api
 from m1jax.params import count, flatten
 from m1jax.presets import find_config
 from m1jax.sharding import flops
+from m1jax.state import empty
 from tests import numpy_m1
 from tests.test_gradients import biggest
 from tests.tools import SMALL, normal, random_model, rms_error, rows_are_alone, variant
@@ -110,6 +112,35 @@ def test_any_padding_equals_none(chunks: list[tuple[int, int, int]]) -> None:
         else:
             assert not np.any(state.lightning.s[:, b])
         assert state.length[b] == at[b]
+
+
+def test_pages_are_as_caches_in_one_piece() -> None:
+    """Ragged chunks; pages in any order; a page that is none keeps nothing and spoils nobody's; past all pages NaN."""
+    tokens, counts = tokens_of(SMALL, 3, 26, seed=2), np.asarray([[9, 3, 0], [1, 8, 7], [8, 1, 6], [0, 0, 3]])
+    plain = MODEL.init_state(3, 24)
+    S, _, K, _, D = plain.cache.k.shape
+    pages = np.asarray([[4, 1, 6], [0, 3, -1], [5, 99, 2]], np.int32)  # the last row's third page for its second
+    paged = dataclasses.replace(empty(plain.lightning.s.shape, (S, 7, K, 8, D), "float32"), pages=jnp.asarray(pages))
+    assert paged.max_length == 24
+    at = np.zeros(3, int)
+    for taken in counts:
+        block = np.stack([np.resize(row[first:], 9) for row, first in zip(tokens, at, strict=True)])
+        want, plain = MODEL.step(block, plain, lengths=taken)
+        got, paged = MODEL.step(block, paged, lengths=taken)
+        at += taken
+        for b, n in enumerate(taken):
+            if n and (b < 2 or at[b] <= 8):
+                assert rms_error(got[b, :n], want[b, :n]) < 2e-6
+    assert at.tolist() == list(paged.length) == [18, 12, 16]
+    assert paged.pages is not None and np.array_equal(paged.pages, pages)
+    for b, numbers in enumerate(pages):
+        first = min(at[b], 8)
+        assert rms_error(paged.cache.v[:, numbers[0], :, :first], plain.cache.v[:, b, :, :first]) < 2e-6
+    logits, _ = MODEL.step(np.zeros((3, 9), np.int32), paged, lengths=np.asarray([6, 9, 9]))
+    assert np.all(np.isfinite(logits[0])) and np.all(np.isfinite(logits[1]))
+    assert np.all(np.isnan(logits[2]))
+    with pytest.raises(ValueError, match="state: rows in pages cannot be copied"):
+        paged.take([0, 1])
 
 
 def test_last_logits_are_those_of_the_last_valid_token() -> None:

@@ -132,6 +132,56 @@ def test_few_queries(T: int, N: int, offset: tuple[int, int], dtype: str) -> Non
         assert np.array_equal(alone, got)
 
 
+def in_pages(arrays: list[jax.Array], P: int) -> tuple[list[jax.Array], jax.Array]:
+    """q and caches cut into pages of P positions, which lie in any order, and where those of each row are."""
+    q, *caches = arrays
+    S, B, _, N, _ = caches[0].shape
+    n = N // P
+    pages = np.random.default_rng(P).permutation(B * n)
+    out = []
+    for x in caches:
+        flat = x.reshape(S, B, K, n, P, D).swapaxes(2, 3).reshape(S, B * n, K, P, D)
+        out.append(jnp.zeros_like(flat).at[:, pages].set(flat))
+    return [q, *out], jnp.asarray(pages.reshape(B, n), jnp.int32)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "direct", "triton_interpreted", None])
+@pytest.mark.parametrize(("T", "N", "P", "dtype"), [(5, 1024, 128, "float32"), (1, 1280, 256, "bfloat16")])
+def test_pages(implementation: Any, T: int, N: int, P: int, dtype: str) -> None:
+    """As if keys and values lay in order; of what no query sees the numbers may be any; rows may share pages."""
+    arrays, at = caches(T, N, dtype), jnp.asarray([N - T, 2 * P - T])
+    cut, pages = in_pages(arrays, P)
+    run = functools.partial(softmax_attention, offset=at, layer=1, implementation=implementation)
+    want = reference(*arrays, offset=at, layer=1)
+    for numbers in (pages, pages.at[1, 2:].set(1 << 20), pages.at[1, 2:].set(-5).astype(jnp.int16)):
+        assert rms_error(run(*cut, pages=numbers), want) < TOLERANCE[dtype]
+    shared = pages.at[1, 0].set(pages[0, 0])
+    both = [arrays[0], *(x.at[:, 1, :, :P].set(x[:, 0, :, :P]) for x in arrays[1:])]
+    assert rms_error(run(*cut, pages=shared), reference(*both, offset=at, layer=1)) < TOLERANCE[dtype]
+    of_one_layer = [cut[0], *(x[1] for x in cut[1:])]
+    alone = softmax_attention(*of_one_layer, offset=at, pages=pages, implementation=implementation)
+    assert rms_error(alone, want) < TOLERANCE[dtype]
+
+
+def test_pages_by_cudnn_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays, at = caches(70, 512), jnp.asarray([440, 3])
+    cut, pages = in_pages(arrays, 128)
+    want = reference(*arrays, offset=at, layer=2)
+    monkeypatch.setattr(api.gpu, "cudnn", functools.partial(gpu.cudnn, library="xla"))
+    for chosen, tokens in (("cudnn", 70), ("xla", 70), ("triton_interpreted", 4)):
+        monkeypatch.setattr(api, "_choose", lambda *_, chosen=chosen: chosen)
+        got = softmax_attention(cut[0][:, :tokens], *cut[1:], offset=at, layer=2, pages=pages)
+        assert rms_error(got, want[:, :tokens]) < 2e-6
+
+        def value(q: jax.Array, k: jax.Array, v: jax.Array, pages: Any) -> jax.Array:
+            return jnp.sum(softmax_attention(q, k, v, offset=at, layer=2, pages=pages) ** 2)
+
+        gradients: Any = jax.grad(value, argnums=(0, 1, 2))
+        own = in_pages(list(gradients(arrays[0][:, :tokens], *arrays[1:], None)), 128)[0]
+        for a, b in zip(gradients(cut[0][:, :tokens], *cut[1:], pages), own, strict=True):
+            assert rms_error(a, b) < 1e-5
+
+
 def test_what_lies_past_the_tokens_is_not_read() -> None:
     q, k, v = caches(2, 300)
     at = jnp.asarray([7, 160])
@@ -158,7 +208,7 @@ def test_a_part_of_the_keys_has_a_gradient() -> None:
 
     def gradients(interpreted: bool) -> Any:
         def value(*arrays: jax.Array) -> Any:
-            out, log_sums = over_part(*arrays, at, 1, interpreted)
+            out, log_sums = over_part(*arrays, at, 1, interpreted=interpreted)
             return jnp.sum(out**2) + jnp.sum(log_sums)
 
         return jax.grad(value, argnums=(0, 1, 2))(*arrays)
@@ -192,6 +242,13 @@ def test_bad_arguments_are_named() -> None:
         (r"k: .* want \[S, 2, K, N, 32\]", lambda: softmax_attention(q, k, v, layer=0)),
         ("k: ", lambda: softmax_attention(*many)),
         ("layer: expected 0 to 2, got 3", lambda: softmax_attention(*many, layer=3)),
+        (r"pages: expected integers \[2, n\]", lambda: softmax_attention(q, k, v, pages=ones[0])),
+        (r"pages: expected integers \[2, n\]", lambda: softmax_attention(q, k, v, pages=ones[:, :0])),
+        (r"pages: expected integers \(2, 8\)", lambda: softmax_attention(q, k, v, pages=ones * 1.0)),
+        (r"pages: expected integers \(2, 1\)", lambda: softmax_attention(q, k, v, pages=ones[:1, :1])),
+        (r"k: .* want \[R, K, P, 32\]", lambda: softmax_attention(q, *many[1:], pages=ones)),
+        ("offset: expected 0 to 63", lambda: softmax_attention(q, k, v, offset=ones[:, 0] * 64, pages=ones)),
+        ("segments: packed rows do not lie in pages", lambda: softmax_attention(q, k, v, segments=ones, pages=ones)),
     ]
     for message, call in bad:
         with pytest.raises(ValueError, match=message):
@@ -211,6 +268,7 @@ def test_what_cannot_run_says_why() -> None:
         ("triton", (q, k, v), {}, "CUDA device"),
         ("triton_interpreted", inputs(22, 256), {}, "up to 64 queries"),
         ("triton_interpreted", narrow, {}, "power of two"),
+        ("triton_interpreted", inputs(1, 40), {"pages": segments[:, :2]}, "pages of a multiple of 64"),
         ("triton_interpreted", (q, k, v), {"segments": segments}, "packed rows"),
         ("flash", (q, k, v), {}, "unknown 'flash'"),
     ]:

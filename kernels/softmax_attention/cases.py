@@ -1,4 +1,4 @@
-"""The cases of softmax attention: M1's heads; training and prefill, a later chunk of a prefill, decode."""
+"""The cases of softmax attention: M1's heads; training and prefill, a later chunk of a prefill, decode, pages."""
 
 import dataclasses
 from typing import Any, Self
@@ -14,7 +14,7 @@ from m1jax.kernels.softmax_attention.api import softmax_attention
 class SoftmaxCase(Case):
     """B rows of T queries and N keys, H heads of D channels, K key heads; with `cached` the last T of a cache of N.
 
-    With `layers` it is the last of so many caches that is read.
+    With `layers` it is the last of so many caches that is read, with `page` they are in pages of so many positions.
     """
 
     T: int
@@ -26,6 +26,7 @@ class SoftmaxCase(Case):
     cached: bool = False
     packed: bool = False
     layers: int | None = None
+    page: int | None = None
 
     def reduced(self) -> Self:
         """An even number of packed tokens, which cuDNN takes, and a cache that is read in several parts."""
@@ -51,7 +52,8 @@ class SoftmaxCase(Case):
     def arguments(self, normal: Normal) -> dict[str, Any]:
         """Those of `softmax_attention`, and `d_out`."""
         B, T, N, row = self.B, self.T, self.N, jnp.arange(self.B)
-        q, kv = (B, T, self.H, self.D), (B, self.K, N, self.D)
+        R, P = (B, N) if self.page is None else (B * N // self.page, self.page)
+        q, kv = (B, T, self.H, self.D), (R, self.K, P, self.D)
         if self.layers is not None:
             kv = (self.layers, *kv)
         found: dict[str, Any] = {
@@ -63,6 +65,8 @@ class SoftmaxCase(Case):
             found["offset"] = (N - T) - row * (N - T) // B
         if self.layers is not None:
             found["layer"] = jnp.asarray(self.layers - 1)
+        if self.page is not None:
+            found["pages"] = jax.random.permutation(jax.random.key(5), R).astype(jnp.int32).reshape(B, N // P)
         if self.packed:
             found["segments"] = jnp.broadcast_to(1 + jnp.arange(N) * 3 // N, (B, N))
         if self.grad:
@@ -88,6 +92,10 @@ CASES = (
         for B, N in ((1, 32768), (32, 32768), (1, 2**20))
     ),
     SoftmaxCase(name="decode B=32 of 131072, one key head", T=1, N=131072, B=32, H=8, K=1, cached=True, layers=2),
+    *(
+        SoftmaxCase(name=f"decode B={B} of {N} in pages", T=1, N=N, B=B, cached=True, layers=2, page=256)
+        for B, N in ((32, 32768), (1, 2**20))
+    ),
     SoftmaxCase(name="four tokens after 32768", T=4, N=32768, cached=True, layers=2),
     SoftmaxCase(name="packed 8192", T=8192, N=8192, packed=True),
     SoftmaxCase(name="gradients 8192", T=8192, N=8192, grad=True),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from m1jax.kernels.gpu import capability, launch, refusal
 from m1jax.kernels.rounding import rounded
 
-Form = Callable[..., Any]  # of q, k, v, offset and, where k and v are of several layers, layer
+Form = Callable[..., Any]  # of q, k, v, offset and, where k and v are of several layers, layer and pages
 Library = Literal["cudnn", "xla"]  # behind `jax.nn.dot_product_attention`; "xla" is for tests
 
 LARGEST_MASK = 1 << 30  # bytes: cuDNN takes segments as [B, T, T] numbers of the dtype of q, in memory
@@ -52,7 +52,9 @@ def refusal_of_cudnn(q: jax.Array, k: jax.Array, offset: jax.Array | None, segme
     return None
 
 
-def refusal_of_triton(q: jax.Array, k: jax.Array, segments: jax.Array | None, interpreted: bool = False) -> str | None:
+def refusal_of_triton(
+    q: jax.Array, k: jax.Array, segments: jax.Array | None, pages: jax.Array | None, interpreted: bool = False
+) -> str | None:
     """Why the Triton kernel does not do this; None if it does."""
     (_, T, H, D), K = q.shape, k.shape[-3]
     if segments is not None:
@@ -61,7 +63,16 @@ def refusal_of_triton(q: jax.Array, k: jax.Array, segments: jax.Array | None, in
         return f"it takes up to {MOST_QUERIES} queries a key head, got {T} tokens of {H // K} heads each"
     if D & (D - 1) or not 16 <= D <= 256:
         return f"it takes a power of two from 16 to 256 as head_dim, got {D}"
+    if pages is not None and pages.shape[1] > 1 and k.shape[-2] % _at_a_time(k):
+        return f"it takes pages of a multiple of {_at_a_time(k)} positions, got {k.shape[-2]}"
     return None if interpreted else refusal()
+
+
+def _at_a_time(k: jax.Array) -> int:
+    """Keys that the Triton kernel has at once."""
+    # Products of float32 are made on the ordinary cores, of operands in registers.
+    most_bytes = 8192 if k.dtype == jnp.float32 else 16384
+    return min(128, max(16, most_bytes // (k.shape[-1] * k.dtype.itemsize)))
 
 
 @functools.cache
@@ -159,16 +170,20 @@ def few_queries(
     v: jax.Array,
     offset: jax.Array,
     layer: jax.Array | int,
+    pages: jax.Array,
     interpreted: bool = False,
     instead: Form | None = None,
 ) -> jax.Array:
-    """By Triton; k, v `[S, B, K, N, D]`, else as in `reference.softmax_attention`; `instead` as above."""
+    """By Triton; k, v `[S, R, K, P, D]` and pages as in the API, else as in `reference.softmax_attention`.
+
+    `instead` as above.
+    """
 
     def run(*arrays: jax.Array) -> jax.Array:
         return rounded(_over_part(*arrays, interpreted=interpreted)[0], v.dtype)
 
     why = "implementation: 'triton' has no gradient: choose another"
-    return _forward_only(run, why, instead)(q, k, v, offset, jnp.asarray(layer, jnp.int32))
+    return _forward_only(run, why, instead)(q, k, v, offset, jnp.asarray(layer, jnp.int32), pages)
 
 
 def over_part(
@@ -177,30 +192,36 @@ def over_part(
     v: jax.Array,
     offset: jax.Array,
     layer: jax.Array | int,
+    pages: jax.Array,
     interpreted: bool,
     instead: Form,
 ) -> tuple[jax.Array, jax.Array]:
     """As `api.over_part`, by Triton; `instead` as above."""
     run = functools.partial(_over_part, interpreted=interpreted)
-    return _forward_only(run, "", instead)(q, k, v, offset, jnp.asarray(layer, jnp.int32))
+    return _forward_only(run, "", instead)(q, k, v, offset, jnp.asarray(layer, jnp.int32), pages)
 
 
 def _over_part(
-    q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, layer: jax.Array, interpreted: bool
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    offset: jax.Array,
+    layer: jax.Array,
+    pages: jax.Array,
+    interpreted: bool,
 ) -> tuple[jax.Array, jax.Array]:
     from m1jax.kernels.softmax_attention import kernels
 
-    (B, T, H, D), (L, _, K, N, _) = q.shape, k.shape
-    # Products of float32 are made on the ordinary cores, of operands in registers.
-    warps, most_bytes = (8, 8192) if q.dtype == jnp.float32 else (4, 16384)
-    block = min(128, max(16, most_bytes // (D * k.dtype.itemsize)))  # keys, and values, at a time
-    splits = _splits(B * K, N)
+    (B, T, H, D), (L, R, K, P, _) = q.shape, k.shape
+    n = pages.shape[1]
+    splits = _splits(B * K, n * P)
     outs, log_sums = launch(
-        kernels.few_queries, q, k, v, offset, layer.reshape(1),
+        kernels.few_queries, q, k, v, offset, layer.reshape(1), pages.astype(jnp.int32),
         out=[jax.ShapeDtypeStruct((splits, *shape), jnp.float32) for shape in (q.shape, q.shape[:3])],
-        grid=(splits, K, B), warps=warps, stages=3, interpreted=interpreted, LAYERS=L, B=B, T=T, H=H, K=K, N=N, D=D,
-        ROWS=max(16, 1 << (T * (H // K) - 1).bit_length()), BLOCK=block, SPLITS=splits,
-        PRECISION="ieee" if q.dtype == jnp.float32 else "tf32",
+        grid=(splits, K, B), warps=8 if q.dtype == jnp.float32 else 4, interpreted=interpreted,
+        stages=3 if n == 1 else 5,  # as many blocks on their way, though a block's page is fetched first
+        LAYERS=L, R=R, PAGES=n, B=B, T=T, H=H, K=K, P=P, D=D, ROWS=max(16, 1 << (T * (H // K) - 1).bit_length()),
+        BLOCK=_at_a_time(k), SPLITS=splits, PRECISION="ieee" if q.dtype == jnp.float32 else "tf32",
     )  # fmt: skip
     most = jnp.max(log_sums, axis=0)
     shares = jnp.exp(log_sums - jnp.where(jnp.isneginf(most), 0.0, most))
