@@ -4,9 +4,8 @@ from collections.abc import Iterator
 
 from m1jax.engine import Engine
 from m1jax.errors import UserError
-from m1jax.generation import Event
+from m1jax.generation import Event, Prior
 from m1jax.prompt import Options, Prompter, ends_inside_thinking
-from m1jax.state import M1State
 
 
 class Chat:
@@ -26,7 +25,7 @@ class Chat:
         self._messages: list[dict[str, str]] = []
         self._text = ""  # what `tokens` say, up to an end-of-turn token
         self._ended = False  # whether `tokens` end with an end-of-turn token
-        self._state: M1State | None = None  # has read a beginning of `tokens`
+        self._left: Prior | None = None  # of a text that is a beginning of `tokens`
 
     def send(self, message: str) -> Iterator[Event]:
         """The events of the reply to a message; to be exhausted before the next one.
@@ -40,10 +39,10 @@ class Chat:
         opened, begun = self._prompter.text(messages, self._options)
         text = opened + begun
         tokens = self._continued(text)
-        prior = None if tokens is None else self._state
+        prior = None if tokens is None else self._left
         request = self._options.request(tokens or self._engine.tokenizer.encode(text), ends_inside_thinking(text))
         generation = self._engine.generate([request], max_rows=1, prior=prior)
-        self._state = None  # used up; should generating fail, the next turn reads everything again
+        self._left = None  # used up; should generating fail, the next turn reads everything again
         reply = None
         for event in generation:
             reply = event.reply
@@ -55,11 +54,11 @@ class Chat:
         self._messages = [*messages, {"role": "assistant", "content": begun + words}]
         self._text = text + words
         self.tokens = [*request.tokens, *reply.tokens]
-        self._state = generation.state
+        self._left = generation.left
 
     def _continued(self, text: str) -> list[int] | None:
         """The conversation's tokens and those that `text` adds; None if `text` does not go on from them."""
-        if self._state is None or not text.startswith(self._text):
+        if self._left is None or not text.startswith(self._text):
             return None
         new = self._engine.tokenizer.encode(text[len(self._text) :])
         if not self._ended:

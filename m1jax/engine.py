@@ -1,11 +1,11 @@
 """Text generation: prefill in shape buckets, one compiled decode step, many texts at once.
 
-Every array shape is rounded up to a power of two (rows, prompt chunk, cache length), so that a handful of compiled
-functions serves all requests. Rows are independent of each other: what a row generates does not depend on its batch.
-Between two chunks of a long prompt the others go on by a step.
+Every array shape is rounded up to a power of two (rows, prompt chunk, pages of a text and of all), so that a handful of
+compiled functions serves all requests. Rows are independent of each other: what a row generates does not depend on its
+batch. Between two chunks of a long prompt the others go on by a step.
 The host reads tokens one step behind the device, and in time where it decides a token itself (thinking budgets).
 
-Letters: B batch rows (a bucket), T tokens of a chunk (a bucket), N cache length (a bucket), V vocabulary.
+Letters: B batch rows (a bucket), T tokens of a chunk (a bucket), V vocabulary.
 """
 
 import collections
@@ -22,19 +22,20 @@ import numpy as np
 from m1jax import rows as device
 from m1jax.config import M1Config
 from m1jax.errors import UserError
-from m1jax.generation import Cancelled, Generation, Slot
+from m1jax.generation import Cancelled, Generation, Prior, Prompt, Slot
 from m1jax.model import M1
+from m1jax.pool import Pool, bucket
 from m1jax.reply import Reply, Request, check_context
+from m1jax.rows import Left, Read
 from m1jax.sharding.mesh import mesh_of
 from m1jax.sharding.region import on_mesh_of
 from m1jax.sharding.rules import shards
-from m1jax.state import M1State
 from m1jax.tokenizer import Tokenizer
 
 CHUNK = 2048  # the most tokens of one prompt read at once
 CHUNK_OF_ALL = 8192  # the same for all prompts of a batch together
 SMALLEST_CHUNK = 16
-SMALLEST_CACHE = 256
+SMALLEST_CACHE = 256  # tokens that a page has room for
 
 
 @dataclasses.dataclass
@@ -57,8 +58,15 @@ class Engine:
       model: the model.
       tokenizer: its tokenizer.
       cancelled: asked before every step and chunk of a prompt; once true, all texts end as "interrupted".
-      context: the most tokens of a prompt and its reply, for which every cache has room from the start, so that there
-        are fewer shapes. None is the model's; caches then grow.
+      context: the most tokens of a prompt and its reply, for which there is room from the start, so that there are
+        fewer shapes. None is the model's; room then grows.
+      cache_tokens: with `context`, of how many tokens in all there is room for keys and values, as many as the context
+        has or more. None is room for texts as long as the context, as many as are generated at once.
+
+    Attributes:
+      parts: in how many parts the mesh splits the rows of a batch.
+      splits_sequences: whether it splits the tokens of a sequence.
+      fixed: whether there is room for the whole context from the start.
 
     Raises:
       UserError: the tokenizer has tokens that the model does not know, or the model's context is shorter.
@@ -70,6 +78,7 @@ class Engine:
         tokenizer: Tokenizer,
         cancelled: Callable[[], bool] = lambda: False,
         context: int | None = None,
+        cache_tokens: int | None = None,
     ) -> None:
         config = model.config
         if context is not None:
@@ -87,18 +96,21 @@ class Engine:
             )
         self.model, self.tokenizer, self.cancelled = model, tokenizer, cancelled
         self.context = config.max_position_embeddings if context is None else context
-        self._fixed = context is not None
+        self.fixed, self._cache_tokens = context is not None, cache_tokens
         self.eos_ids = end_tokens(config, tokenizer)
         self.stats = Stats()
         mesh = mesh_of(model.embed.get_value())
-        self._rows = 1 if mesh is None else shards(mesh, "batch")
+        self.parts = 1 if mesh is None else shards(mesh, "batch")
+        self.splits_sequences = mesh is not None and shards(mesh, "sequence") > 1
+        if cache_tokens is not None:
+            check_cache_tokens(cache_tokens, context, self.parts)
         self._compiled: dict[Hashable, Any] = {}
 
     def generate(
         self,
         requests: Sequence[Request],
         max_rows: int = 8,
-        prior: M1State | None = None,
+        prior: Prior | None = None,
         done: Collection[tuple[int, int]] = (),
         eager: bool = False,
     ) -> Generation:
@@ -107,8 +119,8 @@ class Engine:
         Args:
           requests: what to generate.
           max_rows: the most texts generated at once; others take the place of those that end.
-          prior: with a single request for a single text, a state (one row) that has read the prompt's beginning.
-            It is used up.
+          prior: with a single request for a single text, what one that its prompt begins with has left (`left` of its
+            generation). It is used up.
           done: (index of request, sample) of texts to leave out.
           eager: begin a request as soon as there is a place, by itself, not several when a quarter of the rows is free:
             whoever waits for one waits less, there are fewer shapes, all together take longer.
@@ -136,7 +148,7 @@ class Engine:
         eos_ids, self.eos_ids = self.eos_ids, frozenset()
         try:
             for length in [*shorter, longest]:
-                collections.deque(self.generate([Request((0,) * length, max_tokens=2)], 1), maxlen=0)
+                collections.deque(self.generate([Request((0,) * length, max_tokens=2)], max_rows), maxlen=0)
             for size in sizes:
                 for left in sizes[: sizes.index(size) + 1]:
                     for joining in range(1 + (left < max_rows)):
@@ -182,56 +194,65 @@ class Engine:
             spent = time.perf_counter() - start - (self.stats.compile_seconds - compiling)
             setattr(self.stats, name, getattr(self.stats, name) + spent)
 
-    def bucket(self, n: int, smallest: int = 1) -> int:
-        """The power of two at or above n."""
-        return max(smallest, 1 << (n - 1).bit_length())
+    @property
+    def page(self) -> int:
+        """How many tokens a page has room for, at first."""
+        return self.cache_bucket(1) if self.splits_sequences else min(SMALLEST_CACHE, self.context)
 
-    def rows_bucket(self, n: int) -> int:
-        """The number of rows of a batch for n texts: a mesh may split it."""
-        return self._rows * self.bucket(-(-n // self._rows))
+    def pool(self, max_rows: int) -> Pool:
+        """Pages for so many texts at once."""
+        if not self.fixed:
+            return Pool(self, None)
+        each = 1 if self.splits_sequences else -(-self.context // self.page)
+        if self._cache_tokens is None:
+            return Pool(self, -(-max_rows // self.parts) * each)
+        return Pool(self, max(each, self._cache_tokens // self.parts // self.page))
 
     def cache_bucket(self, n: int) -> int:
-        """The length of a cache for n tokens."""
-        return self.context if self._fixed else min(self.bucket(n, SMALLEST_CACHE), self.context)
+        """Room for n tokens."""
+        return self.context if self.fixed else min(bucket(n, SMALLEST_CACHE), self.context)
 
     def read(
-        self, prompts: Sequence[Sequence[int]], N: int, prior: M1State | None = None
-    ) -> Generator[None, None, tuple[jax.Array, M1State]]:
+        self, prompts: Sequence[Prompt | None], pool: Pool, width: int, left: Left | None = None
+    ) -> Generator[None, None, Read]:
         """Reads prompts, chunk by chunk; yields between two chunks.
 
         Args:
-          prompts: of each row, the tokens that `prior` has not read.
-          N: cache length.
-          prior: a state to go on from, used up; its cache may be longer.
+          prompts: of each row, None for padding.
+          pool: in which they have their pages.
+          width: how many a row has at most.
+          left: what the rows have left that have read a beginning of their prompts already; used up.
 
         Returns:
-          Logits `[B, V]` after each prompt's last token, and the state; B is the bucket of the number of prompts.
+          Logits after each prompt's last token, and what they have left.
 
         Raises:
           Cancelled: it was, between two chunks.
         """
-        B = self.rows_bucket(len(prompts))
-        logits, state = self.run(device.empty, self.model, B=B, N=N)
-        if prior is not None:
-            state = prior if prior.max_length >= N else self.run(device.grow, prior, N=N)
-        longest = max(map(len, prompts))
+        B = len(prompts)
+        read, known = self.run(device.empty, self.model, B=B), 0
+        if left is not None:
+            read, known = Read(read.logits, left), int(left.length[0])
+        unread = [() if prompt is None else prompt.tokens[known:] for prompt in prompts]
+        longest = max(map(len, unread))
         chunk = min(CHUNK, max(SMALLEST_CHUNK, CHUNK_OF_ALL // B))
         for start in range(0, longest, chunk):
             if start:
                 with self.clock("prompt_seconds"):
-                    logits.block_until_ready()  # a long prompt can be given up between two chunks
+                    read.logits.block_until_ready()  # a long prompt can be given up between two chunks
                 if self.cancelled():
                     raise Cancelled
                 yield
-            T = self.bucket(min(chunk, longest - start), SMALLEST_CHUNK)
+            T = bucket(min(chunk, longest - start), SMALLEST_CHUNK)
             tokens, lengths = np.zeros((B, T), np.int32), np.zeros((B,), np.int32)
-            for b, prompt in enumerate(prompts):
+            for b, prompt in enumerate(unread):
                 part = prompt[start : start + chunk]
                 tokens[b, : len(part)], lengths[b] = part, len(part)
             with self.clock("prompt_seconds"):
-                logits, state = self.run(device.prefill, self.model, tokens, lengths, state, logits)
+                table = pool.table(prompts, width)
+                read, pool.cache = self.run(device.prefill, self.model, tokens, lengths, read, pool.cache, table)
             self.stats.prompt_tokens += int(lengths.sum())
-        return logits, state
+        return read
 
 
 def end_tokens(config: M1Config, tokenizer: Tokenizer) -> frozenset[int]:
@@ -244,3 +265,12 @@ def check_own_context(context: int, config: M1Config) -> None:
     """Raises `UserError` if an engine of this model cannot have such a context."""
     if not 1 < context <= config.max_position_embeddings:
         raise UserError(f"context must be from 2 to the model's {config.max_position_embeddings}, not {context}")
+
+
+def check_cache_tokens(cache_tokens: int, context: int | None, parts: int) -> None:
+    """Raises `UserError` if an engine cannot have room for so many tokens; a mesh splits rows into so many parts."""
+    if context is None:
+        raise UserError("cache-tokens goes with context, the most tokens of one text: give it, too")
+    if cache_tokens < context * parts:
+        of = f" in each of the {parts} parts of the mesh" if parts > 1 else ""
+        raise UserError(f"cache-tokens must be {context * parts} or more, room for one text{of}, not {cache_tokens}")

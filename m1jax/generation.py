@@ -1,13 +1,17 @@
 """Texts in the making: which are generated, which wait, and the steps of all that are.
 
+Where a mesh splits rows a text stays on the devices that it begins on: in one of as many parts of the batch. Where the
+pool of pages has a limit and no page is left, the youngest text of that part gives its own up; what there is of it is
+read again, like a prompt, when there is room.
+
 Letters as in `engine.py`.
 """
 
 import collections
 import dataclasses
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -15,17 +19,17 @@ import numpy as np
 from m1jax import rows as device
 from m1jax.errors import UserError
 from m1jax.model import M1
+from m1jax.pool import Pool, bucket
 from m1jax.reply import Reply, Request, Segment, check_context
-from m1jax.rows import Rows
+from m1jax.rows import Left, Read, Rows
 from m1jax.sampling import Sampling, SamplingRows
 from m1jax.sharding.mesh import mesh_of
 from m1jax.sharding.rules import shards
-from m1jax.state import M1State
 
 if TYPE_CHECKING:
     from m1jax.engine import Engine
 
-ROOM = 1024  # generated tokens that a new cache has room for; it doubles when they are used up
+ROOM = 1024  # tokens that there is to be room for when a text begins, beside its prompt
 TRACED = 2048  # tokens looked at to find the layer where NaN begins
 
 
@@ -56,58 +60,121 @@ class Cancelled(Exception):
 
 
 class _Unwanted(Exception):
-    """Nobody wants the prompts any more that are being read."""
+    """Nobody wants the prompts any more that are being read, or their pages were needed."""
 
 
-class Slot(NamedTuple):
-    """A text and the index of its request."""
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """A text, the index of its request, and its place while it is generated.
+
+    Attributes:
+      part: the part of the batch that it is in.
+      pages: where its keys and values are, among that part's pages.
+      chosen: how many tokens were chosen, those in flight included.
+      turn: its number among all that have begun.
+    """
 
     request: int
     reply: Reply
+    part: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
+    chosen: int = 0
+    turn: int = -1
+
+    @property
+    def live(self) -> bool:
+        """Whether it goes on."""
+        return self.reply.finish is None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is any of it."""
+        return bool(self.reply.tokens)
+
+    @property
+    def tokens(self) -> list[int]:
+        """What is to be read before it goes on."""
+        return [*self.reply.request.tokens, *self.reply.tokens]
+
+    @property
+    def roomy(self) -> int:
+        """How many tokens there is to be room for when it begins or goes on."""
+        done = len(self.reply.tokens)
+        return len(self.reply.request.tokens) + done + min(self.reply.limit - done, ROOM)
+
+    @property
+    def needed(self) -> int:
+        """How many tokens there must be room for, to choose the next."""
+        return len(self.reply.request.tokens) + self.chosen
 
 
-class _Read(NamedTuple):
-    """A prompt that was read, of which samples are still to come: logits `[B, V]` and state, all rows the same."""
+@dataclasses.dataclass(eq=False)
+class Prompt:
+    """What is read, in which part of the batch, into which pages, for which texts.
 
-    request: int
-    logits: jax.Array
-    state: M1State
+    `request` is None where it is a text that goes on, with which no other begins.
+    """
+
+    request: int | None
+    part: int
+    tokens: Sequence[int]
+    slots: list[Slot] = dataclasses.field(default_factory=list)
+    pages: list[int] = dataclasses.field(default_factory=list)
+
+
+class Kept(NamedTuple):
+    """A prompt that was read, of which samples are still to come, by part of the batch; `read` has a row for each."""
+
+    prompts: dict[int, Prompt]
+    read: Read
+
+
+class Prior(NamedTuple):
+    """What a text has left behind: its row, the pool, and its pages there."""
+
+    left: Left
+    pool: Pool
+    pages: list[int]
 
 
 class _Pending(NamedTuple):
-    """Tokens int32 `[B]` that the device has chosen and the host has not read, and the rows they matter for."""
+    """Tokens int32 `[B]` that the device has chosen and the host has not read, and whose they are, by row."""
 
     tokens: jax.Array
-    active: list[int]
+    slots: dict[int, Slot]
+
+
+Placed = TypeVar("Placed", Slot, Prompt)
 
 
 class Generation:
     """Texts in the making: iterate over it for `Event`s.
 
     When an iteration has ended, or between two events, more can be added; then iterate (on).
-
-    Attributes:
-      state: after the iteration, what the last batch's rows have read; its `length` says how many tokens of prompt and
-        reply that is.
     """
 
     def __init__(
-        self, engine: "Engine", queue: Iterable[Slot], max_rows: int, prior: M1State | None, eager: bool
+        self, engine: "Engine", queue: Iterable[Slot], max_rows: int, prior: Prior | None, eager: bool
     ) -> None:
         self._engine, self._max_rows, self._prior, self._eager = engine, max_rows, prior, eager
+        self._pool = engine.pool(max_rows) if prior is None else prior.pool
         self._later = iter(queue)  # not made before they are due
         self._queue = collections.deque(itertools.islice(self._later, max_rows))
-        self._slots: list[Slot] = []  # of the first rows; the others are padding
-        self._chosen: list[int] = []  # how many tokens were chosen for each slot, those in flight included
+        self._slots: list[Slot | None] = []  # of each row; None is padding
+        self._width = 0  # of the table of their pages
         self._rows: Rows | None = None
         self._pending: _Pending | None = None
-        self._half_started: _Read | None = None
+        self._kept: Kept | None = None
         self._entering: list[Slot] = []  # whose prompts are being read
+        self._reading: list[Prompt] = []  # those of them that were not kept
+        self._turns = itertools.count()
 
     @property
-    def state(self) -> M1State | None:
-        """See the class."""
-        return None if self._rows is None else self._rows.state
+    def left(self) -> Prior | None:
+        """After the iteration over a single text, what it has left: a `prior`, and no longer this generation's."""
+        if self._rows is None or not self._slots or self._slots[0] is None:
+            return None
+        return Prior(self._rows.left, self._pool, self._slots[0].pages)
 
     def __iter__(self) -> Iterator[Event]:
         while self._queue or self._live():
@@ -119,7 +186,7 @@ class Generation:
                 yield from self._admit()
                 if self._eager and others and self._live():  # or those that join would hold them up for good
                     yield from self._step()
-            elif not self._queue and self._engine.rows_bucket(len(self._live())) < self._size:
+            elif not self._queue and len(self._laid_out(self._live())) < len(self._slots):
                 yield from self._collect()
                 self._compact()
             else:
@@ -135,208 +202,355 @@ class Generation:
         kept = collections.deque(slot for slot in self._queue if slot.request != index)
         kept.extend(itertools.islice(self._later, len(self._queue) - len(kept)))
         self._queue = kept
-        for slot in [*self._slots, *self._entering]:
-            if slot.request == index and slot.reply.finish is None:
+        for slot in [*self._live(), *self._entering]:
+            if slot.request == index and slot.live:
                 slot.reply.end("interrupted")
-        if self._half_started is not None and self._half_started.request == index:
-            self._half_started = None
 
-    @property
-    def _size(self) -> int:
-        """B of the current batch."""
-        return 0 if self._rows is None else self._rows.token.shape[0]
+    def _live(self) -> list[Slot]:
+        return [slot for slot in self._slots if slot is not None and slot.live]
 
-    def _live(self) -> list[int]:
-        return [b for b, slot in enumerate(self._slots) if slot.reply.finish is None]
+    def _interrupt(self) -> Iterator[Event]:
+        waiting = [*self._live(), *self._queue]
+        self._queue.clear()
+        for slot in itertools.chain(waiting, self._later):
+            if slot.live:  # or it was dropped meanwhile
+                yield Event(slot.request, slot.reply, slot.reply.end("interrupted"))
+
+    # --- where texts are -------------------------------------------------------------------------------------------
+
+    def _laid_out(self, placed: Sequence[Placed]) -> list[Placed | None]:
+        """The rows of a batch, each in its part, all parts with as many."""
+        parts = [[one for one in placed if one.part == part] for part in range(self._engine.parts)]
+        size = bucket(max(1, *map(len, parts)))
+        return [one for part in parts for one in (*part, *[None] * (size - len(part)))]
+
+    def _placed(self, slot: Slot, new: Sequence[Slot]) -> bool:
+        """Puts a text in the part with the fewest texts of those that have room; False if none has."""
+        texts, parts = [*self._live(), *new], self._engine.parts
+        counts = [sum(one.part == part for one in texts) for part in range(parts)]
+        for slot.part in sorted(range(parts), key=counts.__getitem__):
+            if counts[slot.part] * parts >= self._max_rows:
+                return False
+            if self._pool.has(slot.part, self._wanted([*new, slot], slot.part)):
+                return True
+        return False
+
+    def _wanted(self, new: Sequence[Slot], part: int) -> int:
+        """How many pages more the texts that begin in a part are to have room in."""
+        shared = (
+            {prompt.request for prompt in self._kept.prompts.values() if prompt.part == part} if self._kept else set()
+        )
+        pages = 0
+        for slot in new:
+            if slot.part != part:
+                continue
+            pages += self._pool.pages_for(slot.roomy)
+            if not slot.begun and slot.request in shared:
+                pages -= self._pool.full(len(slot.tokens))
+            shared |= set() if slot.begun else {slot.request}
+        return pages if self._prior is None else pages - len(self._prior.pages)
+
+    def _release_ended(self) -> None:
+        """Takes the pages of texts that have ended."""
+        for slot in self._slots:
+            if slot is not None and not slot.live:
+                self._pool.release(slot)
+
+    def _forget(self) -> None:
+        """Takes the pages of what was kept."""
+        if self._kept is not None:
+            for prompt in self._kept.prompts.values():
+                self._pool.release(prompt)
+        self._kept = None
+
+    # --- texts that begin ------------------------------------------------------------------------------------------
 
     def _wants_admission(self) -> bool:
         """Joining costs a copy of the batch: unless it is to be eager, a quarter of the rows joins at a time."""
-        free = self._max_rows - len(self._live())
+        live = self._live()
+        free = self._max_rows - len(live)
         fewest = 1 if self._eager else max(1, self._max_rows // 4)
-        return bool(self._queue) and (free == self._max_rows or free >= fewest)
+        if not self._queue or not live:
+            return bool(self._queue)
+        self._release_ended()
+        return free >= fewest and self._placed(self._queue[0], [])
 
-    def _interrupt(self) -> Iterator[Event]:
-        waiting = [*(self._slots[b] for b in self._live()), *self._queue]
-        self._queue.clear()
-        self._half_started = None
-        for slot in itertools.chain(waiting, self._later):
-            if slot.reply.finish is not None:  # dropped meanwhile
-                continue
-            yield Event(slot.request, slot.reply, slot.reply.end("interrupted"))
+    def _entrants(self) -> list[Slot]:
+        """Takes from the queue, in its order, those for which there is room."""
+        live, new = self._live(), list[Slot]()
+        self._release_ended()
+        while self._queue and len(new) < self._max_rows - len(live):
+            slot = self._queue[0]
+            if self._eager and new and slot.request != new[0].request:
+                break
+            if not self._placed(slot, new):
+                if live or new:
+                    break
+                self._forget()
+                assert self._placed(slot, new), "a part has room for the longest text"
+            new.append(self._queue.popleft())
+        self._queue.extend(itertools.islice(self._later, len(new)))
+        return new
 
     def _admit(self) -> Iterator[Event]:
-        """Prefills waiting requests and adds them to the batch; the samples of one request share its prefill."""
-        engine, live = self._engine, self._live()
-        new: list[Slot] = []
-        while self._queue and len(new) < self._max_rows - len(live):
-            if self._eager and new and self._queue[0].request != new[0].request:
-                break
-            new.append(self._queue.popleft())
+        """Reads waiting prompts and adds their texts to the batch; the samples of one request share their prompt."""
+        engine, new = self._engine, self._entrants()
         if not new:  # all were dropped when it was their turn
             return
-        self._queue.extend(itertools.islice(self._later, len(new)))
-        needed = max(len(slot.reply.request.tokens) + min(slot.reply.limit, ROOM) for slot in new)
-        N = max(engine.cache_bucket(needed), self._rows.state.max_length if self._rows and live else 0)
+        prompts = self._prompts(new)
         self._entering = new
         try:
-            logits, state = yield from self._prompts(new, N)
-        except (Cancelled, _Unwanted) as end:
-            self._prior = None
-            if isinstance(end, Cancelled):
-                wanted = [slot for slot in new if slot.reply.finish is None]
-                self._queue.extendleft(reversed(wanted))  # they end with all others
+            read = yield from self._read(new)
+        except (Cancelled, _Unwanted):
+            self._queue.extendleft(reversed([slot for slot in new if slot.live]))
+            for prompt in prompts:
+                prompt.slots.clear()
             return
         finally:
-            self._entering = []
+            self._entering, self._prior = [], None
         with engine.clock("prompt_seconds"):
-            tokens, rows = self._begin(new, logits, state)
-            live = self._live()
-            self._rows = self._join(rows, live, len(new)) if live else rows
-            self._slots = [*(self._slots[b] for b in live), *new]
-            self._chosen = [*(self._chosen[b] for b in live), *[1] * len(new)]
-            values = np.asarray(tokens).tolist()
-        for slot, token in zip(new, values, strict=False):
-            if slot.reply.finish is None:
-                yield self._push(slot, token)
+            read = self._picked(new, prompts, read)
+            self._reading = []
+            live, layout = self._live(), self._laid_out(new)
+            tokens, rows = self._begin(layout, read)
+            self._release_ended()
+            if live:
+                self._join(live, layout, rows)
+            else:
+                self._slots, self._rows, self._width = layout, rows, 0
+            self._width = max(self._width, self._pool.width(max(slot.roomy for slot in new)))
+            values = dict(zip(layout, np.asarray(tokens).tolist(), strict=True))
+        for slot in new:
+            if slot.live:
+                yield self._push(slot, values[slot])
 
-    def _begin(self, new: list[Slot], logits: jax.Array, state: M1State) -> tuple[jax.Array, Rows]:
-        """The new texts as a batch of their own, with their first tokens."""
-        engine = self._engine
-        B = engine.rows_bucket(len(new))
-        seen = np.zeros((B, engine.model.config.vocab_size), bool)
-        settings = [(Sampling(temperature=0), 0, 0)] * B
-        for b, slot in enumerate(new):
-            request = slot.reply.request
-            seen[b, list(request.tokens)] = True
-            settings[b] = (request.sampling, request.seed, slot.reply.sample)
-        forced = _forced(B, {b: slot.reply for b, slot in enumerate(new)})
-        return engine.run(device.begin, logits, state, seen, SamplingRows.of(settings), forced)
+    def _prompts(self, new: list[Slot]) -> list[Prompt]:
+        """What the new texts begin with; what of it was not kept is in `_reading`, in pages of its own."""
+        kept = {} if self._kept is None else {(p.request, p.part): p for p in self._kept.prompts.values()}
+        wanted = [self._wanted(new, part) for part in range(self._engine.parts)]
+        self._pool.prepare(max(slot.roomy for slot in new), wanted)
+        prompts: dict[object, Prompt] = {}
+        for slot in new:
+            key = slot if slot.begun else (slot.request, slot.part)
+            if key not in prompts:
+                fresh = Prompt(None if slot.begun else slot.request, slot.part, slot.tokens)
+                prompts[key] = kept.get((fresh.request, fresh.part), fresh)
+            prompts[key].slots.append(slot)
+        self._reading = [prompt for prompt in prompts.values() if not prompt.pages]
+        for prompt in self._reading:
+            prompt.pages = [] if self._prior is None else self._prior.pages
+            prompt.pages += self._pool.take(prompt.part, self._pool.pages_for(len(prompt.tokens)) - len(prompt.pages))
+        return list(prompts.values())
 
-    def _between_steps(
-        self, reading: Generator[None, None, tuple[jax.Array, M1State]]
-    ) -> Generator[Event, None, tuple[jax.Array, M1State]]:
-        """What is read, with a step of the texts that are generated between two chunks."""
+    def _read(self, new: list[Slot]) -> Generator[Event, None, Read | None]:
+        """What is to be read, laid out, with a step of the texts that are generated between two chunks."""
+        if not self._reading:
+            return None
+        width = self._pool.width(max(slot.roomy for slot in new))
+        left = None if self._prior is None else self._prior.left
+        reading = self._engine.read(self._laid_out(self._reading), self._pool, width, left)
         while True:
             try:
                 next(reading)
             except StopIteration as end:
                 return end.value
+            except Cancelled:
+                self._release_read()
+                raise
             if self._live():
                 yield from self._step()
                 yield from self._collect()  # its time is not the prompt's, and who hears of it may drop what joins
-            if all(slot.reply.finish is not None for slot in self._entering):
+            if not self._reading or not any(slot.live for slot in new):
+                self._release_read()
                 raise _Unwanted
 
-    def _prompts(self, new: list[Slot], N: int) -> Generator[Event, None, tuple[jax.Array, M1State]]:
-        """Logits and state after each new text's prompt, which is read unless an earlier sample's was kept."""
-        engine, kept = self._engine, self._half_started
-        unread = {slot.request: slot.reply.request.tokens for slot in new}
-        place: dict[int, int] = {}  # which row of all reads each request is
-        reads: list[tuple[jax.Array, M1State]] = []
-        if kept is not None:
-            del unread[kept.request]
-            place[kept.request] = 0
-            reads.append((kept.logits, kept.state))
-        if unread:
-            place |= {request: b for b, request in enumerate(unread, 0 if kept is None else engine.rows_bucket(1))}
-            known = 0 if self._prior is None else int(self._prior.length[0])
-            reading = engine.read([tokens[known:] for tokens in unread.values()], N, self._prior)
-            reads.append((yield from self._between_steps(reading)))
-            self._prior = None
-        last = new[-1].request
-        if not self._queue or self._queue[0].request != last:
-            self._half_started = None
-        elif last in unread:
-            room = engine.cache_bucket(len(unread[last]))
-            row = _padded([place[last]], engine.rows_bucket(1))
-            self._half_started = _Read(last, *engine.run(device.pick, tuple(reads), row, N=room))
-        if len(new) == len(unread):
-            return reads[0]
-        source = _padded([place[slot.request] for slot in new], engine.rows_bucket(len(new)))
-        return engine.run(device.pick, tuple(reads), source, N=N)
+    def _release_read(self) -> None:
+        """Gives up what is being read, and what was kept, of which it may be a part."""
+        for prompt in self._reading:
+            self._pool.release(prompt)
+        self._reading = []
+        self._forget()
 
-    def _join(self, new: Rows, live: list[int], count: int) -> Rows:
-        """The live rows, then the first `count` rows of a new batch."""
+    def _picked(self, new: list[Slot], prompts: list[Prompt], read: Read | None) -> Read:
+        """A row for each new text, in its part; what later ones begin with is kept. All have their pages then."""
+        engine, last, kept = self._engine, new[-1], self._kept
+        reads = tuple(found for found in (None if kept is None else kept.read, read) if found is not None)
+        rows = [*([] if kept is None else map(kept.prompts.get, range(engine.parts))), *self._laid_out(self._reading)]
+        place = {prompt: row for row, prompt in enumerate(rows) if prompt is not None}
+        stays: dict[int, Prompt] = {}
+        if self._queue and self._queue[0].request == last.request and not self._queue[0].begun and not last.begun:
+            stays = {prompt.part: prompt for prompt in place if prompt.request == last.request}
+        # The last page of what stays is copied for each text.
+        for part in list(stays):
+            if not self._pool.has(part, 1 + sum(len(p.slots) - 1 for p in prompts if p.part == part)):
+                del stays[part]
+        if kept is not None:
+            for prompt in kept.prompts.values():
+                if not prompt.slots and prompt not in stays.values():
+                    self._pool.release(prompt)
+        self._kept = None
+        if stays and kept is not None and all(kept.prompts.get(part) is prompt for part, prompt in stays.items()):
+            self._kept = Kept(stays, kept.read)
+        elif stays:
+            source = [place[stays[part]] if part in stays else 0 for part in range(engine.parts)]
+            self._kept = Kept(stays, engine.run(device.pick, reads, np.asarray(source, np.int32)))
+        of = {slot: place[prompt] for prompt in prompts for slot in prompt.slots}
+        self._give_pages(prompts, list(stays.values()))
+        if read is not None and len(self._reading) == len(new):
+            return read
+        source = [0 if slot is None else of[slot] for slot in self._laid_out(new)]
+        return engine.run(device.pick, reads, np.asarray(source, np.int32))
+
+    def _give_pages(self, prompts: Sequence[Prompt], stays: Sequence[Prompt]) -> None:
+        """To each text those of its prompt: the full ones are shared, of another each has its own."""
+        copies: list[list[tuple[int, int]]] = [[] for _ in range(self._engine.parts)]
+        for prompt in prompts:
+            own = None if prompt in stays else prompt.slots[-1]
+            full = self._pool.full(len(prompt.tokens))
+            for slot in prompt.slots:
+                if slot is own:
+                    slot.pages, prompt.pages = prompt.pages, []
+                    continue
+                slot.pages = self._pool.share(prompt.part, prompt.pages[:full])
+                for page in prompt.pages[full:]:
+                    slot.pages += self._pool.take(prompt.part, 1)
+                    copies[prompt.part].append((page, slot.pages[-1]))
+            prompt.slots.clear()
+        self._pool.copy(copies)
+
+    def _begin(self, layout: Sequence[Slot | None], read: Read) -> tuple[jax.Array, Rows]:
+        """The new texts as a batch of their own, with their next tokens."""
+        engine, B = self._engine, len(layout)
+        seen = np.zeros((B, engine.model.config.vocab_size), bool)
+        settings = [(Sampling(temperature=0), 0, 0)] * B
+        for b, slot in enumerate(layout):
+            if slot is not None:
+                request = slot.reply.request
+                seen[b, slot.tokens] = True
+                settings[b] = (request.sampling, request.seed, slot.reply.sample)
+                slot.chosen = len(slot.reply.tokens) + 1
+                slot.turn = next(self._turns) if slot.turn < 0 else slot.turn
+        return engine.run(device.begin, read, seen, SamplingRows.of(settings), _forced(layout))
+
+    def _join(self, live: list[Slot], layout: Sequence[Slot | None], rows: Rows) -> None:
+        """Puts the texts of a new batch beside those that live."""
         assert self._rows is not None
-        N = max(self._rows.state.max_length, new.state.max_length)
-        source = _padded([*live, *range(self._size, self._size + count)], self._engine.rows_bucket(len(live) + count))
-        return self._engine.run(device.join, (self._grown(self._rows, N), self._grown(new, N)), source)
+        old = [slot if slot in live else None for slot in self._slots]
+        new = [slot for slot in layout if slot is not None]
+        self._arrange([*live, *new], [*old, *layout], (self._rows, rows))
+
+    def _arrange(self, slots: list[Slot], old: Sequence[Slot | None], batches: tuple[Rows, ...]) -> None:
+        """Makes a batch of these texts; `old` are those of all rows of the given batches."""
+        row = {slot: b for b, slot in enumerate(old) if slot is not None}
+        self._slots = self._laid_out(slots)
+        source = [0 if slot is None else row[slot] for slot in self._slots]
+        self._rows = self._engine.run(device.join, batches, np.asarray(source, np.int32))
 
     def _compact(self) -> None:
         """Drops the rows of texts that have ended."""
         live = self._live()
         if live:
+            assert self._rows is not None
             with self._engine.clock("decode_seconds"):
-                source = _padded(live, self._engine.rows_bucket(len(live)))
-                self._rows = self._engine.run(device.join, (self._rows,), source)
-        self._slots = [self._slots[b] for b in live]
-        self._chosen = [self._chosen[b] for b in live]
+                self._release_ended()
+                self._arrange(live, self._slots, (self._rows,))
 
-    def _grown(self, rows: Rows, N: int) -> Rows:
-        if rows.state.max_length == N:
-            return rows
-        return dataclasses.replace(rows, state=self._engine.run(device.grow, rows.state, N=N))
+    # --- steps -----------------------------------------------------------------------------------------------------
 
     def _step(self) -> Iterator[Event]:
         """Starts the next step, then reads the tokens of the one before."""
-        if any(self._slots[b].reply.must_be_current for b in self._live()):
+        if self._short() is not None or any(slot.reply.must_be_current for slot in self._live()):
             yield from self._collect()
+        while (part := self._short()) is not None:
+            self._displace(part)
         before = self._pending
         with self._engine.clock("decode_seconds"):
             self._pending = self._dispatch()
-        yield from self._read(before)
+        yield from self._take(before)
+
+    def _going(self) -> list[Slot]:
+        """The texts that can still grow."""
+        return [slot for slot in self._live() if slot.chosen < slot.reply.limit]
+
+    def _more(self) -> list[dict[Slot, int]]:
+        """How many pages the texts of each part want for the next step."""
+        more: list[dict[Slot, int]] = [{} for _ in range(self._engine.parts)]
+        for slot in self._going():
+            more[slot.part][slot] = max(0, self._pool.pages_for(slot.needed) - len(slot.pages))
+        return more
+
+    def _short(self) -> int | None:
+        """A part that has too few pages for the next step; None if none has."""
+        for part, more in enumerate(self._more()):
+            if not self._pool.has(part, sum(more.values())):
+                self._release_ended()
+                if not self._pool.has(part, sum(more.values())):
+                    return part
+        return None
+
+    def _displace(self, part: int) -> None:
+        """Takes pages from what can be read again: what is being read, else what was kept, else the youngest text."""
+        if self._reading:
+            self._release_read()
+        elif self._kept is not None:
+            self._forget()
+        else:
+            youngest = max((slot for slot in self._live() if slot.part == part), key=lambda slot: slot.turn)
+            self._slots[self._slots.index(youngest)] = None
+            self._pool.release(youngest)
+            self._queue.appendleft(youngest)
 
     def _dispatch(self) -> _Pending | None:
         """Starts a step for the texts that can still grow; None if there are none."""
-        going = [b for b in self._live() if self._chosen[b] < self._slots[b].reply.limit]
+        engine, pool, more = self._engine, self._pool, self._more()
+        going = {slot: pages for part in more for slot, pages in part.items()}
         if not going:
             return None
-        needed = max(len(self._slots[b].reply.request.tokens) + self._chosen[b] for b in going)
-        assert self._rows is not None
-        N = max(self._rows.state.max_length, self._engine.cache_bucket(needed))
-        self._rows = self._grown(self._rows, N)
-        active = np.isin(np.arange(self._size), going)
-        forced = _forced(self._size, {b: self._slots[b].reply for b in going})
-        tokens, self._rows = self._engine.run(device.decode, self._engine.model, self._rows, active, forced)
+        longest = max(slot.needed for slot in going)
+        pool.prepare(longest, [sum(part.values()) for part in more])
+        for slot, pages in going.items():
+            slot.pages += pool.take(slot.part, pages)
+        self._width = max(self._width, pool.width(longest))
+        rows = [slot if slot in going else None for slot in self._slots]
+        active = np.asarray([slot is not None for slot in rows])
+        table = pool.table(self._slots, self._width)
+        tokens, self._rows, pool.cache = engine.run(
+            device.decode, engine.model, self._rows, pool.cache, table, active, _forced(rows)
+        )
         tokens.copy_to_host_async()
-        for b in going:
-            self._chosen[b] += 1
-        return _Pending(tokens, going)
+        for slot in going:
+            slot.chosen += 1
+        return _Pending(tokens, {b: slot for b, slot in enumerate(rows) if slot is not None})
 
     def _collect(self) -> Iterator[Event]:
         """Reads what is in flight."""
         before, self._pending = self._pending, None
-        yield from self._read(before)
+        yield from self._take(before)
 
-    def _read(self, pending: _Pending | None) -> Iterator[Event]:
+    def _take(self, pending: _Pending | None) -> Iterator[Event]:
         if pending is None:
             return
         with self._engine.clock("decode_seconds"):
             tokens = np.asarray(pending.tokens).tolist()
         # A text that ended while its next token was in flight has no use for that token.
-        for slot, token in [(self._slots[b], tokens[b]) for b in pending.active]:
-            if slot.reply.finish is None:
+        for b, slot in pending.slots.items():
+            if slot.live:
                 self._engine.stats.decoded_tokens += 1
-                yield self._push(slot, token)
+                yield self._push(slot, tokens[b])
 
     def _push(self, slot: Slot, token: int) -> Event:
         reply = slot.reply
         if token == device.NOT_A_NUMBER:
-            raise not_finite(self._engine.model, [*reply.request.tokens, *reply.tokens])
+            raise not_finite(self._engine.model, slot.tokens)
         self._engine.stats.generated_tokens += 1
         return Event(slot.request, reply, reply.push(token))
 
 
-def _forced(B: int, replies: Mapping[int, Reply]) -> np.ndarray:
+def _forced(rows: Sequence[Slot | None]) -> np.ndarray:
     """The tokens that rows must take, int32 `[B]`."""
-    forced = np.full((B,), device.FREE, np.int32)
-    for b, reply in replies.items():
-        token = reply.take_forced()
+    forced = np.full((len(rows),), device.FREE, np.int32)
+    for b, slot in enumerate(rows):
+        token = None if slot is None else slot.reply.take_forced()
         if token is not None:
             forced[b] = token
     return forced
-
-
-def _padded(source: list[int], B: int) -> np.ndarray:
-    """Row indices int32 `[B]`, the first one repeated at the end."""
-    return np.asarray(source + source[:1] * (B - len(source)), np.int32)

@@ -118,13 +118,7 @@ class M1(nnx.Module):
             raise UserError(
                 f"max_length {max_length} exceeds the context of {cfg.max_position_embeddings} tokens: shorten it"
             )
-        H, K, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-
-        lightning, cache = (
-            (len(cfg.lightning_layers), batch, H, D, D),
-            (len(cfg.softmax_layers), batch, K, max_length, D),
-        )
-        return empty(lightning, cache, self.dtype)
+        return empty(cfg, self.dtype, batch, batch, max_length)
 
     @_on_its_mesh
     def step(

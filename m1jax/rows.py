@@ -1,21 +1,49 @@
 """The device's side of text generation: what a batch keeps between steps, and the compiled functions over it.
 
-Letters: B batch rows, T tokens of a chunk, N cache length, V vocabulary.
+Keys and values of all texts lie in one pool of pages (`m1jax.pool`), which every step takes and gives back; all else
+that a text leaves behind is a row of the batch. On a mesh a row stays on the devices that it began on.
+
+Letters: B batch rows, T tokens of a chunk, n pages of a row, V vocabulary.
 """
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from m1jax.model import M1
+from m1jax.params import STATE_AXES
 from m1jax.sampling import SamplingRows, sample
-from m1jax.sharding.region import after, everywhere, laid_out
-from m1jax.state import KVCache, M1State, take_rows
+from m1jax.sharding.region import everywhere, laid_out, on_mesh, on_mesh_of, ways
+from m1jax.state import KVCache, LightningState, M1State
+from m1jax.state import empty as empty_state
 
 NOT_A_NUMBER = -1  # stands for a token where the logits were not finite
 FREE = -1  # stands for a forced token where none is forced
+
+_LENGTH, _S, _CACHE = STATE_AXES["length"], STATE_AXES["lightning.s"], STATE_AXES["cache.k"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """What rows have left behind but for keys and values: lightning states, and tokens seen, int32 `[B]`."""
+
+    lightning: LightningState
+    length: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """Prompts that were read: logits float32 `[B, V]` after each one's last token."""
+
+    logits: jax.Array
+    left: Left
 
 
 @jax.tree_util.register_dataclass
@@ -23,61 +51,70 @@ FREE = -1  # stands for a forced token where none is forced
 class Rows:
     """A batch between two steps.
 
-    `token` int32 `[B]` was chosen last and is not yet in `state`; `seen` bool `[B, V]` marks the tokens of each prompt
-    and text so far.
+    `token` int32 `[B]` was chosen last and is not yet in what is `left`; `seen` bool `[B, V]` marks the tokens of each
+    prompt and text so far.
     """
 
-    state: M1State
+    left: Left
     token: jax.Array
     seen: jax.Array
     sampling: SamplingRows
 
 
-@functools.partial(jax.jit, donate_argnames=("state", "logits"))
+def _step(
+    model: M1, tokens: jax.Array, lengths: jax.Array, left: Left, cache: KVCache, pages: jax.Array
+) -> tuple[jax.Array, Left, KVCache]:
+    state = M1State(left.lightning, cache, left.length, pages)
+    logits, state = model.step(tokens, state, lengths=lengths, logits="last")
+    return logits, Left(state.lightning, state.length), state.cache
+
+
+@functools.partial(jax.jit, donate_argnames=("read", "cache"))
 def prefill(
-    model: M1, tokens: jax.Array, lengths: jax.Array, state: M1State, logits: jax.Array
-) -> tuple[jax.Array, M1State]:
-    """Reads a chunk `[B, T]` of each prompt; a row with nothing left (length 0) keeps its state and logits `[B, V]`."""
-    new, state = model.step(tokens, state, lengths=lengths, logits="last")
-    return jnp.where(lengths[:, None] > 0, new, logits), state
+    model: M1, tokens: jax.Array, lengths: jax.Array, read: Read, cache: KVCache, pages: jax.Array
+) -> tuple[Read, KVCache]:
+    """Reads a chunk `[B, T]` of each prompt; a row with nothing left (length 0) keeps its state and logits."""
+    new, left, cache = _step(model, tokens, lengths, read.left, cache, pages)
+    return Read(jnp.where(lengths[:, None] > 0, new, read.logits), left), cache
 
 
-@functools.partial(jax.jit, static_argnames="N")
-def pick(reads: tuple[tuple[jax.Array, M1State], ...], source: jax.Array, N: int) -> tuple[jax.Array, M1State]:
-    """Logits `[B, V]` and state of the given rows of all prefills one after the other, with room for N tokens."""
-    logits, states = zip(*reads, strict=True)
-    logits = jnp.concatenate(logits)[source]
-    return logits, take_rows([grow(state, N) for state in states], after(source, logits))
+@jax.jit
+def pick(reads: tuple[Read, ...], source: jax.Array) -> Read:
+    """The given rows int32 `[B]` of all prompts read, one after the other."""
+    logits = jnp.concatenate([read.logits for read in reads])[source]
+    return Read(_like_logits(logits), _rows_of([read.left for read in reads], source))
 
 
-@functools.partial(jax.jit, donate_argnames="state")
-def begin(
-    logits: jax.Array, state: M1State, seen: jax.Array, sampling: SamplingRows, forced: jax.Array
-) -> tuple[jax.Array, Rows]:
-    """A batch that continues a prefill, and the first token of each row."""
-    token = jnp.zeros(logits.shape[:1], jnp.int32)
-    return _choose(logits, Rows(state, token, seen, sampling), forced)
+@functools.partial(jax.jit, donate_argnames="read")
+def begin(read: Read, seen: jax.Array, sampling: SamplingRows, forced: jax.Array) -> tuple[jax.Array, Rows]:
+    """A batch that continues prompts, and the first token of each row."""
+    token = jnp.zeros(read.logits.shape[:1], jnp.int32)
+    return _choose(read.logits, Rows(read.left, token, seen, sampling), forced)
 
 
-@functools.partial(jax.jit, donate_argnames="rows")
-def decode(model: M1, rows: Rows, active: jax.Array, forced: jax.Array) -> tuple[jax.Array, Rows]:
+@functools.partial(jax.jit, donate_argnames=("rows", "cache"))
+def decode(
+    model: M1, rows: Rows, cache: KVCache, pages: jax.Array, active: jax.Array, forced: jax.Array
+) -> tuple[jax.Array, Rows, KVCache]:
     """Feeds each active row's last token and chooses the next.
 
     Args:
       model: the model.
       rows: the batch.
-      active: bool `[B]`; the state of other rows stays as it is.
+      cache: keys and values of all texts.
+      pages: int32 `[B, n]`, where each row's are; with room for the token that is fed.
+      active: bool `[B]`; what other rows have left stays as it is.
       forced: int32 `[B]`, the token to take instead of a sampled one, or `FREE`.
 
     Returns:
-      The tokens int32 `[B]`, `NOT_A_NUMBER` where logits were not finite, and the batch.
+      The tokens int32 `[B]`, `NOT_A_NUMBER` where logits were not finite, the batch, and the keys and values.
     """
-    logits, state = model.step(rows.token[:, None], rows.state, lengths=active.astype(jnp.int32), logits="last")
-    return _choose(logits, dataclasses.replace(rows, state=state), forced)
+    logits, left, cache = _step(model, rows.token[:, None], active.astype(jnp.int32), rows.left, cache, pages)
+    return *_choose(logits, dataclasses.replace(rows, left=left), forced), cache
 
 
 def _choose(logits: jax.Array, rows: Rows, forced: jax.Array) -> tuple[jax.Array, Rows]:
-    token = sample(logits, rows.sampling, rows.state.length, rows.seen)
+    token = sample(logits, rows.sampling, rows.left.length, rows.seen)
     token = jnp.where(forced == FREE, token, forced)
     seen = rows.seen.at[jnp.arange(token.shape[0]), token].set(True)
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
@@ -86,31 +123,81 @@ def _choose(logits: jax.Array, rows: Rows, forced: jax.Array) -> tuple[jax.Array
 
 @jax.jit
 def join(batches: tuple[Rows, ...], source: jax.Array) -> Rows:
-    """A batch of the given rows `[B]` of all batches one after the other; their caches have one length."""
+    """A batch of the given rows int32 `[B]` of all batches one after the other, each from among its devices' own."""
 
     def joined(*arrays: jax.Array) -> jax.Array:
         return jnp.concatenate(arrays)[source]
 
     rest = [jax.tree.map(joined, *parts) for parts in zip(*map(_parts, batches), strict=True)]
-    return Rows(take_rows([rows.state for rows in batches], after(source, *jax.tree.leaves(rest))), *rest)
+    return Rows(_rows_of([rows.left for rows in batches], source), *rest)
 
 
 def _parts(rows: Rows) -> tuple[jax.Array, jax.Array, SamplingRows]:
     return rows.token, rows.seen, rows.sampling
 
 
-@functools.partial(jax.jit, static_argnames="N")
-def grow(state: M1State, N: int) -> M1State:
-    """The same state with room for N tokens, no fewer than it has read."""
+def _rows_of(lefts: Sequence[Left], source: jax.Array) -> Left:
+    """As `join`. One layer at a time: beside what goes in and what comes out there is little else."""
+    n = len(lefts)
+
+    def local(source: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        lengths, states = arrays[:n], arrays[n:]
+        sizes = [length.shape[0] for length in lengths]
+        split = ways("batch")
+        at = source
+        for here, size in zip(itertools.accumulate(sizes, initial=0), sizes, strict=False):
+            there = here * split  # where this batch begins among the rows of all devices
+            inside = (source >= there) & (source < there + size * split)
+            at = jnp.where(inside, here + (source - there) % size, at)
+        length = jnp.concatenate(lengths)[at]
+        return length, lax.map(lambda layer: jnp.concatenate(layer)[at], states)
+
+    named = {f"length {i}": _LENGTH for i in range(n)} | {f"state {i}": _S for i in range(n)}
+    with on_mesh_of(lefts[0].length):
+        run = on_mesh(local, None, (_LENGTH, _S), source=_LENGTH, **named)
+        length, s = run(source, *(left.length for left in lefts), *(left.lightning.s for left in lefts))
+    return Left(LightningState(s), length)
+
+
+def _like_logits(logits: jax.Array) -> jax.Array:
+    return laid_out(logits, "logits", ("batch", "vocab"))
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def copy_pages(cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
+    """Copies pages, in each part of the rows as many: int32 numbers; a target that is no page's is for nothing."""
+
+    def local(k: jax.Array, v: jax.Array, source: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        k, v = (x.at[:, target].set(x[:, source], mode="drop") for x in (k, v))
+        return k, v
+
+    run = on_mesh(local, None, (_CACHE, _CACHE), k=_CACHE, v=_CACHE, source=_LENGTH, target=_LENGTH)
+    return KVCache(*run(cache.k, cache.v, source, target))
+
+
+@functools.partial(jax.jit, static_argnames=("pages", "page"))
+def grow(cache: KVCache, pages: int, page: int) -> KVCache:
+    """The same keys and values with so many pages in each part of the rows, with room for so many tokens each."""
+
+    def more(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        k, v = (jnp.pad(x, ((0, 0), (0, pages - x.shape[1]), *((0, 0),) * 3)) for x in (k, v))
+        return k, v
 
     def longer(x: jax.Array) -> jax.Array:
-        return jnp.pad(x[:, :, :, :N], ((0, 0), (0, 0), (0, 0), (0, max(0, N - x.shape[3])), (0, 0)))
+        return laid_out(jnp.pad(x, (*((0, 0),) * 3, (0, page - x.shape[3]), (0, 0))), "cache", _CACHE)
 
-    return dataclasses.replace(state, cache=KVCache(longer(state.cache.k), longer(state.cache.v)))
+    return KVCache(*on_mesh(more, None, (_CACHE, _CACHE), k=_CACHE, v=_CACHE)(longer(cache.k), longer(cache.v)))
 
 
-@functools.partial(jax.jit, static_argnames=("B", "N"))
-def empty(model: M1, B: int, N: int) -> tuple[jax.Array, M1State]:
-    """Logits `[B, V]` and state before the first token, where a step leaves its own: else it would compile again."""
-    logits = laid_out(jnp.zeros((B, model.config.vocab_size), jnp.float32), "logits", ("batch", "vocab"))
-    return logits, model.init_state(batch=B, max_length=N)
+@functools.partial(jax.jit, static_argnames=("pages", "page"))
+def empty_cache(model: M1, pages: int, page: int) -> KVCache:
+    """A pool in which nothing was written."""
+    return empty_state(model.config, model.dtype, pages, pages, page).cache
+
+
+@functools.partial(jax.jit, static_argnames="B")
+def empty(model: M1, B: int) -> Read:
+    """Rows before the first token, where a step leaves its own: else it would compile again."""
+    logits = _like_logits(jnp.zeros((B, model.config.vocab_size), jnp.float32))
+    state = empty_state(model.config, model.dtype, B, B, ways("cache"))
+    return Read(logits, Left(state.lightning, state.length))

@@ -1,7 +1,6 @@
 """What a sequence leaves behind: the state that `m1jax.model.M1.step` takes and returns. Letters as there."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from m1jax.config import M1Config
 from m1jax.params import STATE_AXES
 from m1jax.sharding.region import after, laid_out, mesh_in_use, on_mesh, on_mesh_of, rows_of
 
@@ -63,34 +63,31 @@ class M1State:
         """
         if self.pages is not None:
             raise ValueError("state: rows in pages cannot be copied: give each row pages of its own")
-        return take_rows((self,), jnp.asarray(rows))
+        return _taken(self, jnp.asarray(rows))
 
 
-def take_rows(states: Sequence[M1State], rows: jax.Array) -> M1State:
-    """The given rows `[B']` of states whose caches have one length, one after the other, each where its device is.
+def _taken(state: M1State, rows: jax.Array) -> M1State:
+    """`M1State.take`, on a mesh each row where its device is.
 
-    One layer at a time: beside the states and the result there is little else.
+    One layer at a time: beside the state and the result there is little else.
     """
-    axes = [STATE_AXES[name] for name in ("length", "lightning.s", "cache.k", "cache.v")]
-    n = len(states)
+    axes = tuple(STATE_AXES[name] for name in ("length", "lightning.s", "cache.k", "cache.v"))
 
     def local(rows: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         out: list[jax.Array] = []
-        for names, at in zip(axes, range(0, len(arrays), n), strict=True):
+        for names, x in zip(axes, arrays, strict=True):
             rows = after(rows, *out[-1:])
-            parts = arrays[at : at + n]
             if names[0] == "batch":
-                out.append(rows_of(parts, rows))
+                out.append(rows_of(x, rows))
             else:
-                out.append(lax.map(lambda parts, rows=rows: rows_of(parts, rows), parts))
+                out.append(lax.map(lambda layer, rows=rows: rows_of(layer, rows), x))
         return tuple(out)
 
     # The length first: it is there when all else is.
-    leaves = zip(*((x.length, x.lightning.s, x.cache.k, x.cache.v) for x in states), strict=True)
-    named = {f"state {k}.{i}": names for k, names in enumerate(axes) for i in range(n)}
-    with on_mesh_of(states[0].length):
-        run = on_mesh(local, None, tuple(axes), rows=("batch",), **named)
-        length, s, k, v = run(rows, *itertools.chain(*leaves))
+    named = {f"state {i}": names for i, names in enumerate(axes)}
+    with on_mesh_of(state.length):
+        run = on_mesh(local, None, axes, rows=("batch",), **named)
+        length, s, k, v = run(rows, state.length, state.lightning.s, state.cache.k, state.cache.v)
     return M1State(LightningState(s), KVCache(k, v), length)
 
 
@@ -101,19 +98,23 @@ STATE: Any = M1State(
 )
 
 
-def empty(lightning: tuple[int, ...], cache: tuple[int, ...], dtype: DTypeLike) -> M1State:
-    """Zeros of these shapes, that nothing was read into; on a mesh, where one is in use."""
+def empty(config: M1Config, dtype: DTypeLike, rows: int, pages: int, page: int) -> M1State:
+    """The state of so many rows before the first token, with so many pages for so many tokens each.
+
+    A state that is not in pages has one for each row. On a mesh, where one is in use.
+    """
     # There each device makes its own part: one alone might have no room for all of it.
-    return (_zeros if mesh_in_use() is None else _zeros_on_mesh)(lightning, cache, dtype)
+    return (_zeros if mesh_in_use() is None else _zeros_on_mesh)(config, dtype, rows, pages, page)
 
 
-def _zeros(lightning: tuple[int, ...], cache: tuple[int, ...], dtype: DTypeLike) -> M1State:
-    kv = jnp.zeros(cache, dtype)
-    state, length = jnp.zeros(lightning, jnp.float32), jnp.zeros(lightning[1:2], jnp.int32)
-    zeros = M1State(LightningState(state), KVCache(kv, jnp.zeros_like(kv)), length)
+def _zeros(config: M1Config, dtype: DTypeLike, rows: int, pages: int, page: int) -> M1State:
+    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    kv = jnp.zeros((len(config.softmax_layers), pages, K, page, D), dtype)
+    states = jnp.zeros((len(config.lightning_layers), rows, H, D, D), jnp.float32)
+    zeros = M1State(LightningState(states), KVCache(kv, jnp.zeros_like(kv)), jnp.zeros((rows,), jnp.int32))
     return jax.tree.map(
         lambda axes, x: laid_out(x, "state", axes), STATE, zeros, is_leaf=lambda x: isinstance(x, tuple)
     )
 
 
-_zeros_on_mesh = jax.jit(_zeros, static_argnums=(0, 1, 2))
+_zeros_on_mesh = jax.jit(_zeros, static_argnums=(0, 1, 2, 3, 4))

@@ -10,7 +10,7 @@ devices then has a gradient in parts, which the collectives' own transposes add 
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -207,30 +207,25 @@ def after(numbers: jax.Array, *others: jax.Array) -> jax.Array:
     return numbers
 
 
-def rows_of(parts: Sequence[jax.Array], rows: jax.Array) -> jax.Array:
-    """The given rows of several arrays, one after the other, whose leading axis is the batch.
+def rows_of(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """The given rows of an array whose leading axis is the batch.
 
     The blocks of the devices go round, so that a device holds one of them at a time beside its own.
 
     Args:
-      parts: `[B_i, …]`, alike but for the number of rows.
-      rows: int32 `[B]`, row numbers as if the arrays were one, of what this device is to have.
+      x: `[B, …]`.
+      rows: int32 `[B']`, row numbers, of what this device is to have.
     """
     over = split_over("batch")
-    n, me = size_of(over), index(over)
+    n, me, size = size_of(over), index(over), x.shape[0]
     round_trip = [(i, (i - 1) % n) for i in range(n)]
-    out, first = jnp.zeros((*rows.shape, *parts[0].shape[1:]), parts[0].dtype), 0
-    for part in parts:
-        size = part.shape[0]
 
-        def look(i: jax.Array | int, carry: Any, first: int = first, size: int = size) -> Any:
-            block, out = carry
-            at = rows - first - (me + i) % n * size
-            here = (at >= 0) & (at < size)
-            found = block[jnp.where(here, at, 0)]
-            out = jnp.where(here.reshape(-1, *(1,) * (out.ndim - 1)), found, out)
-            return lax.ppermute(block, over, round_trip) if over else block, out
+    def look(i: jax.Array | int, carry: Any) -> Any:
+        block, out = carry
+        at = rows - (me + i) % n * size
+        here = (at >= 0) & (at < size)
+        found = block[jnp.where(here, at, 0)]
+        out = jnp.where(here.reshape(-1, *(1,) * (out.ndim - 1)), found, out)
+        return lax.ppermute(block, over, round_trip) if over else block, out
 
-        out = lax.fori_loop(0, n, look, (part, out))[1]
-        first += n * size
-    return out
+    return lax.fori_loop(0, n, look, (x, jnp.zeros((*rows.shape, *x.shape[1:]), x.dtype)))[1]

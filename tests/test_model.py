@@ -118,9 +118,8 @@ def test_pages_are_as_caches_in_one_piece() -> None:
     """Ragged chunks; pages in any order; a page that is none keeps nothing and spoils nobody's; past all pages NaN."""
     tokens, counts = tokens_of(SMALL, 3, 26, seed=2), np.asarray([[9, 3, 0], [1, 8, 7], [8, 1, 6], [0, 0, 3]])
     plain = MODEL.init_state(3, 24)
-    S, _, K, _, D = plain.cache.k.shape
     pages = np.asarray([[4, 1, 6], [0, 3, -1], [5, 99, 2]], np.int32)  # the last row's third page for its second
-    paged = dataclasses.replace(empty(plain.lightning.s.shape, (S, 7, K, 8, D), "float32"), pages=jnp.asarray(pages))
+    paged = dataclasses.replace(empty(SMALL, "float32", 3, 7, 8), pages=jnp.asarray(pages))
     assert paged.max_length == 24
     at = np.zeros(3, int)
     for taken in counts:

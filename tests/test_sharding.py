@@ -185,12 +185,11 @@ def test_bfloat16_is_no_further_from_float32_than_on_one_device() -> None:
 
 def in_pages(state: M1State, page: int, mesh: jax.sharding.Mesh) -> M1State:
     """The empty state, with pages of so many tokens, given out from the last one on."""
-    S, B, K, N, D = state.cache.k.shape
+    _, B, _, N, _ = state.cache.k.shape
     parts = shards(mesh, "batch")
     own = B // parts * N // page
     pages = np.tile(np.arange(own)[::-1].reshape(B // parts, N // page), (parts, 1)).astype(np.int32)
-    lightning, cache = state.lightning.s.shape, (S, parts * own, K, page, D)
-    return dataclasses.replace(empty(lightning, cache, state.cache.k.dtype), pages=jnp.asarray(pages))
+    return dataclasses.replace(empty(CONFIG, "float32", B, parts * own, page), pages=jnp.asarray(pages))
 
 
 ROOMS = [*((name, 32, None) for name in MESHES), ("sequence", 16, None)]

@@ -5,17 +5,16 @@ import json
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m1jax import engine
+from m1jax import engine, rows
 from m1jax.generate import main
 from m1jax.model import abstract
 from m1jax.sampling import Sampling
 from m1jax.sharding.mesh import MeshShape, make_mesh
-from m1jax.sharding.rules import shardings
-from m1jax.state import M1State, take_rows
+from m1jax.sharding.rules import shardings, shards
+from m1jax.state import empty
 from m1jax.tokenizer import Tokenizer
 from tests.tools import HELLO, random_model, variant
 
@@ -40,30 +39,62 @@ def test_the_same_text_on_a_mesh(capsys: pytest.CaptureFixture[str], monkeypatch
         assert got == want
 
 
-@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "data=4,expert=2"])
-def test_rows_join_without_a_device_holding_all(mesh: str) -> None:
-    """Rows that are split over devices stay so, and little is needed beside the states and the result."""
-    model = abstract(CONFIG, "float32")
-    there = make_mesh(MeshShape.parse(mesh))
+MESHES = ["data=2,expert=2,tensor=2", "data=4,expert=2"]
+Compiled = tuple[Any, Any]  # what a jitted function was compiled to, and what it gave
+
+
+def compiled(function: Any, mesh: jax.sharding.Mesh, *args: Any, **static: Any) -> Compiled:
+    """On a mesh, its trees of parameters and states where they lie there."""
+    with jax.set_mesh(mesh):
+        placed = [
+            arg if isinstance(arg, np.ndarray) else jax.device_put(arg, shardings(CONFIG, mesh, arg)) for arg in args
+        ]
+        program = jax.jit(function).lower(*placed, **static).compile()
+        return program, program(*placed)
+
+
+def noise(tree: Any) -> Any:
     rng = np.random.default_rng(0)
-    source = np.asarray([9, 0, 3, 11, 7, 7, 4, 1], np.int32)
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), tree)
 
-    def state(rows: int) -> M1State:
-        shapes = jax.eval_shape(lambda model: model.init_state(rows, 256), model)
-        return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), shapes)
 
-    states = [state(4), state(8)]
-    with jax.set_mesh(there):
-        placed = [jax.device_put(state, shardings(CONFIG, there, state)) for state in states]
-        joined = jax.jit(take_rows).lower(placed, source).compile()
-        got = joined(placed, source)
-    want = take_rows(states, jnp.asarray(source))
-    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+def check_little_memory(program: Any) -> None:
+    memory = program.memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < memory.output_size_in_bytes
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_rows_are_taken_without_a_device_holding_all(mesh: str) -> None:
+    """Rows that are split over devices stay so, and little is needed beside the states and the result."""
+    there, source = make_mesh(MeshShape.parse(mesh)), np.asarray([7, 0, 3, 5, 7, 7, 4, 1], np.int32)
+    state = noise(jax.eval_shape(lambda model: model.init_state(8, 256), abstract(CONFIG, "float32")))
+    program, got = compiled(lambda state, rows: state.take(rows), there, state, source)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(state.take(source)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     for x, where in zip(jax.tree.leaves(got), jax.tree.leaves(shardings(CONFIG, there, got)), strict=True):
         assert x.sharding.is_equivalent_to(where, x.ndim)
-    memory = joined.memory_analysis()
-    assert memory is not None and memory.temp_size_in_bytes < memory.output_size_in_bytes
+    check_little_memory(program)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_rows_join_on_their_devices(mesh: str) -> None:
+    """Nothing travels, and little is needed beside the states and the result."""
+    there = make_mesh(MeshShape.parse(mesh))
+    parts = shards(there, "batch")
+    lefts = [
+        rows.Left(state.lightning, state.length)
+        for state in (noise(empty(CONFIG, "float32", parts * count, parts, 1)) for count in (1, 2))
+    ]
+    # Of the part p the first batch has the row p, the second those from parts + 2·p on.
+    source = np.asarray([(parts + 2 * p + 1, p)[k] for p in range(parts) for k in range(2)], np.int32)
+    program, got = compiled(lambda source, *lefts: rows._rows_of(lefts, source), there, source, *lefts)
+    both = np.concatenate([left.lightning.s for left in lefts], axis=1)
+    np.testing.assert_array_equal(got.lightning.s, both[:, source])
+    np.testing.assert_array_equal(got.length, np.concatenate([left.length for left in lefts])[source])
+    for x, where in zip(jax.tree.leaves(got), jax.tree.leaves(shardings(CONFIG, there, got)), strict=True):
+        assert x.sharding.is_equivalent_to(where, x.ndim)
+    assert "collective" not in program.as_text() and "all-gather" not in program.as_text()
+    check_little_memory(program)
 
 
 @pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "expert=4", "seq=2,expert=2"])
