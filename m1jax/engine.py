@@ -30,12 +30,13 @@ from m1jax.rows import Left, Read
 from m1jax.sharding.mesh import mesh_of
 from m1jax.sharding.region import on_mesh_of
 from m1jax.sharding.rules import shards
+from m1jax.state import PAGE
 from m1jax.tokenizer import Tokenizer
 
 CHUNK = 2048  # the most tokens of one prompt read at once
 CHUNK_OF_ALL = 8192  # the same for all prompts of a batch together
 SMALLEST_CHUNK = 16
-SMALLEST_CACHE = 256  # tokens that a page has room for
+SMALLEST_CACHE = PAGE
 
 
 @dataclasses.dataclass

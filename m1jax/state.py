@@ -13,6 +13,8 @@ from m1jax.config import M1Config
 from m1jax.params import STATE_AXES
 from m1jax.sharding.region import after, laid_out, mesh_in_use, on_mesh, on_mesh_of, rows_of
 
+PAGE = 256  # tokens that a page of the engine's has room for
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ _FUSED = frozenset({
     "round", "rsqrt", "select_n", "shift_left", "shift_right_logical", "sign", "sin", "slice", "split", "sqrt",
     "square", "sub", "tanh", "transpose", "xor",
 })  # fmt: skip
-_FED = ("convert_element_type", "dynamic_slice", "slice", "transpose")  # read by a product as well
+_FED = ("convert_element_type", "dynamic_slice", "gather", "slice", "transpose")  # read by a product as well
 _CONSUMING = ("reduce", "argm", "cum", "scatter", "dynamic_update_slice", "concatenate", "gather", "dynamic_slice")
 _SAME = frozenset({
     "reshape", "squeeze", "expand_dims", "copy", "optimization_barrier", "stop_gradient", "bitcast_convert_type",

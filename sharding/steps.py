@@ -12,8 +12,8 @@ from m1jax.config import M1Config
 from m1jax.kernels.experts import Quantization
 from m1jax.model import M1, abstract
 from m1jax.sharding.mesh import Use
-from m1jax.sharding.rules import rules_of, shardings
-from m1jax.state import M1State
+from m1jax.sharding.rules import rules_of, shardings, shards
+from m1jax.state import PAGE, M1State, empty
 
 Mode = Literal["serve", "prefill", "train"]
 
@@ -69,7 +69,7 @@ def make_step(config: M1Config, work: Workload, mesh: Mesh | AbstractMesh) -> St
     if work.mode == "train":
         return _train(config, work, mesh)
     model = abstract(config, work.dtype, work.quantize)
-    state = jax.eval_shape(lambda model: model.init_state(work.rows, work.context), model)
+    state = _state(config, work, mesh)
     tokens = _rows(mesh, work.rows, work.tokens)
     lengths = _rows(mesh, work.rows)
 
@@ -77,6 +77,14 @@ def make_step(config: M1Config, work: Workload, mesh: Mesh | AbstractMesh) -> St
         return model.step(tokens, state, lengths=lengths, logits="last")
 
     return Step(step, (_placed(config, mesh, model), _placed(config, mesh, state), tokens, lengths), (1,))
+
+
+def _state(config: M1Config, work: Workload, mesh: Mesh | AbstractMesh) -> M1State:
+    """As the engine has it: in pages, of which each row has as many as its context takes."""
+    page = work.context if shards(mesh, "cache") > 1 else min(PAGE, work.context)
+    each = -(-work.context // page)
+    state = jax.eval_shape(lambda: empty(config, work.dtype, work.rows, work.rows * each, page))
+    return dataclasses.replace(state, pages=jax.ShapeDtypeStruct((work.rows, each), jnp.int32))
 
 
 def _placed(config: M1Config, mesh: Mesh | AbstractMesh, tree: Any) -> Any:
