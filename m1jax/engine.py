@@ -268,7 +268,7 @@ def check_own_context(context: int, config: M1Config) -> None:
         raise UserError(f"context must be from 2 to the model's {config.max_position_embeddings}, not {context}")
 
 
-def check_cache_tokens(cache_tokens: int, context: int | None, parts: int) -> None:
+def check_cache_tokens(cache_tokens: int, context: int | None, parts: int = 1) -> None:
     """Raises `UserError` if an engine cannot have room for so many tokens; a mesh splits rows into so many parts."""
     if context is None:
         raise UserError("cache-tokens goes with context, the most tokens of one text: give it, too")

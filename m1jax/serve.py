@@ -56,6 +56,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="at most N tokens of prompt and reply, with room for so many from the start (the model's; room grows)",
     )
     add(
+        "--cache-tokens",
+        type=int,
+        metavar="N",
+        help="with --context: room for keys and values of N tokens in all; where it ends the youngest texts wait, and "
+        "are read again (as many as all texts may have)",
+    )
+    add(
         "--warm-up",
         action="store_true",
         help="with --context: compile before listening what texts need later (but for n > 1)",
@@ -63,6 +70,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.warm_up and args.context is None:
         raise UserError("--warm-up goes with --context, which makes texts of one size: give it, too")
+    if args.cache_tokens is not None and args.context is None:
+        raise UserError("--cache-tokens goes with --context, the most tokens of one text: give it, too")
     for name, value, least in (("batch-size", args.batch_size, 1), ("max-waiting", args.max_waiting, 0)):
         if value < least:
             raise UserError(f"{name} must be {least} or more, not {value}")
@@ -85,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}: pip install 'm1jax[serve]'") from None
     from m1jax.config import M1Config
-    from m1jax.engine import check_own_context
+    from m1jax.engine import check_cache_tokens, check_own_context
     from m1jax.loading import load
     from m1jax.nano import default_model
     from m1jax.prompt import Options, Prompter
@@ -100,11 +109,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _bound(args.host, args.port) as bound, memory_errors():
         if args.context is not None:
             check_own_context(args.context, M1Config.from_file(folder))
+        if args.cache_tokens is not None:
+            check_cache_tokens(args.cache_tokens, args.context)
         tokenizer = Tokenizer.load(folder)
         _ = Prompter(tokenizer).template  # complains before the weights are read
         use_compilation_cache()
         model = load(folder, args.dtype, args.quantize, mesh=args.mesh)
-        service = Service(model, tokenizer, args.batch_size, args.max_waiting, args.context)
+        limits = args.batch_size, args.max_waiting, args.context, args.cache_tokens
+        service = Service(model, tokenizer, *limits)
         if args.warm_up:
             service.engine.warm_up(args.batch_size)
 

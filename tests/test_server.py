@@ -356,7 +356,17 @@ def test_the_command_serves_until_ctrl_c(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("secret\n")
     with serve(
-        "--port", "0", "--api-key-file", str(key), "--context", "512", "--batch-size", "4", "--warm-up"
+        "--port",
+        "0",
+        "--api-key-file",
+        str(key),
+        "--context",
+        "512",
+        "--cache-tokens",
+        "1024",
+        "--batch-size",
+        "4",
+        "--warm-up",
     ) as server:
         assert server.stderr
         line = server.stderr.readline()
@@ -389,6 +399,8 @@ def test_the_command_serves_until_ctrl_c(tmp_path: Path) -> None:
         (["--api-key-file", os.devnull], "is empty"),
         (["--context", "99999999"], "context must be from 2 to the model's"),
         (["--warm-up"], "--warm-up goes with --context"),
+        (["--cache-tokens", "512"], "--cache-tokens goes with --context"),
+        (["--cache-tokens", "511", "--context", "512"], "cache-tokens must be 512 or more, room for one text, not 511"),
     ],
 )
 def test_commands_that_are_refused(

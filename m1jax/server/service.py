@@ -50,15 +50,21 @@ class Service:
       tokenizer: its tokenizer.
       max_rows: the most texts generated at once.
       max_waiting: the most that wait for a place.
-      context: see `Engine`.
+      context, cache_tokens: see `Engine`.
     """
 
     def __init__(
-        self, model: M1, tokenizer: Tokenizer, max_rows: int, max_waiting: int, context: int | None = None
+        self,
+        model: M1,
+        tokenizer: Tokenizer,
+        max_rows: int,
+        max_waiting: int,
+        context: int | None = None,
+        cache_tokens: int | None = None,
     ) -> None:
         self._closing = False
         self._generation: Generation | None = None
-        self.engine = Engine(model, tokenizer, self._look, context)
+        self.engine = Engine(model, tokenizer, self._look, context, cache_tokens)
         self._max_rows, self._most = max_rows, max_rows + max_waiting
         self._numbers = itertools.count()
         self._lock = threading.Lock()

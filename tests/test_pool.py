@@ -1,0 +1,155 @@
+"""The pool of pages: who has which, what texts share, and what happens when there are no more."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from m1jax import UserError
+from m1jax import engine as engine_module
+from m1jax import generation as generation_module
+from m1jax.engine import Engine
+from m1jax.generation import Generation, Prompt
+from m1jax.pool import Pool
+from m1jax.reply import Request
+from tests.generation_fixtures import random_engine, replies
+
+PAGE, LONGEST = 16, 64
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """One engine for all tests, so that each shape is compiled once."""
+    return random_engine(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(autouse=True)
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "SMALLEST_CACHE", PAGE)
+    monkeypatch.setattr(engine_module, "CHUNK", 16)
+    monkeypatch.setattr(generation_module, "ROOM", 4)
+
+
+def limited(engine: Engine, pages: int) -> Engine:
+    """An engine with so many pages; what the other has compiled is shared."""
+    out = Engine(engine.model, engine.tokenizer, context=LONGEST, cache_tokens=pages * PAGE)
+    out.eos_ids, out._compiled = engine.eos_ids, engine._compiled
+    return out
+
+
+def run(generation: Generation) -> dict[tuple[int, int], list[int]]:
+    """The tokens of all texts; in the end nobody has a page."""
+    found = {(e.request, e.reply.sample): e.reply.tokens for e in generation if e.reply.finish is not None}
+    check_all_are_free(generation)
+    return found
+
+
+def check_all_are_free(generation: Generation) -> None:
+    generation._release_ended()
+    generation._forget()
+    for unused, users in zip(generation._pool._unused, generation._pool._users, strict=True):
+        assert sorted(unused) == list(range(len(users))) and not any(users)
+
+
+def tokens(found: dict[tuple[int, int], Any]) -> dict[tuple[int, int], list[int]]:
+    return {key: reply.tokens for key, reply in found.items()}
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
+    """What a method of `Generation` is called with."""
+    calls, method = [], getattr(Generation, name)
+
+    def count(self: Generation, *args: Any) -> Any:
+        calls.append((self, *args))
+        return method(self, *args)
+
+    monkeypatch.setattr(Generation, name, count)
+    return calls
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("pages", [4, 5, 8])
+def test_who_has_no_page_goes_on_later_the_same(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, pages: int, eager: bool
+) -> None:
+    """Five texts of which one and a bit, or two, have room when they are long; a budget of thinking is kept, too."""
+    lengths = [(3, 50), (20, 44), (1, 63), (33, 20), (16, 40)]
+    requests = [Request((5 + i,) * n, seed=i, max_tokens=most) for i, (n, most) in enumerate(lengths)]
+    requests[2] = Request((7,), seed=2, max_tokens=63, thinking=True, thinking_budget=30)
+    want = tokens(replies(engine, requests, 5))
+    small = limited(engine, pages)
+    displaced = counted(monkeypatch, "_displace")
+    assert run(small.generate(requests, 4, eager=eager)) == want
+    # With the room of one text most come one after the other.
+    assert pages == 4 or (displaced and small.stats.prompt_tokens > sum(length for length, _ in lengths))
+
+
+def test_what_is_read_gives_its_pages_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of four chunks, while a text grows that began before and needs a page between two of them."""
+    first, second = Request((5, 6, 7), max_tokens=60, seed=1), Request(tuple(range(9, 59)), max_tokens=9, seed=2)
+    want = tokens(replies(engine, [first, second]))
+    given_up = 0
+    for after in range(1, 44, 2):
+        small = limited(engine, 5)
+        generation, found = small.generate([first], 4, eager=True), dict[tuple[int, int], list[int]]()
+        for count, event in enumerate(generation, 1):
+            if count == after:
+                generation.add(1, second)
+            if event.reply.finish is not None:
+                found[event.request, event.reply.sample] = event.reply.tokens
+        assert found == want
+        check_all_are_free(generation)
+        given_up += small.stats.prompt_tokens > 3 + 50
+    assert given_up
+
+
+@pytest.mark.parametrize("length", [15, 16, 40])
+def test_samples_share_the_full_pages_of_their_prompt(engine: Engine, length: int) -> None:
+    request = Request((8,) * length, seed=3, n=4, max_tokens=3)
+    want = tokens(replies(engine, [request]))
+    fixed = limited(engine, 20)
+    generation, most = fixed.generate([request], 4), Counter[int]()
+    for event in generation:
+        users = Counter(generation._pool._users[0])
+        most = users if event.reply.sample == 0 and len(event.reply.tokens) == 1 else most
+    full, partial = divmod(length, PAGE)
+    assert most[4] == full and most[1] == 4 * (partial > 0)
+    check_all_are_free(generation)
+    assert fixed.stats.prompt_tokens == length
+    assert run(fixed.generate([request], 4)) == run(limited(engine, 5).generate([request], 3)) == want
+
+
+def test_dropped_texts_leave_no_page(engine: Engine) -> None:
+    """While they wait again, while they are generated, and while they are read."""
+    requests = [Request((5 + i,) * 10, seed=i, n=2, max_tokens=50) for i in range(3)]
+    for when in range(5, 150, 12):
+        small = limited(engine, 6)
+        generation = small.generate([requests[0]], 4, eager=True)
+        for count, _ in enumerate(generation, 1):
+            if count in (3, 4):
+                generation.add(count - 2, requests[count - 2])
+            if count == when:
+                generation.drop(when % 3)
+        check_all_are_free(generation)
+
+
+def test_a_pool_counts_its_pages(engine: Engine) -> None:
+    pool = Pool(engine, None)
+    first, second = Prompt(0, 0, (), pages=pool.take(0, 3)), Prompt(0, 0, (), pages=[])
+    assert first.pages == [0, 1, 2] and pool._capacity == 4
+    second.pages = pool.share(0, first.pages[:2]) + pool.take(0, 4)
+    assert pool._capacity == 8 and pool.pages_for(17) == 2 and pool.full(17) == pool.full(31) == 1
+    assert pool.table([second, None], 8).tolist() == [[0, 1, 3, 4, 5, 6, 8, 8], [8] * 8]
+    pool.release(first)
+    assert first.pages == [] and pool.take(0, 2) == [2, 7]
+    with pytest.raises(MemoryError, match="0 pages left, 1 are wanted"):
+        full = Pool(limited(engine, 4), 2)
+        full.take(0, 2)
+        full.take(0, 1)
+
+
+def test_room_that_is_too_small_is_refused(engine: Engine) -> None:
+    with pytest.raises(UserError, match="cache-tokens must be 64 or more, room for one text, not 63"):
+        Engine(engine.model, engine.tokenizer, context=64, cache_tokens=63)
+    with pytest.raises(UserError, match="cache-tokens goes with context"):
+        Engine(engine.model, engine.tokenizer, cache_tokens=63)
