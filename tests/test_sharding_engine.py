@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from m1jax import engine, rows
+from m1jax import engine, generation, rows
 from m1jax.generate import main
-from m1jax.model import abstract
+from m1jax.model import M1, abstract
 from m1jax.sampling import Sampling
 from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.sharding.rules import shardings, shards
@@ -118,6 +118,32 @@ def test_nothing_is_compiled_twice(mesh: str, monkeypatch: pytest.MonkeyPatch) -
     list(ours.generate([engine.Request((1,) * 32, Sampling(temperature=0), max_tokens=1)]))
     compiled: Any = ours._compiled
     assert [kind for kind, *_ in compiled].count("prefill") == 1
+
+
+@pytest.mark.parametrize(("mesh", "room"), [("data=2", {"context": 64, "cache_tokens": 160}), ("seq=2,expert=1", {})])
+def test_texts_in_pages_on_a_mesh(mesh: str, room: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts that share prompts, join, leave, grow out of their pages or give them up are what they are alone."""
+    monkeypatch.setattr(engine, "SMALLEST_CACHE", 16)
+    monkeypatch.setattr(generation, "ROOM", 4)
+    shape = MeshShape.parse(mesh)
+    there = make_mesh(shape, devices=jax.devices()[: shape.size])
+    model = random_model(variant(vocab_size=512, num_key_value_heads=4, layer_types=("lightning", "softmax")))
+    requests = [engine.Request((5 + i,) * (9 * i + 3), seed=i, n=1 + i % 3, max_tokens=36) for i in range(3)]
+
+    def texts(model: M1, **room: Any) -> tuple[dict[tuple[int, int], list[int]], int]:
+        ours = engine.Engine(model, Tokenizer.load(HELLO), **room)
+        ours.eos_ids = frozenset()
+        made = ours.generate(requests, 4)
+        found = {(e.request, e.reply.sample): e.reply.tokens for e in made if e.reply.finish is not None}
+        made._release_ended()
+        made._forget()
+        assert not any(map(any, made._pool._users))
+        return found, ours.stats.prompt_tokens
+
+    want, once = texts(model)
+    assert once == sum(len(request.tokens) for request in requests)
+    got, read = texts(jax.device_put(model, shardings(model.config, there, model)), **room)
+    assert got == want and (read > once if room else read == once)
 
 
 def test_a_mesh_that_does_not_fit_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
