@@ -22,7 +22,7 @@ import numpy as np
 from m1jax import rows as device
 from m1jax.config import M1Config
 from m1jax.errors import UserError
-from m1jax.generation import Cancelled, Generation, Prior, Prompt, Slot
+from m1jax.generation import Cancelled, Generation, Prior
 from m1jax.model import M1
 from m1jax.pool import Pool, bucket
 from m1jax.reply import Reply, Request, check_context
@@ -30,6 +30,7 @@ from m1jax.rows import Left, Read
 from m1jax.sharding.mesh import mesh_of
 from m1jax.sharding.region import on_mesh_of
 from m1jax.sharding.rules import shards
+from m1jax.slots import Prompt, Slot
 from m1jax.state import PAGE
 from m1jax.tokenizer import Tokenizer
 

@@ -8,10 +8,9 @@ Letters as in `engine.py`.
 """
 
 import collections
-import dataclasses
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -19,17 +18,17 @@ import numpy as np
 from m1jax import rows as device
 from m1jax.errors import UserError
 from m1jax.model import M1
-from m1jax.pool import Pool, bucket
+from m1jax.pool import Pool
 from m1jax.reply import Reply, Request, Segment, check_context
 from m1jax.rows import Left, Read, Rows
 from m1jax.sampling import Sampling, SamplingRows
 from m1jax.sharding.mesh import mesh_of
 from m1jax.sharding.rules import shards
+from m1jax.slots import Prompt, Slot, forced_tokens, laid_out
 
 if TYPE_CHECKING:
     from m1jax.engine import Engine
 
-ROOM = 1024  # tokens that there is to be room for when a text begins, beside its prompt
 TRACED = 2048  # tokens looked at to find the layer where NaN begins
 
 
@@ -63,65 +62,6 @@ class _Unwanted(Exception):
     """Nobody wants the prompts any more that are being read, or their pages were needed."""
 
 
-@dataclasses.dataclass(eq=False)
-class Slot:
-    """A text, the index of its request, and its place while it is generated.
-
-    Attributes:
-      part: the part of the batch that it is in.
-      pages: where its keys and values are, among that part's pages.
-      chosen: how many tokens were chosen, those in flight included.
-      turn: its number among all that have begun.
-    """
-
-    request: int
-    reply: Reply
-    part: int = 0
-    pages: list[int] = dataclasses.field(default_factory=list)
-    chosen: int = 0
-    turn: int = -1
-
-    @property
-    def live(self) -> bool:
-        """Whether it goes on."""
-        return self.reply.finish is None
-
-    @property
-    def begun(self) -> bool:
-        """Whether there is any of it."""
-        return bool(self.reply.tokens)
-
-    @property
-    def tokens(self) -> list[int]:
-        """What is to be read before it goes on."""
-        return [*self.reply.request.tokens, *self.reply.tokens]
-
-    @property
-    def roomy(self) -> int:
-        """How many tokens there is to be room for when it begins or goes on."""
-        done = len(self.reply.tokens)
-        return len(self.reply.request.tokens) + done + min(self.reply.limit - done, ROOM)
-
-    @property
-    def needed(self) -> int:
-        """How many tokens there must be room for, to choose the next."""
-        return len(self.reply.request.tokens) + self.chosen
-
-
-@dataclasses.dataclass(eq=False)
-class Prompt:
-    """What is read, in which part of the batch, into which pages, for which texts.
-
-    `request` is None where it is a text that goes on, with which no other begins.
-    """
-
-    request: int | None
-    part: int
-    tokens: Sequence[int]
-    slots: list[Slot] = dataclasses.field(default_factory=list)
-    pages: list[int] = dataclasses.field(default_factory=list)
-
-
 class Kept(NamedTuple):
     """A prompt that was read, of which samples are still to come, by part of the batch; `read` has a row for each."""
 
@@ -142,9 +82,6 @@ class _Pending(NamedTuple):
 
     tokens: jax.Array
     slots: dict[int, Slot]
-
-
-Placed = TypeVar("Placed", Slot, Prompt)
 
 
 class Generation:
@@ -186,7 +123,7 @@ class Generation:
                 yield from self._admit()
                 if self._eager and others and self._live():  # or those that join would hold them up for good
                     yield from self._step()
-            elif not self._queue and len(self._laid_out(self._live())) < len(self._slots):
+            elif not self._queue and len(laid_out(self._engine.parts, self._live())) < len(self._slots):
                 yield from self._collect()
                 self._compact()
             else:
@@ -218,12 +155,6 @@ class Generation:
 
     # --- where texts are -------------------------------------------------------------------------------------------
 
-    def _laid_out(self, placed: Sequence[Placed]) -> list[Placed | None]:
-        """The rows of a batch, each in its part, all parts with as many."""
-        parts = [[one for one in placed if one.part == part] for part in range(self._engine.parts)]
-        size = bucket(max(1, *map(len, parts)))
-        return [one for part in parts for one in (*part, *[None] * (size - len(part)))]
-
     def _placed(self, slot: Slot, new: Sequence[Slot]) -> bool:
         """Puts a text in the part with the fewest texts of those that have room; False if none has."""
         texts, parts = [*self._live(), *new], self._engine.parts
@@ -237,10 +168,8 @@ class Generation:
 
     def _wanted(self, new: Sequence[Slot], part: int) -> int:
         """How many pages more the texts that begin in a part are to have room in."""
-        shared = (
-            {prompt.request for prompt in self._kept.prompts.values() if prompt.part == part} if self._kept else set()
-        )
-        pages = 0
+        kept = [] if self._kept is None else self._kept.prompts.values()
+        shared, pages = {prompt.request for prompt in kept if prompt.part == part}, 0
         for slot in new:
             if slot.part != part:
                 continue
@@ -311,7 +240,7 @@ class Generation:
         with engine.clock("prompt_seconds"):
             read = self._picked(new, prompts, read)
             self._reading = []
-            live, layout = self._live(), self._laid_out(new)
+            live, layout = self._live(), laid_out(self._engine.parts, new)
             tokens, rows = self._begin(layout, read)
             self._release_ended()
             if live:
@@ -348,7 +277,7 @@ class Generation:
             return None
         width = self._pool.width(max(slot.roomy for slot in new))
         left = None if self._prior is None else self._prior.left
-        reading = self._engine.read(self._laid_out(self._reading), self._pool, width, left)
+        reading = self._engine.read(laid_out(self._engine.parts, self._reading), self._pool, width, left)
         while True:
             try:
                 next(reading)
@@ -373,33 +302,43 @@ class Generation:
 
     def _picked(self, new: list[Slot], prompts: list[Prompt], read: Read | None) -> Read:
         """A row for each new text, in its part; what later ones begin with is kept. All have their pages then."""
-        engine, last, kept = self._engine, new[-1], self._kept
-        reads = tuple(found for found in (None if kept is None else kept.read, read) if found is not None)
-        rows = [*([] if kept is None else map(kept.prompts.get, range(engine.parts))), *self._laid_out(self._reading)]
+        engine, parts, kept = self._engine, self._engine.parts, self._kept
+        before = {} if kept is None else kept.prompts
+        rows = [*([] if kept is None else map(before.get, range(parts))), *laid_out(parts, self._reading)]
         place = {prompt: row for row, prompt in enumerate(rows) if prompt is not None}
-        stays: dict[int, Prompt] = {}
-        if self._queue and self._queue[0].request == last.request and not self._queue[0].begun and not last.begun:
-            stays = {prompt.part: prompt for prompt in place if prompt.request == last.request}
-        # The last page of what stays is copied for each text.
-        for part in list(stays):
-            if not self._pool.has(part, 1 + sum(len(p.slots) - 1 for p in prompts if p.part == part)):
-                del stays[part]
-        if kept is not None:
-            for prompt in kept.prompts.values():
-                if not prompt.slots and prompt not in stays.values():
-                    self._pool.release(prompt)
-        self._kept = None
-        if stays and kept is not None and all(kept.prompts.get(part) is prompt for part, prompt in stays.items()):
+
+        def picked(wanted: Iterable[Prompt | None]) -> Read:
+            reads = tuple(one for one in (None if kept is None else kept.read, read) if one is not None)
+            source = [0 if prompt is None else place[prompt] for prompt in wanted]
+            return engine.run(device.pick, reads, np.asarray(source, np.int32))
+
+        stays = self._staying(new[-1], prompts, place)
+        for prompt in before.values():
+            if not prompt.slots and prompt not in stays.values():
+                self._pool.release(prompt)
+        if not stays:
+            self._kept = None
+        elif kept is not None and all(before.get(part) is prompt for part, prompt in stays.items()):
             self._kept = Kept(stays, kept.read)
-        elif stays:
-            source = [place[stays[part]] if part in stays else 0 for part in range(engine.parts)]
-            self._kept = Kept(stays, engine.run(device.pick, reads, np.asarray(source, np.int32)))
-        of = {slot: place[prompt] for prompt in prompts for slot in prompt.slots}
+        else:
+            self._kept = Kept(stays, picked(map(stays.get, range(parts))))
+        begins = {slot: prompt for prompt in prompts for slot in prompt.slots}
         self._give_pages(prompts, list(stays.values()))
         if read is not None and len(self._reading) == len(new):
             return read
-        source = [0 if slot is None else of[slot] for slot in self._laid_out(new)]
-        return engine.run(device.pick, reads, np.asarray(source, np.int32))
+        return picked(None if slot is None else begins[slot] for slot in laid_out(parts, new))
+
+    def _staying(self, last: Slot, prompts: list[Prompt], read: Iterable[Prompt]) -> dict[int, Prompt]:
+        """Of all prompts that were read the last text's, by part, if more samples of it are to come."""
+        following = self._queue[0] if self._queue else last
+        if following is last or following.request != last.request or following.begun or last.begun:
+            return {}
+        stays = {prompt.part: prompt for prompt in read if prompt.request == last.request}
+        # What stays keeps its last page, of which each text then has a copy: not where there is no page for that.
+        copies = collections.Counter({prompt.part: 1 for prompt in stays.values()})
+        for prompt in prompts:
+            copies[prompt.part] += len(prompt.slots) - 1
+        return {part: prompt for part, prompt in stays.items() if self._pool.has(part, copies[part])}
 
     def _give_pages(self, prompts: Sequence[Prompt], stays: Sequence[Prompt]) -> None:
         """To each text those of its prompt: the full ones are shared, of another each has its own."""
@@ -430,7 +369,7 @@ class Generation:
                 settings[b] = (request.sampling, request.seed, slot.reply.sample)
                 slot.chosen = len(slot.reply.tokens) + 1
                 slot.turn = next(self._turns) if slot.turn < 0 else slot.turn
-        return engine.run(device.begin, read, seen, SamplingRows.of(settings), _forced(layout))
+        return engine.run(device.begin, read, seen, SamplingRows.of(settings), forced_tokens(layout))
 
     def _join(self, live: list[Slot], layout: Sequence[Slot | None], rows: Rows) -> None:
         """Puts the texts of a new batch beside those that live."""
@@ -442,7 +381,7 @@ class Generation:
     def _arrange(self, slots: list[Slot], old: Sequence[Slot | None], batches: tuple[Rows, ...]) -> None:
         """Makes a batch of these texts; `old` are those of all rows of the given batches."""
         row = {slot: b for b, slot in enumerate(old) if slot is not None}
-        self._slots = self._laid_out(slots)
+        self._slots = laid_out(self._engine.parts, slots)
         source = [0 if slot is None else row[slot] for slot in self._slots]
         self._rows = self._engine.run(device.join, batches, np.asarray(source, np.int32))
 
@@ -515,7 +454,7 @@ class Generation:
         active = np.asarray([slot is not None for slot in rows])
         table = pool.table(self._slots, self._width)
         tokens, self._rows, pool.cache = engine.run(
-            device.decode, engine.model, self._rows, pool.cache, table, active, _forced(rows)
+            device.decode, engine.model, self._rows, pool.cache, table, active, forced_tokens(rows)
         )
         tokens.copy_to_host_async()
         for slot in going:
@@ -544,13 +483,3 @@ class Generation:
             raise not_finite(self._engine.model, slot.tokens)
         self._engine.stats.generated_tokens += 1
         return Event(slot.request, reply, reply.push(token))
-
-
-def _forced(rows: Sequence[Slot | None]) -> np.ndarray:
-    """The tokens that rows must take, int32 `[B]`."""
-    forced = np.full((len(rows),), device.FREE, np.int32)
-    for b, slot in enumerate(rows):
-        token = None if slot is None else slot.reply.take_forced()
-        if token is not None:
-            forced[b] = token
-    return forced

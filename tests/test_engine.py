@@ -14,9 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from m1jax import UserError
+from m1jax import UserError, slots
 from m1jax import engine as engine_module
-from m1jax import generation as generation_module
 from m1jax.chat import Chat
 from m1jax.engine import Engine
 from m1jax.prompt import Options, Prompter
@@ -96,7 +95,7 @@ def test_a_prompt_is_read_once_however_its_samples_start(
     ]
     want = {(i, k): r.tokens for i, one in enumerate(requests) for (_, k), r in replies(engine, [one], 8).items()}
     monkeypatch.setattr(engine_module, "SMALLEST_CACHE", 16)
-    monkeypatch.setattr(generation_module, "ROOM", 4)
+    monkeypatch.setattr(slots, "ROOM", 4)
     before = engine.stats.prompt_tokens
     got = replies(engine, requests, max_rows)
     assert {key: reply.tokens for key, reply in got.items()} == want
@@ -125,7 +124,7 @@ def test_the_cache_grows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Non
     """Room for 4 tokens at first, 140 generated, beyond the smallest cache."""
     request = Request(prompts(engine)[2], seed=1, max_tokens=140)
     whole = one(engine, request)
-    monkeypatch.setattr(generation_module, "ROOM", 4)
+    monkeypatch.setattr(slots, "ROOM", 4)
     monkeypatch.setattr(engine_module, "SMALLEST_CACHE", 128)
     assert one(engine, request).tokens == whole.tokens and len(whole.tokens) == 140
 

@@ -3,7 +3,7 @@
 import pytest
 
 from m1jax import engine as engine_module
-from m1jax import generation as generation_module
+from m1jax import slots
 from m1jax.engine import Engine
 from m1jax.reply import Request
 from tests.generation_fixtures import counted_chunks, one, random_engine, replies
@@ -72,7 +72,7 @@ def test_texts_go_on_while_a_long_prompt_is_read(engine: Engine, monkeypatch: py
     """A step between two chunks; the cache of those that go on may meanwhile become the longer one."""
     monkeypatch.setattr(engine_module, "CHUNK", 16)
     monkeypatch.setattr(engine_module, "SMALLEST_CACHE", 16)
-    monkeypatch.setattr(generation_module, "ROOM", 4)
+    monkeypatch.setattr(slots, "ROOM", 4)
     first, second = Request((5, 6, 7), max_tokens=90, seed=1), Request(tuple(range(9, 59)), max_tokens=9, seed=2)
     want = {0: one(engine, first).tokens, 1: one(engine, second).tokens}
     for after in (3, *range(56, 62)):  # at 64 tokens, prompt included, the cache of the first doubles

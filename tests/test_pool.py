@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from m1jax import UserError
+from m1jax import UserError, slots
 from m1jax import engine as engine_module
-from m1jax import generation as generation_module
 from m1jax.engine import Engine
-from m1jax.generation import Generation, Prompt
+from m1jax.generation import Generation
 from m1jax.pool import Pool
 from m1jax.reply import Request
+from m1jax.slots import Prompt
 from tests.generation_fixtures import random_engine, replies
 
 PAGE, LONGEST = 16, 64
@@ -27,7 +27,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "SMALLEST_CACHE", PAGE)
     monkeypatch.setattr(engine_module, "CHUNK", 16)
-    monkeypatch.setattr(generation_module, "ROOM", 4)
+    monkeypatch.setattr(slots, "ROOM", 4)
 
 
 def limited(engine: Engine, pages: int) -> Engine:

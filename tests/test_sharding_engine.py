@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from m1jax import engine, generation, rows
+from m1jax import engine, rows, slots
 from m1jax.generate import main
 from m1jax.model import M1, abstract
 from m1jax.sampling import Sampling
@@ -124,7 +124,7 @@ def test_nothing_is_compiled_twice(mesh: str, monkeypatch: pytest.MonkeyPatch) -
 def test_texts_in_pages_on_a_mesh(mesh: str, room: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts that share prompts, join, leave, grow out of their pages or give them up are what they are alone."""
     monkeypatch.setattr(engine, "SMALLEST_CACHE", 16)
-    monkeypatch.setattr(generation, "ROOM", 4)
+    monkeypatch.setattr(slots, "ROOM", 4)
     shape = MeshShape.parse(mesh)
     there = make_mesh(shape, devices=jax.devices()[: shape.size])
     model = random_model(variant(vocab_size=512, num_key_value_heads=4, layer_types=("lightning", "softmax")))

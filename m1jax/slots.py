@@ -1,0 +1,92 @@
+"""Texts in the making and the prompts that they begin with: where they are in a batch, and what they need."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from m1jax.pool import bucket
+from m1jax.reply import Reply
+from m1jax.rows import FREE
+
+ROOM = 1024  # tokens that there is to be room for when a text begins, beside its prompt
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """A text, the index of its request, and its place while it is generated.
+
+    Attributes:
+      part: the part of the batch that it is in.
+      pages: where its keys and values are, among that part's pages.
+      chosen: how many tokens were chosen, those in flight included.
+      turn: its number among all that have begun.
+    """
+
+    request: int
+    reply: Reply
+    part: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
+    chosen: int = 0
+    turn: int = -1
+
+    @property
+    def live(self) -> bool:
+        """Whether it goes on."""
+        return self.reply.finish is None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is any of it."""
+        return bool(self.reply.tokens)
+
+    @property
+    def tokens(self) -> list[int]:
+        """What is to be read before it goes on."""
+        return [*self.reply.request.tokens, *self.reply.tokens]
+
+    @property
+    def roomy(self) -> int:
+        """How many tokens there is to be room for when it begins or goes on."""
+        done = len(self.reply.tokens)
+        return len(self.reply.request.tokens) + done + min(self.reply.limit - done, ROOM)
+
+    @property
+    def needed(self) -> int:
+        """How many tokens there must be room for, to choose the next."""
+        return len(self.reply.request.tokens) + self.chosen
+
+
+@dataclasses.dataclass(eq=False)
+class Prompt:
+    """What is read, in which part of the batch, into which pages, for which texts.
+
+    `request` is None where it is a text that goes on, with which no other begins.
+    """
+
+    request: int | None
+    part: int
+    tokens: Sequence[int]
+    slots: list[Slot] = dataclasses.field(default_factory=list)
+    pages: list[int] = dataclasses.field(default_factory=list)
+
+
+Placed = TypeVar("Placed", Slot, Prompt)
+
+
+def laid_out(parts: int, placed: Sequence[Placed]) -> list[Placed | None]:
+    """The rows of a batch of so many parts, in which they are in order; None is padding, of which all get as many."""
+    rows = [[one for one in placed if one.part == part] for part in range(parts)]
+    size = bucket(max(1, *map(len, rows)))
+    return [one for part in rows for one in (*part, *[None] * (size - len(part)))]
+
+
+def forced_tokens(rows: Sequence[Slot | None]) -> np.ndarray:
+    """The tokens that rows must take, int32 `[B]`."""
+    forced = np.full((len(rows),), FREE, np.int32)
+    for b, slot in enumerate(rows):
+        token = None if slot is None else slot.reply.take_forced()
+        if token is not None:
+            forced[b] = token
+    return forced
