@@ -82,6 +82,12 @@ def _add_generation_arguments(group: argparse._ArgumentGroup) -> None:
     thinking = group.add_mutually_exclusive_group()
     thinking.add_argument("--thinking-budget", type=int, metavar="N", help="end thinking after N tokens")
     thinking.add_argument("--no-thinking", action="store_true", help="answer without thinking")
+    add(
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="tell each token's log-probability, and the K likeliest tokens (0 to 20; with --json or --output)",
+    )
     add("--json", action="store_true", help="print one JSON object with text and figures")
 
 
@@ -92,6 +98,10 @@ def _check_modes(args: argparse.Namespace) -> None:
         (args.output is not None and args.input is None, "--output goes with --input"),
         (args.json and args.interactive, "--json and --interactive contradict each other"),
         (args.json and args.input is not None, "--json and --input contradict each other: --output is JSON already"),
+        (
+            args.logprobs is not None and not args.json and args.input is None,
+            "--logprobs are told in JSON: give --json, or --input and --output",
+        ),
         (args.interactive and args.raw, "--interactive needs the chat template: drop --raw"),
         (args.interactive and args.n != 1, "--interactive gives one reply per message: drop -n"),
         (args.greedy and bool(args.temperature), "--greedy and --temperature above 0 contradict each other: drop one"),

@@ -19,12 +19,12 @@ from m1jax import rows as device
 from m1jax.errors import UserError
 from m1jax.model import M1
 from m1jax.pool import Pool
-from m1jax.reply import Reply, Request, Segment, check_context
-from m1jax.rows import Left, Read, Rows
+from m1jax.reply import Reply, Request, Segment, TokenLogprob, check_context
+from m1jax.rows import Chosen, Left, Read, Rows
 from m1jax.sampling import Sampling, SamplingRows
 from m1jax.sharding.mesh import mesh_of
 from m1jax.sharding.rules import shards
-from m1jax.slots import Prompt, Slot, forced_tokens, laid_out
+from m1jax.slots import Prompt, Slot, forced_tokens, laid_out, told, wants_logprobs
 
 if TYPE_CHECKING:
     from m1jax.engine import Engine
@@ -78,9 +78,9 @@ class Prior(NamedTuple):
 
 
 class _Pending(NamedTuple):
-    """Tokens int32 `[B]` that the device has chosen and the host has not read, and whose they are, by row."""
+    """What the device has chosen and the host has not read, and whose it is, by row."""
 
-    tokens: jax.Array
+    chosen: Chosen
     slots: dict[int, Slot]
 
 
@@ -241,17 +241,17 @@ class Generation:
             read = self._picked(new, prompts, read)
             self._reading = []
             live, layout = self._live(), laid_out(self._engine.parts, new)
-            tokens, rows = self._begin(layout, read)
+            chosen, rows = self._begin(layout, read)
             self._release_ended()
             if live:
                 self._join(live, layout, rows)
             else:
                 self._slots, self._rows, self._width = layout, rows, 0
             self._width = max(self._width, self._pool.width(max(slot.roomy for slot in new)))
-            values = dict(zip(layout, np.asarray(tokens).tolist(), strict=True))
+            values = dict(zip(layout, told(chosen), strict=True))
         for slot in new:
             if slot.live:
-                yield self._push(slot, values[slot])
+                yield self._push(slot, *values[slot])
 
     def _prompts(self, new: list[Slot]) -> list[Prompt]:
         """What the new texts begin with; what of it was not kept is in `_reading`, in pages of its own."""
@@ -357,7 +357,7 @@ class Generation:
             prompt.slots.clear()
         self._pool.copy(copies)
 
-    def _begin(self, layout: Sequence[Slot | None], read: Read) -> tuple[jax.Array, Rows]:
+    def _begin(self, layout: Sequence[Slot | None], read: Read) -> tuple[Chosen, Rows]:
         """The new texts as a batch of their own, with their next tokens."""
         engine, B = self._engine, len(layout)
         seen = np.zeros((B, engine.model.config.vocab_size), bool)
@@ -369,7 +369,8 @@ class Generation:
                 settings[b] = (request.sampling, request.seed, slot.reply.sample)
                 slot.chosen = len(slot.reply.tokens) + 1
                 slot.turn = next(self._turns) if slot.turn < 0 else slot.turn
-        return engine.run(device.begin, read, seen, SamplingRows.of(settings), forced_tokens(layout))
+        sampling, logprobs = SamplingRows.of(settings), wants_logprobs(slot for slot in layout if slot is not None)
+        return engine.run(device.begin, read, seen, sampling, forced_tokens(layout), logprobs=logprobs)
 
     def _join(self, live: list[Slot], layout: Sequence[Slot | None], rows: Rows) -> None:
         """Puts the texts of a new batch beside those that live."""
@@ -453,13 +454,13 @@ class Generation:
         rows = [slot if slot in going else None for slot in self._slots]
         active = np.asarray([slot is not None for slot in rows])
         table = pool.table(self._slots, self._width)
-        tokens, self._rows, pool.cache = engine.run(
-            device.decode, engine.model, self._rows, pool.cache, table, active, forced_tokens(rows)
-        )
-        tokens.copy_to_host_async()
+        args = engine.model, self._rows, pool.cache, table, active, forced_tokens(rows)
+        chosen, self._rows, pool.cache = engine.run(device.decode, *args, logprobs=wants_logprobs(going))
+        for x in jax.tree.leaves(chosen):
+            x.copy_to_host_async()
         for slot in going:
             slot.chosen += 1
-        return _Pending(tokens, {b: slot for b, slot in enumerate(rows) if slot is not None})
+        return _Pending(chosen, {b: slot for b, slot in enumerate(rows) if slot is not None})
 
     def _collect(self) -> Iterator[Event]:
         """Reads what is in flight."""
@@ -470,16 +471,16 @@ class Generation:
         if pending is None:
             return
         with self._engine.clock("decode_seconds"):
-            tokens = np.asarray(pending.tokens).tolist()
+            values = told(pending.chosen)
         # A text that ended while its next token was in flight has no use for that token.
         for b, slot in pending.slots.items():
             if slot.live:
                 self._engine.stats.decoded_tokens += 1
-                yield self._push(slot, tokens[b])
+                yield self._push(slot, *values[b])
 
-    def _push(self, slot: Slot, token: int) -> Event:
+    def _push(self, slot: Slot, token: int, logprob: TokenLogprob | None) -> Event:
         reply = slot.reply
         if token == device.NOT_A_NUMBER:
             raise not_finite(self._engine.model, slot.tokens)
         self._engine.stats.generated_tokens += 1
-        return Event(slot.request, reply, reply.push(token))
+        return Event(slot.request, reply, reply.push(token, logprob))

@@ -48,7 +48,10 @@ class Line(NamedTuple):
     @property
     def digest(self) -> str:
         """Fingerprint of request and model, by which a later run recognises its own output."""
-        text = json.dumps([dataclasses.asdict(self.request), self.model], sort_keys=True)
+        request = dataclasses.asdict(self.request)
+        if request["logprobs"] is None:  # so that what was written before there were any is known
+            del request["logprobs"]
+        text = json.dumps([request, self.model], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -332,14 +335,24 @@ def record(line: Line, reply: Reply, precision: str | None) -> dict[str, Any]:
 
 
 def describe(reply: Reply) -> dict[str, Any]:
-    """A text for machines: as generated, cut into thinking and answer, why it ended and how long it is."""
+    """A text for machines: as generated, cut into thinking and answer, why it ended and how long it is.
+
+    And what its request wants to be told of each token.
+    """
+    told = {} if reply.request.logprobs is None else {"logprobs": [_told(reply, *one) for one in reply.logprobs]}
     return {
         "text": reply.text,
         "thinking": reply.thinking,
         "answer": reply.answer,
         "finish": reply.finish,
         "generated_tokens": len(reply.tokens),
+        **told,
     }
+
+
+def _told(reply: Reply, token: int, logprob: float, best: Iterable[tuple[int, float]] | None = None) -> dict[str, Any]:
+    told = {"token": reply.tokenizer.text_of(token), "id": token, "logprob": logprob}
+    return told if best is None else {**told, "best": [_told(reply, *one) for one in best]}
 
 
 def generate_lines(engine: Engine, lines: Sequence[Line], output: Output, max_rows: int) -> Iterator[int]:

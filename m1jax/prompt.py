@@ -30,6 +30,7 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "stop": (str, list),
     "n": (int,),
     "thinking_budget": (int,),
+    "logprobs": (int,),
     "no_thinking": (bool,),
 }
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -49,6 +50,7 @@ class Options:
     max_tokens: int = 4096
     stop: tuple[str, ...] = ()
     thinking_budget: int | None = None
+    logprobs: int | None = None
     no_thinking: bool = False
     raw: bool = False
     system: str | None = None
@@ -79,6 +81,7 @@ class Options:
             max_tokens=args.max_tokens,
             stop=tuple(args.stop),
             thinking_budget=args.thinking_budget,
+            logprobs=args.logprobs,
             no_thinking=args.no_thinking,
             raw=args.raw,
             system=args.system,
@@ -133,6 +136,7 @@ class Options:
             max_tokens=self.max_tokens,
             stop=self.stop,
             thinking_budget=self.thinking_budget,
+            logprobs=self.logprobs,
             thinking=thinking,
             may_think=not self.no_thinking,
         )

@@ -14,12 +14,21 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from m1jax.errors import UserError
-from m1jax.sampling import DEFAULT_SAMPLING, MAX_SEED, Sampling
+from m1jax.sampling import ALTERNATIVES, DEFAULT_SAMPLING, MAX_SEED, Sampling
 from m1jax.tokenizer import Detokeniser, Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
 FORCED_CLOSE = f"\n{CLOSE}\n"  # as M1 closes its thinking
 EMPTY_THINKING = f"{OPEN}\n\n{CLOSE}\n"
+
+
+class TokenLogprob(NamedTuple):
+    """The logarithm of a token's probability by the model, and the most probable tokens with theirs, falling."""
+
+    token: int
+    logprob: float
+    best: tuple[tuple[int, float], ...]
+
 
 Finish = Literal["eos", "stop", "length", "context", "interrupted"]
 
@@ -37,6 +46,8 @@ class Request:
       stop: strings that end the text; they are not part of it.
       thinking_budget: the most tokens inside `<think>`; then its end is put in. None is no limit.
       thinking: whether the prompt ends inside `<think>`.
+      logprobs: None, or how many of the most probable tokens are told, beside each token chosen, with the logarithms of
+        their probabilities by the model: those of its logits, before temperature, penalty and filters.
       may_think: False if thinking is over before the text starts, so that a `<think>` in it is plain text.
 
     Raises:
@@ -50,6 +61,7 @@ class Request:
     max_tokens: int = 4096
     stop: tuple[str, ...] = ()
     thinking_budget: int | None = None
+    logprobs: int | None = None
     thinking: bool = False
     may_think: bool = True
 
@@ -58,10 +70,10 @@ class Request:
             raise UserError("the prompt is empty: give some text")
         if not isinstance(self.sampling, Sampling):
             raise UserError(f"sampling must be a Sampling, not {self.sampling!r}")
-        for name in ("seed", "n", "max_tokens", "thinking_budget"):
+        for name in ("seed", "n", "max_tokens", "thinking_budget", "logprobs"):
             value = getattr(self, name)
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if not whole and (name != "thinking_budget" or value is not None):
+            if not whole and (name not in ("thinking_budget", "logprobs") or value is not None):
                 raise UserError(f"{name.replace('_', '-')} must be an integer, not {value!r}")
         if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
             raise UserError(f"stop must be a tuple of strings, not {self.stop!r}")
@@ -75,6 +87,8 @@ class Request:
             raise UserError("a stop string is empty: give some text")
         if self.thinking_budget is not None and self.thinking_budget < 0:
             raise UserError(f"thinking-budget must be 0 or more, not {self.thinking_budget}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= ALTERNATIVES:
+            raise UserError(f"logprobs must be from 0 to {ALTERNATIVES}, not {self.logprobs}")
 
 
 def check_context(prompt: int, context: int) -> None:
@@ -190,6 +204,7 @@ class Reply:
 
     Attributes:
       tokens: the tokens generated, the one that ended the text included.
+      logprobs: of these tokens, where the request wants them.
       segments: the text shown so far.
       finish: why it ended, None while it goes on.
     """
@@ -199,10 +214,11 @@ class Reply:
     ) -> None:
         self.request, self.sample = request, sample
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
         self.segments: list[Segment] = []
         self.finish: Finish | None = None
         self.limit = min(request.max_tokens, context - len(request.tokens))
-        self._tokenizer, self._eos_ids = tokenizer, eos_ids
+        self.tokenizer, self._eos_ids = tokenizer, eos_ids
         phase = Phase.THINKING if request.thinking else Phase.START if request.may_think else Phase.ANSWER
         self._detokeniser = Detokeniser(tokenizer, keep=(OPEN, CLOSE))
         self._stops = StopFilter(request.stop)
@@ -232,9 +248,11 @@ class Reply:
         """The text after thinking."""
         return "".join(segment.text for segment in self.segments if not segment.thinking).lstrip("\n")
 
-    def push(self, token: int) -> list[Segment]:
+    def push(self, token: int, logprob: TokenLogprob | None = None) -> list[Segment]:
         """Takes the next token; returns the text that is now certain."""
         self.tokens.append(token)
+        if logprob is not None and self.request.logprobs is not None:
+            self.logprobs.append(logprob._replace(best=logprob.best[: self.request.logprobs]))
         if token in self._eos_ids:
             return self.end("eos")
         text = self._detokeniser.push(token)
@@ -280,4 +298,4 @@ class Reply:
     def _spend_budget(self) -> None:
         budget = self.request.thinking_budget
         if budget is not None and self._thinking_tokens >= budget and self._forced is None:
-            self._forced = collections.deque(self._tokenizer.encode(self._thought.closing()))
+            self._forced = collections.deque(self.tokenizer.encode(self._thought.closing()))

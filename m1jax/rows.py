@@ -17,7 +17,7 @@ from jax import lax
 
 from m1jax.model import M1
 from m1jax.params import STATE_AXES
-from m1jax.sampling import SamplingRows, sample
+from m1jax.sampling import ALTERNATIVES, SamplingRows, sample
 from m1jax.sharding.region import everywhere, laid_out, on_mesh, on_mesh_of, ways
 from m1jax.state import KVCache, LightningState, M1State
 from m1jax.state import empty as empty_state
@@ -44,6 +44,21 @@ class Read:
 
     logits: jax.Array
     left: Left
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """The next token of each row, int32 `[B]`, `NOT_A_NUMBER` where logits were not finite.
+
+    Where it is asked for, float32 `[B]` the logarithm of its probability by the model, before temperature and filters,
+    and the K most probable tokens, int32 `[B, K]`, with theirs.
+    """
+
+    token: jax.Array
+    logprob: jax.Array | None = None
+    best: jax.Array | None = None
+    best_logprob: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -85,17 +100,19 @@ def pick(reads: tuple[Read, ...], source: jax.Array) -> Read:
     return Read(_like_logits(logits), _rows_of([read.left for read in reads], source))
 
 
-@functools.partial(jax.jit, donate_argnames="read")
-def begin(read: Read, seen: jax.Array, sampling: SamplingRows, forced: jax.Array) -> tuple[jax.Array, Rows]:
-    """A batch that continues prompts, and the first token of each row."""
+@functools.partial(jax.jit, donate_argnames="read", static_argnames="logprobs")
+def begin(
+    read: Read, seen: jax.Array, sampling: SamplingRows, forced: jax.Array, logprobs: bool
+) -> tuple[Chosen, Rows]:
+    """A batch that continues prompts, and the first token of each row; the rest as in `decode`."""
     token = jnp.zeros(read.logits.shape[:1], jnp.int32)
-    return _choose(read.logits, Rows(read.left, token, seen, sampling), forced)
+    return _choose(read.logits, Rows(read.left, token, seen, sampling), forced, logprobs)
 
 
-@functools.partial(jax.jit, donate_argnames=("rows", "cache"))
+@functools.partial(jax.jit, donate_argnames=("rows", "cache"), static_argnames="logprobs")
 def decode(
-    model: M1, rows: Rows, cache: KVCache, pages: jax.Array, active: jax.Array, forced: jax.Array
-) -> tuple[jax.Array, Rows, KVCache]:
+    model: M1, rows: Rows, cache: KVCache, pages: jax.Array, active: jax.Array, forced: jax.Array, logprobs: bool
+) -> tuple[Chosen, Rows, KVCache]:
     """Feeds each active row's last token and chooses the next.
 
     Args:
@@ -105,20 +122,27 @@ def decode(
       pages: int32 `[B, n]`, where each row's are; with room for the token that is fed.
       active: bool `[B]`; what other rows have left stays as it is.
       forced: int32 `[B]`, the token to take instead of a sampled one, or `FREE`.
+      logprobs: whether to tell probabilities.
 
     Returns:
-      The tokens int32 `[B]`, `NOT_A_NUMBER` where logits were not finite, the batch, and the keys and values.
+      What was chosen, the batch, and the keys and values.
     """
     logits, left, cache = _step(model, rows.token[:, None], active.astype(jnp.int32), rows.left, cache, pages)
-    return *_choose(logits, dataclasses.replace(rows, left=left), forced), cache
+    return *_choose(logits, dataclasses.replace(rows, left=left), forced, logprobs), cache
 
 
-def _choose(logits: jax.Array, rows: Rows, forced: jax.Array) -> tuple[jax.Array, Rows]:
+def _choose(logits: jax.Array, rows: Rows, forced: jax.Array, logprobs: bool) -> tuple[Chosen, Rows]:
     token = sample(logits, rows.sampling, rows.left.length, rows.seen)
     token = jnp.where(forced == FREE, token, forced)
     seen = rows.seen.at[jnp.arange(token.shape[0]), token].set(True)
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    return everywhere(jnp.where(finite, token, NOT_A_NUMBER)), dataclasses.replace(rows, token=token, seen=seen)
+    chosen, rows = Chosen(jnp.where(finite, token, NOT_A_NUMBER)), dataclasses.replace(rows, token=token, seen=seen)
+    if logprobs:
+        logp = jax.nn.log_softmax(logits)
+        own = jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
+        most, best = lax.top_k(logp, min(ALTERNATIVES, logp.shape[-1]))
+        chosen = dataclasses.replace(chosen, logprob=own, best=best, best_logprob=most)
+    return jax.tree.map(everywhere, chosen), rows
 
 
 @jax.jit

@@ -19,6 +19,7 @@ from jax import lax
 from m1jax.errors import UserError
 
 MAX_SEED = 2**32 - 1
+ALTERNATIVES = 20  # tokens whose probability is told beside that of the one chosen, at most
 _FLOAT32 = np.finfo(np.float32)
 _LARGEST, _SMALLEST = float(_FLOAT32.max), float(_FLOAT32.tiny)
 

@@ -65,7 +65,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--warm-up",
         action="store_true",
-        help="with --context: compile before listening what texts need later (but for n > 1)",
+        help="with --context: compile before listening what texts need later (but for n > 1 and logprobs)",
     )
     args = parser.parse_args(argv)
     if args.warm_up and args.context is None:

@@ -1,14 +1,14 @@
 """Texts in the making and the prompts that they begin with: where they are in a batch, and what they need."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from m1jax.pool import bucket
-from m1jax.reply import Reply
-from m1jax.rows import FREE
+from m1jax.reply import Reply, TokenLogprob
+from m1jax.rows import FREE, Chosen
 
 ROOM = 1024  # tokens that there is to be room for when a text begins, beside its prompt
 
@@ -90,3 +90,18 @@ def forced_tokens(rows: Sequence[Slot | None]) -> np.ndarray:
         if token is not None:
             forced[b] = token
     return forced
+
+
+def wants_logprobs(slots: Iterable[Slot]) -> bool:
+    """Whether probabilities are to be told for any of these texts."""
+    return any(slot.reply.request.logprobs is not None for slot in slots)
+
+
+def told(chosen: Chosen) -> list[tuple[int, TokenLogprob | None]]:
+    """The token of each row, and what is to be told of it; waits for the device."""
+    tokens = np.asarray(chosen.token).tolist()
+    if chosen.logprob is None:
+        return [(token, None) for token in tokens]
+    arrays = [np.asarray(x).tolist() for x in (chosen.logprob, chosen.best, chosen.best_logprob)]
+    rows = zip(tokens, *arrays, strict=True)
+    return [(token, TokenLogprob(token, own, tuple(zip(best, most, strict=True)))) for token, own, best, most in rows]

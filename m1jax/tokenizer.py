@@ -121,6 +121,12 @@ class Tokenizer:
             return name.encode()
         return bytes(table[c] for c in name)
 
+    def text_of(self, index: int) -> str:
+        """A token for a reader: what it stands for, or its name."""
+        if not self._byte_level:
+            return self.name_of(index) or ""
+        return self.bytes_of(index).decode(errors="replace")
+
 
 class Detokeniser:
     """Turns tokens into text as they come; a character is emitted once its last byte is there.

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -259,6 +260,36 @@ def test_a_block_that_closes_in_time_is_left_alone(engine: Engine) -> None:
         reply.push(token)
 
 
+def test_logprobs_are_those_of_the_model(engine: Engine) -> None:
+    """Of texts with and without them in one batch, whatever temperature and filters; texts stay what they are."""
+    requests = [
+        Request(tokens, Sampling(1.5, top_k=5, repetition_penalty=1.3), seed=i, max_tokens=8, logprobs=(None, 0, 3)[i])
+        for i, tokens in enumerate(prompts(engine)[:3])
+    ]
+    forced = Request(
+        tuple(engine.tokenizer.encode(f"Hi{OPEN}")), max_tokens=9, thinking=True, thinking_budget=2, logprobs=1
+    )
+    requests.append(forced)
+    out = replies(engine, requests)
+    plain = replies(engine, [dataclasses.replace(request, logprobs=None) for request in requests])
+    for i, request in enumerate(requests):
+        reply = out[i, 0]
+        assert reply.tokens == plain[i, 0].tokens and not plain[i, 0].logprobs
+        if request.logprobs is None:
+            assert not reply.logprobs
+            continue
+        whole = np.zeros((1, 64), np.int32)
+        tokens = [*request.tokens, *reply.tokens]
+        whole[0, : len(tokens)] = tokens
+        want = np.asarray(jax.nn.log_softmax(engine.model(whole)[0, len(request.tokens) - 1 : len(tokens) - 1]))
+        assert [told.token for told in reply.logprobs] == reply.tokens
+        for k, told in enumerate(reply.logprobs):
+            assert told.logprob == pytest.approx(want[k, told.token], abs=1e-4)
+            best = np.argsort(-want[k], kind="stable")[: request.logprobs]
+            assert [token for token, _ in told.best] == best.tolist()
+            assert [logprob for _, logprob in told.best] == pytest.approx(want[k, best].tolist(), abs=1e-4)
+
+
 def test_nan_is_reported_with_its_layer(engine: Engine) -> None:
     model = engine.model
     norm = model.block.mlp_norm
@@ -319,6 +350,8 @@ def test_bad_options_are_named(engine: Engine) -> None:
         ({"stop": "abc"}, "stop must be a tuple of strings, not 'abc'"),
         ({"max_tokens": 1.5}, "max-tokens must be an integer, not 1.5"),
         ({"n": "2"}, "n must be an integer, not '2'"),
+        ({"logprobs": 21}, "logprobs must be from 0 to 20, not 21"),
+        ({"logprobs": True}, "logprobs must be an integer, not True"),
         ({"seed": None}, "seed must be an integer, not None"),
         ({"sampling": 0.5}, "sampling must be a Sampling, not 0.5"),
     ]

@@ -115,6 +115,21 @@ def test_json(run: Run) -> None:
     assert json.loads(few.out)["stats"]["prompt_tokens"] == stats["prompt_tokens"]
 
 
+def test_logprobs(run: Run, tmp_path: Path) -> None:
+    """In one JSON object, and of the lines of a file that want them."""
+    flags = ("--prompt", "Hello", "--max-tokens", 5, "--seed", 5, "--json")
+    plain, told = (json.loads(run(*flags, *more).out)["samples"][0] for more in ((), ("--logprobs", 2)))
+    logprobs = told.pop("logprobs")
+    assert told == plain and len(logprobs) == told["generated_tokens"] == 5
+    assert "".join(one["token"] for one in logprobs) == told["text"]
+    assert all(one["logprob"] <= one["best"][0]["logprob"] <= 0 and len(one["best"]) == 2 for one in logprobs)
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "Hello", "seed": 5, "logprobs": 2}\n{"prompt": "Hello", "seed": 5}\n')
+    assert run("--input", source, "--output", out, "--max-tokens", 5).code == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [one["id"] for one in lines[0]["logprobs"]] == [one["id"] for one in logprobs] and "logprobs" not in lines[1]
+
+
 def test_samples_have_headings(run: Run) -> None:
     result = run("--prompt", "Hello", "--max-tokens", 6, "-n", 2, "--seed", 5, "--batch-size", 1)
     samples = json.loads(run("--prompt", "Hello", "--max-tokens", 6, "-n", 2, "--seed", 5, "--json").out)["samples"]
@@ -379,6 +394,8 @@ def test_malformed_lines_are_named(run: Run, tmp_path: Path, line: str, error: s
         (("--interactive", "--raw"), "raw"),
         (("--interactive", "-n", "2"), "drop -n"),
         (("--interactive", "--json"), "json"),
+        (("--prompt", "x", "--logprobs", "3"), "--logprobs are told in JSON"),
+        (("--prompt", "x", "--logprobs", "21", "--json"), "logprobs must be from 0 to 20, not 21"),
         (("--input", "x"), "--input needs --output"),
         (("--prompt", "x", "--output", "y"), "--output goes with --input"),
         (("--input", "/nowhere", "--output", "y"), "/nowhere cannot be read"),

@@ -272,6 +272,38 @@ def test_answers_over_http(port: int, alone: Engine, tokenizer: Tokenizer) -> No
     assert status == 200 and plain["choices"][0]["finish_reason"] == "length" and plain["object"] == "text_completion"
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_logprobs_over_http(port: int, alone: Engine, tokenizer: Tokenizer, chat: bool) -> None:
+    """A stream tells of each token once, in order, what the whole answer tells; the random model writes broken text."""
+    body = {"messages": USER, "logprobs": True, "top_logprobs": 2} if chat else {"prompt": "hi", "logprobs": 2}
+    body |= {"seed": 3, "n": 2, "max_tokens": 9}
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    asked = read(tokenizer, body, chat).request
+    want = {event.reply.sample: event.reply for event in alone.generate([asked], ROWS)}
+    whole = ask(port, body, path)[1]
+    with asking(port, body | {"stream": True}, path) as response:
+        pieces = [json.loads(line[6:]) for line in response.read().decode().split("\n\n") if "{" in line]
+    streamed: list[dict[str, list[Any]]] = [{}, {}]
+    for (choice,) in (piece["choices"] for piece in pieces):
+        for name, values in choice.get("logprobs", {}).items():
+            streamed[choice["index"]].setdefault(name, []).extend(values or [])
+    for k, choice in enumerate(whole["choices"]):
+        told, own = choice["logprobs"], want[k].logprobs
+        assert {name: values or [] for name, values in told.items()} == streamed[k]
+        texts = [tokenizer.text_of(token) for token in want[k].tokens]
+        if chat:
+            assert [one["token"] for one in told["content"]] == texts
+            assert [one["logprob"] for one in told["content"]] == [one.logprob for one in own]
+            assert bytes(told["content"][0]["bytes"]) == tokenizer.bytes_of(want[k].tokens[0])
+            best = [[(b["token"], b["logprob"]) for b in one["top_logprobs"]] for one in told["content"]]
+            assert best == [[(tokenizer.text_of(token), logprob) for token, logprob in one.best] for one in own]
+        else:
+            assert told["tokens"] == texts and told["token_logprobs"] == [one.logprob for one in own]
+            assert told["text_offset"] == [sum(map(len, texts[:i])) for i in range(9)]
+            assert [max(best.values()) for best in told["top_logprobs"]] == [one.best[0][1] for one in own]
+    assert "logprobs" not in ask(port, {"prompt": "hi", "logprobs": False}, "/v1/completions")[1]["choices"][0]
+
+
 def test_what_is_refused_over_http(port: int, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = ask(port, None, "/v1/models")[1]["data"][0]
     assert listed["id"] == "m1" and ask(port, None, "/v1/models/m1") == (200, listed)

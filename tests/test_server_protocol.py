@@ -79,7 +79,10 @@ def test_texts_and_tokens_to_go_on_from(tokenizer: Tokenizer) -> None:
         ({"messages": USER, "reasoning_effort": "high"}, "reasoning_effort is not known here"),
         ({"messages": USER, "temprature": 1}, "temprature is not known here"),
         ({"messages": USER, "raw": True}, "raw is not known here"),
-        ({"messages": USER, "logprobs": True}, "logprobs = true is not done here"),
+        ({"messages": USER, "logprobs": 3}, "logprobs must be true or false"),
+        ({"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs must be from 0 to 20, not 21"),
+        ({"messages": USER, "top_logprobs": 2}, "top_logprobs goes with messages and logprobs = true"),
+        ({"messages": USER, "echo": True}, "echo = true is not done here"),
         ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format = .* is not done here"),
         ({"messages": USER, "tool_choice": "required"}, "tool_choice"),
         ({"messages": USER, "tools": [{"type": "function"}]}, "has no name"),
@@ -116,6 +119,8 @@ def test_bodies_that_are_refused(tokenizer: Tokenizer, body: Any, why: str) -> N
         ({"prompt": [1, 400]}, "a text, or a list of tokens from 0 to 399"),
         ({"prompt": [True]}, "a text, or a list of tokens"),
         ({"prompt": []}, "the prompt is empty"),
+        ({"prompt": "x", "logprobs": True}, "logprobs must be of type int"),
+        ({"prompt": "x", "logprobs": 21}, "logprobs must be from 0 to 20, not 21"),
     ],
 )
 def test_prompts_that_are_refused(tokenizer: Tokenizer, body: Any, why: str) -> None:

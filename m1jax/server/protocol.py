@@ -16,7 +16,7 @@ from typing import Any
 from m1jax.errors import UserError
 from m1jax.prompt import OPTIONS, Options, Prompter
 from m1jax.reply import CLOSE, OPEN, Reply, Request, Segment, StopFilter
-from m1jax.sampling import MAX_SEED
+from m1jax.sampling import ALTERNATIVES, MAX_SEED
 
 MOST = 128  # texts of one request
 MOST_STOPS = 64  # strings that end a text, for which every piece of text is searched
@@ -26,8 +26,6 @@ CALLS, CALLS_END = "<tool_calls>", "</tool_calls>"
 IGNORED = ("user", "metadata", "store", "parallel_tool_calls", "service_tier", "prompt_cache_key", "safety_identifier")
 # Fields of which only the value that asks for nothing is taken.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
     "logit_bias": ({},),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -48,6 +46,7 @@ _OWN = (
     "stream_options",
     "max_completion_tokens",
     "chat_template_kwargs",
+    "top_logprobs",
 )
 _KNOWN = {*IGNORED, *NEUTRAL, *OPTIONS, *_OWN} - {"system", "raw", "greedy", "no_thinking"}
 
@@ -89,6 +88,10 @@ def read(body: Any, chat: bool, prompter: Prompter, options: Options) -> Asked:
     _check(given, chat)
     values: dict[str, Any] = {key: given.get(key) for key in OPTIONS}
     values["seed"] = given["seed"] % (MAX_SEED + 1) if "seed" in given else secrets.randbelow(MAX_SEED + 1)
+    if chat:
+        values["logprobs"] = given.get("top_logprobs", 0) if given.get("logprobs") else None
+    elif given.get("logprobs") is False:
+        values["logprobs"] = None
     if "max_completion_tokens" in given:
         values["max_tokens"] = given["max_completion_tokens"]
     if given.get("top_k") == -1:  # other servers' word for all
@@ -117,6 +120,7 @@ _TYPES: dict[str, type] = {
     "stream_options": dict,
     "chat_template_kwargs": dict,
     "max_completion_tokens": int,
+    "top_logprobs": int,
     "seed": int,
     "n": int,
 }
@@ -137,6 +141,12 @@ def _check(given: Mapping[str, Any], chat: bool) -> None:
     if isinstance(given.get("stop"), list) and len(given["stop"]) > MOST_STOPS:
         raise UserError(f"stop must be at most {MOST_STOPS} strings, not {len(given['stop'])}")
     _check_template(given)
+    if chat and not isinstance(given.get("logprobs", False), bool):
+        raise UserError("logprobs must be true or false; how many of the likeliest tokens top_logprobs says")
+    if given.get("top_logprobs") and not (chat and given.get("logprobs")):
+        raise UserError("top_logprobs goes with messages and logprobs = true")
+    if not 0 <= given.get("top_logprobs", 0) <= ALTERNATIVES:
+        raise UserError(f"top_logprobs must be from 0 to {ALTERNATIVES}, not {given['top_logprobs']}")
     wanted, other = ("messages", "prompt") if chat else ("prompt", "messages")
     if wanted not in given or other in given:
         raise UserError(f"give {wanted}, which this address takes, and not {other}")
@@ -185,6 +195,7 @@ class Answer:
         self._piece_head = {**self._head, "object": f"{self._object}.chunk" if asked.chat else self._object}
         self._texts = [_Text(asked) for _ in range(asked.request.n)]
         self._replies: dict[int, Reply] = {}
+        self._told = [_Logprobs(asked.chat) for _ in self._texts]
 
     @property
     def done(self) -> bool:
@@ -204,6 +215,8 @@ class Answer:
         pieces = [self._piece(k, delta, None) for delta in deltas]
         if reply.finish is not None:
             pieces.append(self._piece(k, {} if self._asked.chat else {"text": ""}, self._finish(k)))
+        if pieces and self._asked.request.logprobs is not None:  # of tokens that gave none it is told with the next
+            pieces[-1]["choices"][0]["logprobs"] = self._told[k].take(reply)
         return pieces
 
     def _piece(self, k: int, delta: dict[str, Any], finish: str | None) -> dict[str, Any]:
@@ -218,6 +231,9 @@ class Answer:
     def whole(self) -> dict[str, Any]:
         """The answer as a whole, when all texts have ended."""
         choices = [{"index": k, **text.whole, "finish_reason": self._finish(k)} for k, text in enumerate(self._texts)]
+        if self._asked.request.logprobs is not None:
+            for k, choice in enumerate(choices):
+                choice["logprobs"] = _Logprobs(self._asked.chat).take(self._replies[k])
         return {**self._head, "object": self._object, "choices": choices, "usage": self.usage}
 
     @property
@@ -283,6 +299,39 @@ class _Text:
         if self.calls:
             message["tool_calls"] = self.calls
         return {"message": message}
+
+
+class _Logprobs:
+    """What is told of a text's tokens, as a chat's or as plain text's."""
+
+    def __init__(self, chat: bool) -> None:
+        self._chat, self._given, self._offset = chat, 0, 0
+
+    def take(self, reply: Reply) -> dict[str, Any]:
+        """Of the tokens that were not told yet."""
+        new, text_of = reply.logprobs[self._given :], reply.tokenizer.text_of
+        self._given += len(new)
+        if self._chat:
+            content = [self._named(reply, told.token, told.logprob) for told in new]
+            for one, told in zip(content, new, strict=True):
+                one["top_logprobs"] = [self._named(reply, *best) for best in told.best]
+            return {"content": content, "refusal": None}
+        offsets = []
+        for told in new:
+            offsets.append(self._offset)
+            self._offset += len(text_of(told.token))
+        return {
+            "tokens": [text_of(told.token) for told in new],
+            "token_logprobs": [told.logprob for told in new],
+            # Of tokens with the same text the likeliest.
+            "top_logprobs": [{text_of(token): logprob for token, logprob in reversed(told.best)} for told in new],
+            "text_offset": offsets,
+        }
+
+    @staticmethod
+    def _named(reply: Reply, token: int, logprob: float) -> dict[str, Any]:
+        written = reply.tokenizer.bytes_of(token)
+        return {"token": reply.tokenizer.text_of(token), "logprob": logprob, "bytes": list(written)}
 
 
 class _Trimmed:
