@@ -82,6 +82,10 @@ class Listener:
             self.ended.set()
 
 
+def order(service: Service, asked: Request, listener: Any) -> int:
+    return service.order([asked], [listener])[0]
+
+
 class Gate(Listener):
     """One that holds the engine at its first event until it is opened, however slow the machine."""
 
@@ -99,9 +103,9 @@ def test_texts_are_what_they_are_alone(service: Service, alone: Engine) -> None:
     asked = [request(0), request(1, 20), request(2, 7, n=3), request(3)]
     heard = [Listener(each.n) for each in asked]
     for each, listener in zip(asked[:3], heard, strict=False):
-        service.order(each, listener)
+        order(service, each, listener)
     assert heard[1].begun.wait(60)
-    service.order(asked[3], heard[3])
+    order(service, asked[3], heard[3])
     for each, listener in zip(asked, heard, strict=True):
         assert listener.ended.wait(60)
         assert [listener.replies[k].tokens for k in range(each.n)] == tokens_of(alone, each)
@@ -111,7 +115,7 @@ def test_texts_are_what_they_are_alone(service: Service, alone: Engine) -> None:
 def test_a_cancelled_text_makes_room(service: Service, alone: Engine) -> None:
     """Of texts that go on and of one that waits; those that stay are not disturbed."""
     long = [Listener(), Gate(), Listener()]
-    numbers = [service.order(request(k, CONTEXT), listener) for k, listener in enumerate(long)]
+    numbers = [order(service, request(k, CONTEXT), listener) for k, listener in enumerate(long)]
     assert long[1].begun.wait(60) and long[0].begun.is_set()
     late, in_time = Listener(), []
 
@@ -119,7 +123,7 @@ def test_a_cancelled_text_makes_room(service: Service, alone: Engine) -> None:
         late(news)
         in_time.append(not long[1].ended.is_set())
 
-    service.order(request(7), hear)
+    order(service, request(7), hear)
     for k in (0, 2):
         service.cancel(numbers[k])
     heard = long[0].events
@@ -144,28 +148,28 @@ def test_a_long_prompt_that_nobody_wants_is_not_read(service: Service, monkeypat
         return run(function, *args, **static)
 
     monkeypatch.setattr(service.engine, "run", cancelling)
-    number[0] = service.order(Request((7,) * 200), listener)
+    number[0] = order(service, Request((7,) * 200), listener)
     last = Listener()
-    service.order(request(0), last)
+    order(service, request(0), last)
     assert last.ended.wait(60) and not listener.events
     assert len(chunks) <= 5  # of 13, and the last one's
 
 
 def test_too_many_texts_are_sent_away(service: Service) -> None:
     listeners = [Gate(3), Gate(3)]
-    numbers = [service.order(request(k, CONTEXT, n=3), listener) for k, listener in enumerate(listeners)]
+    numbers = [order(service, request(k, CONTEXT, n=3), listener) for k, listener in enumerate(listeners)]
     with pytest.raises(Busy, match="6 texts are generated or wait: ask again later"):
-        service.order(request(9), Listener())
+        order(service, request(9), Listener())
     for number, listener in zip(numbers, listeners, strict=True):
         service.cancel(number)
         listener.opened.set()
     with pytest.raises(UserError, match="shorten the prompt"):
-        service.order(Request(tokens=(1,) * CONTEXT), Listener())
+        order(service, Request(tokens=(1,) * CONTEXT), Listener())
     deadline = time.monotonic() + 60
     while service.texts and time.monotonic() < deadline:
         time.sleep(0.01)
     last = Listener()
-    service.order(request(9), last)
+    order(service, request(9), last)
     assert last.ended.wait(60) and not last.errors
 
 
@@ -176,7 +180,7 @@ def test_an_error_is_told_and_the_service_goes_on(
     gate = Gate()
     heard = [gate, *(Listener() for _ in range(3))]
     for k, listener in enumerate(heard):
-        service.order(request(k, CONTEXT), listener)
+        order(service, request(k, CONTEXT), listener)
     assert gate.begun.wait(60)
     run = service.engine.run
 
@@ -190,7 +194,7 @@ def test_an_error_is_told_and_the_service_goes_on(
     assert [[str(error) for error in listener.errors] for listener in heard] == [["out of order"]] * 4
     assert "error: out of order\nTraceback" in capsys.readouterr().err
     after = Listener()
-    service.order(request(0), after)
+    order(service, request(0), after)
     assert after.ended.wait(60) and after.replies[0].tokens == tokens_of(alone, request(0))[0]
 
 
@@ -200,7 +204,7 @@ def test_a_service_that_ends_ends_its_texts(tokenizer: Tokenizer, service: Servi
     assert ending.engine.cache_bucket(3) == 64 == ending.engine.context
     heard = [Listener() for _ in range(3)]
     for k, listener in enumerate(heard):
-        ending.order(request(k, 10_000), listener)
+        order(ending, request(k, 10_000), listener)
     assert heard[0].begun.wait(60)
     ending.close()
     ending.join(60)
@@ -209,7 +213,7 @@ def test_a_service_that_ends_ends_its_texts(tokenizer: Tokenizer, service: Servi
         assert listener.ended.wait(10)
         assert [type(error) for error in listener.errors] == [Closing] or listener.replies[0].finish is not None
     with pytest.raises(Closing):
-        ending.order(request(0), Listener())
+        order(ending, request(0), Listener())
 
 
 def test_a_context_is_within_the_models(tokenizer: Tokenizer, service: Service) -> None:
@@ -304,6 +308,23 @@ def test_logprobs_over_http(port: int, alone: Engine, tokenizer: Tokenizer, chat
     assert "logprobs" not in ask(port, {"prompt": "hi", "logprobs": False}, "/v1/completions")[1]["choices"][0]
 
 
+def test_several_prompts_over_http(port: int, alone: Engine, tokenizer: Tokenizer) -> None:
+    """More texts than there are rows, in the order of the prompts, whole and streamed; none where one is refused."""
+    body = {"prompt": ["hi", [5, 6, 7], "17 * 24"], "seed": 3, "n": 2, "max_tokens": 6}
+    asked = read(tokenizer, body, chat=False)
+    want = {(e.request, e.reply.sample): e.reply.text for e in alone.generate(asked.requests, ROWS) if e.reply.finish}
+    whole = ask(port, body, "/v1/completions")[1]
+    assert [choice["text"] for choice in whole["choices"]] == [want[key] for key in asked.texts()]
+    assert whole["usage"]["prompt_tokens"] == sum(len(request.tokens) for request in asked.requests)
+    texts = [""] * 6
+    with asking(port, body | {"stream": True}, "/v1/completions") as response:
+        for line in response.read().decode().split("\n\n"):
+            for choice in json.loads(line[6:])["choices"] if "{" in line else ():
+                texts[choice["index"]] += choice["text"]
+    assert texts == [want[key] for key in asked.texts()]
+    assert ask(port, body | {"prompt": ["hi", [5] * CONTEXT]}, "/v1/completions")[0] == 400
+
+
 def test_what_is_refused_over_http(port: int, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = ask(port, None, "/v1/models")[1]["data"][0]
     assert listed["id"] == "m1" and ask(port, None, "/v1/models/m1") == (200, listed)
@@ -329,7 +350,7 @@ def test_what_is_refused_over_http(port: int, service: Service, monkeypatch: pyt
     long = {"messages": [{"role": "user", "content": "x" * (2 << 20)}]}
     assert ask(port, long)[0] == 413  # more than fits into 256 tokens, however it is written
     gates = [Gate(3), Gate(3)]
-    full = [service.order(request(k, CONTEXT, n=3), gate) for k, gate in enumerate(gates)]
+    full = [order(service, request(k, CONTEXT, n=3), gate) for k, gate in enumerate(gates)]
     with asking(port, {"messages": USER}) as response:
         assert response.status == 503 and response.getheader("Retry-After") == "1"
     for number, gate in zip(full, gates, strict=True):

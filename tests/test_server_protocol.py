@@ -43,7 +43,7 @@ def test_a_body_with_everything(tokenizer: Tokenizer) -> None:
     asked = read(tokenizer, body)
     sampling = Sampling(0.5, 3, 0.9, 0.1, 1.1)
     options = Options(sampling, seed=4, n=2, max_tokens=9, stop=("end",), thinking_budget=3)
-    assert asked == Asked(Prompter(tokenizer).chat(USER, options, TOOLS), True, True, True, True)
+    assert asked == Asked((Prompter(tokenizer).chat(USER, options, TOOLS),), True, True, True, True)
     asked = read(tokenizer, dict.fromkeys(body) | {"messages": USER})
     assert (asked.tools, asked.stream, asked.usage) == (False, False, False)
     assert asked.request.max_tokens == CONTEXT and asked.request.sampling == OPTIONS.sampling
@@ -64,6 +64,10 @@ def test_texts_and_tokens_to_go_on_from(tokenizer: Tokenizer) -> None:
     for prompt in (text, [text], tokens, [tokens]):
         asked = read(tokenizer, {"prompt": prompt}, chat=False)
         assert list(asked.request.tokens) == list(tokens) and not asked.chat and asked.request.max_tokens == 16
+    asked = read(tokenizer, {"prompt": [text, tokens, "a"], "n": 2, "seed": 3}, chat=False)
+    first, second, third = asked.requests
+    assert first == second and third.tokens == tuple(tokenizer.encode("a")) and first.thinking
+    assert asked.texts() == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
 
 
 @pytest.mark.parametrize(
@@ -114,8 +118,10 @@ def test_bodies_that_are_refused(tokenizer: Tokenizer, body: Any, why: str) -> N
     [
         ({"messages": USER}, "give prompt"),
         ({"prompt": "x", "tools": TOOLS}, "tools goes with messages"),
-        ({"prompt": ["a", "b"]}, "one text, not several"),
-        ({"prompt": [[1], [2]]}, "one text, not several"),
+        ({"prompt": ["a", ""]}, "the prompt is empty"),
+        ({"prompt": ["a", 3]}, "a text, or a list of tokens"),
+        ({"prompt": [[1], [400]]}, "a text, or a list of tokens from 0 to 399"),
+        ({"prompt": ["a"] * 33, "n": 4}, "the prompts and their n are 132 texts: send 128 at most"),
         ({"prompt": [1, 400]}, "a text, or a list of tokens from 0 to 399"),
         ({"prompt": [True]}, "a text, or a list of tokens"),
         ({"prompt": []}, "the prompt is empty"),
@@ -141,7 +147,7 @@ def answered(
     text: str, cuts: list[int], tools: bool, chat: bool = True, finish: str = "eos"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The answer of a model that writes `text`, cut into pieces, as a whole and put together from a stream."""
-    answer = Answer(Asked(Request((1, 2, 3)), chat, tools, True, True), "m1")
+    answer = Answer(Asked((Request((1, 2, 3)),), chat, tools, True, True), "m1")
     splitter, pieces, places = ThinkingSplitter(Phase.START), [], sorted({0, *(c % (len(text) + 1) for c in cuts)})
     for begin, end in zip(places, [*places[1:], len(text)], strict=True):
         pieces += answer.push(Written(None), splitter.feed(text[begin:end]))  # pyright: ignore[reportArgumentType]

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import time
@@ -138,22 +139,24 @@ class Server:
 
 
 class _Work:
-    """An order, and what has come of it: told in the engine's thread, read in that of the HTTP."""
+    """What is ordered for a client, and what has come of it: told in the engine's thread, read in that of the HTTP."""
 
     def __init__(self, service: Service, asked: Asked, name: str) -> None:
         self._service, self._asked = service, asked
         self._answer = Answer(asked, name)
         self._news: asyncio.Queue[tuple[list[dict[str, Any]] | Refused, bool]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._number = service.order(asked.request, self._told)
+        listeners = [functools.partial(self._told, i) for i in range(len(asked.requests))]
+        self._numbers = service.order(asked.requests, listeners)
 
     def end(self) -> None:
-        """Ends the order, if it has not ended."""
-        self._service.cancel(self._number)
+        """Ends the orders that have not ended."""
+        for number in self._numbers:
+            self._service.cancel(number)
 
-    def _told(self, news: Event | Exception) -> None:
+    def _told(self, request: int, news: Event | Exception) -> None:
         if isinstance(news, Event):
-            out: Any = self._answer.push(news.reply, news.segments)
+            out: Any = self._answer.push(news.reply, news.segments, request)
         else:
             told = isinstance(news, Closing | UserError)
             out = Refused(503 if isinstance(news, Closing) else 500, str(news) if told else BROKEN)
@@ -175,7 +178,7 @@ class _Work:
         yield "data: [DONE]\n\n"
 
     async def whole(self, request: Request) -> Response:
-        """The answer when it is complete; ends the order if the client goes away."""
+        """The answer when it is complete; ends the orders if the client goes away."""
         gone, complete = asyncio.ensure_future(_disconnected(request)), asyncio.ensure_future(self._complete())
         try:
             await asyncio.wait({gone, complete}, return_when=asyncio.FIRST_COMPLETED)
@@ -197,7 +200,7 @@ class _Work:
 
 
 class _Stream(StreamingResponse):
-    """The answer in pieces; ends the order if the client goes away, before the first piece too."""
+    """The answer in pieces; ends the orders if the client goes away, before the first piece too."""
 
     def __init__(self, work: _Work) -> None:
         super().__init__(work.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

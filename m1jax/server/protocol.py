@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from m1jax.errors import UserError
-from m1jax.prompt import OPTIONS, Options, Prompter
+from m1jax.prompt import OPTIONS, Options, Prompter, ends_inside_thinking
 from m1jax.reply import CLOSE, OPEN, Reply, Request, Segment, StopFilter
 from m1jax.sampling import ALTERNATIVES, MAX_SEED
 
@@ -56,18 +56,27 @@ class Asked:
     """What a body asks for.
 
     Attributes:
-      request: what to generate.
+      requests: what to generate; several only of plain text.
       chat: whether it is a chat's, or plain text to go on from.
       tools: whether the reply may call tools.
       stream: whether the reply is sent piece by piece.
       usage: whether the last piece of a stream tells how many tokens there were.
     """
 
-    request: Request
+    requests: tuple[Request, ...]
     chat: bool
     tools: bool
     stream: bool
     usage: bool
+
+    @property
+    def request(self) -> Request:
+        """The first: how to generate is the same for all."""
+        return self.requests[0]
+
+    def texts(self) -> list[tuple[int, int]]:
+        """All texts, in their order: the request's index and the sample's."""
+        return [(i, k) for i, request in enumerate(self.requests) for k in range(request.n)]
 
 
 def read(body: Any, chat: bool, prompter: Prompter, options: Options) -> Asked:
@@ -104,11 +113,13 @@ def read(body: Any, chat: bool, prompter: Prompter, options: Options) -> Asked:
     tools = given.get("tools") if given.get("tool_choice") != "none" else None
     if chat:
         messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in given["messages"]]
-        request = prompter.chat(messages, options, tools or None)
+        requests = (prompter.chat(messages, options, tools or None),)
     else:
-        request = _plain(given["prompt"], prompter, options)
+        requests = tuple(_plain(prompt, prompter, options) for prompt in _prompts(given["prompt"]))
+        if len(requests) * options.n > MOST:
+            raise UserError(f"the prompts and their n are {len(requests) * options.n} texts: send {MOST} at most")
     usage = bool(given.get("stream_options", {}).get("include_usage"))
-    return Asked(request, chat, bool(tools), given.get("stream", False), usage)
+    return Asked(requests, chat, bool(tools), given.get("stream", False), usage)
 
 
 # Fields of which the type is looked at here; of the others `Options.changed` does.
@@ -166,18 +177,19 @@ def _check_template(given: Mapping[str, Any]) -> None:
             raise UserError("thinking_budget and enable_thinking = false contradict each other: drop one")
 
 
+def _prompts(prompt: Any) -> list[Any]:
+    """One or several: texts, or lists of tokens."""
+    return prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else [prompt]
+
+
 def _plain(prompt: Any, prompter: Prompter, options: Options) -> Request:
     """The request for a text, or tokens, to go on from."""
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-        (prompt,) = prompt
     if isinstance(prompt, str):
         return prompter.plain(prompt, options)
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-        raise UserError("prompt must be one text, not several: send a request for each")
     size = prompter.tokenizer.size
     if not isinstance(prompt, list) or not all(type(t) is int and 0 <= t < size for t in prompt):
         raise UserError(f"prompt must be a text, or a list of tokens from 0 to {size - 1}")
-    return options.request(prompt, False)
+    return options.request(prompt, ends_inside_thinking(prompter.tokenizer.decode(prompt[-len(OPEN) :], keep=None)))
 
 
 class Answer:
@@ -193,7 +205,8 @@ class Answer:
         self._object, prefix = ("chat.completion", "chatcmpl") if asked.chat else ("text_completion", "cmpl")
         self._head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._piece_head = {**self._head, "object": f"{self._object}.chunk" if asked.chat else self._object}
-        self._texts = [_Text(asked) for _ in range(asked.request.n)]
+        self._index = {text: k for k, text in enumerate(asked.texts())}
+        self._texts = [_Text(asked) for _ in self._index]
         self._replies: dict[int, Reply] = {}
         self._told = [_Logprobs(asked.chat) for _ in self._texts]
 
@@ -202,9 +215,10 @@ class Answer:
         """Whether all texts have ended."""
         return len(self._replies) == len(self._texts)
 
-    def push(self, reply: Reply, segments: Iterable[Segment]) -> list[dict[str, Any]]:
-        """Takes what is new in a text; returns the pieces to be sent in a stream."""
-        text, k = self._texts[reply.sample], reply.sample
+    def push(self, reply: Reply, segments: Iterable[Segment], request: int = 0) -> list[dict[str, Any]]:
+        """Takes what is new in a text of a request; returns the pieces to be sent in a stream."""
+        k = self._index[request, reply.sample]
+        text = self._texts[k]
         deltas = [delta for segment in segments for delta in text.feed(segment)]
         if reply.finish is not None:
             self._replies[k] = reply
@@ -239,7 +253,7 @@ class Answer:
     @property
     def usage(self) -> dict[str, int]:
         """How many tokens there were; a prompt counts once for all its texts."""
-        prompt = len(self._asked.request.tokens)
+        prompt = sum(len(request.tokens) for request in self._asked.requests)
         written = sum(len(reply.tokens) for reply in self._replies.values())
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 

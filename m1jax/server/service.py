@@ -6,7 +6,7 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from m1jax.engine import Engine
 from m1jax.errors import UserError
@@ -82,25 +82,28 @@ class Service:
     def _count(self) -> int:
         return sum(order.left for order in self._orders.values())
 
-    def order(self, request: Request, listener: Listener) -> int:
-        """Orders the texts of a request; returns its number.
+    def order(self, requests: Sequence[Request], listeners: Sequence[Listener]) -> list[int]:
+        """Orders the texts of requests, all or none, each with its listener; returns their numbers.
 
         Raises:
           Busy: too many texts wait.
           Closing: the service ends.
           UserError: the prompt does not fit into the context.
         """
-        check_context(len(request.tokens), self.engine.context)
+        for request in requests:
+            check_context(len(request.tokens), self.engine.context)
         with self._lock:
             if self._closing:
                 raise Closing
             waiting = self._count()
-            if waiting and waiting + request.n > self._most:
+            if waiting and waiting + sum(request.n for request in requests) > self._most:
                 raise Busy(f"{waiting} texts are generated or wait: ask again later")
-            number = next(self._numbers)
-            self._orders[number] = _Order(request, listener, request.n)
-        self._news.put(number)
-        return number
+            orders = [_Order(*both, both[0].n) for both in zip(requests, listeners, strict=True)]
+            numbers = list(itertools.islice(self._numbers, len(orders)))
+            self._orders.update(zip(numbers, orders, strict=True))
+        for number in numbers:
+            self._news.put(number)
+        return numbers
 
     def cancel(self, number: int) -> None:
         """Ends an order, of which nothing more is told; nothing happens if it has ended."""
