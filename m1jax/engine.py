@@ -27,11 +27,12 @@ from m1jax.model import M1
 from m1jax.pool import Pool, bucket
 from m1jax.reply import Reply, Request, check_context
 from m1jax.rows import Left, Read
-from m1jax.sharding.mesh import mesh_of
+from m1jax.sharding.mesh import MeshShape, abstract_mesh, mesh_of
 from m1jax.sharding.region import on_mesh_of
 from m1jax.sharding.rules import shards
+from m1jax.sharding.sizes import free_memory, tree_bytes
 from m1jax.slots import Prompt, Slot
-from m1jax.state import PAGE
+from m1jax.state import PAGE, empty
 from m1jax.tokenizer import Tokenizer
 
 CHUNK = 2048  # the most tokens of one prompt read at once
@@ -209,6 +210,24 @@ class Engine:
         if self._cache_tokens is None:
             return Pool(self, -(-max_rows // self.parts) * each)
         return Pool(self, max(each, self._cache_tokens // self.parts // self.page))
+
+    def check_room(self, max_rows: int) -> None:
+        """Raises `UserError` if the pages that `pool` has from the start are more than there is memory for."""
+        limit, config, dtype = self.pool(max_rows).limit, self.model.config, self.model.dtype
+        if limit is None:
+            return
+        mesh = mesh_of(self.model.embed.get_value())
+        state = jax.eval_shape(lambda: empty(config, dtype, self.parts, limit * self.parts, self.page))
+        sizes = tree_bytes(config, abstract_mesh(MeshShape()) if mesh is None else mesh, state)
+        devices = jax.devices()[:1] if mesh is None else mesh.local_devices
+        on_host = devices[0].platform == "cpu"  # all of them share the host's memory
+        needed, free = (sizes["cache.k"] + sizes["cache.v"]) * (len(devices) if on_host else 1), free_memory(devices)
+        if needed > free:
+            where = "this machine" if on_host else "each device"
+            raise UserError(
+                f"keys and values of {limit * self.parts * self.page} tokens need {needed / 1e9:.1f} GB of memory on "
+                f"{where}, {free / 1e9:.1f} GB are free: give less context, cache-tokens or batch-size"
+            )
 
     def cache_bucket(self, n: int) -> int:
         """Room for n tokens."""

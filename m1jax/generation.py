@@ -99,11 +99,13 @@ class Generation:
         self._queue = collections.deque(itertools.islice(self._later, max_rows))
         self._slots: list[Slot | None] = []  # of each row; None is padding
         self._width = 0  # of the table of their pages
+        self._table: tuple[tuple[int, int], np.ndarray] | None = None  # the pool's changes, the width, the table then
         self._rows: Rows | None = None
         self._pending: _Pending | None = None
         self._kept: Kept | None = None
         self._entering: list[Slot] = []  # whose prompts are being read
         self._reading: list[Prompt] = []  # those of them that were not kept
+        self._owed = [0] * engine.parts  # pages that they will have copies in
         self._turns = itertools.count()
 
     @property
@@ -123,7 +125,7 @@ class Generation:
                 yield from self._admit()
                 if self._eager and others and self._live():  # or those that join would hold them up for good
                     yield from self._step()
-            elif not self._queue and len(laid_out(self._engine.parts, self._live())) < len(self._slots):
+            elif len(laid_out(self._engine.parts, self._live())) < len(self._slots):
                 yield from self._collect()
                 self._compact()
             else:
@@ -136,26 +138,33 @@ class Generation:
 
     def drop(self, index: int) -> None:
         """Ends all texts of a request that has begun or was added; there are no more events of it."""
-        kept = collections.deque(slot for slot in self._queue if slot.request != index)
-        kept.extend(itertools.islice(self._later, len(self._queue) - len(kept)))
-        self._queue = kept
+        stay = collections.deque(slot for slot in self._queue if slot.request != index)
+        self._later = (slot for slot in self._later if slot.request != index)
+        stay.extend(itertools.islice(self._later, len(self._queue) - len(stay)))
+        self._queue = stay
         for slot in [*self._live(), *self._entering]:
             if slot.request == index and slot.live:
                 slot.reply.end("interrupted")
+        kept = [] if self._kept is None else self._kept.prompts.values()
+        if not any(prompt.request != index or prompt.slots for prompt in kept):
+            self._forget()
 
     def _live(self) -> list[Slot]:
         return [slot for slot in self._slots if slot is not None and slot.live]
 
     def _interrupt(self) -> Iterator[Event]:
-        waiting = [*self._live(), *self._queue]
-        self._queue.clear()
-        for slot in itertools.chain(waiting, self._later):
+        self._forget()
+        for slot in self._live():
             if slot.live:  # or it was dropped meanwhile
                 yield Event(slot.request, slot.reply, slot.reply.end("interrupted"))
+        while self._queue:
+            slot = self._queue.popleft()
+            self._queue.extend(itertools.islice(self._later, 1))
+            yield Event(slot.request, slot.reply, slot.reply.end("interrupted"))
 
     # --- where texts are -------------------------------------------------------------------------------------------
 
-    def _placed(self, slot: Slot, new: Sequence[Slot]) -> bool:
+    def _place(self, slot: Slot, new: Sequence[Slot]) -> bool:
         """Puts a text in the part with the fewest texts of those that have room; False if none has."""
         texts, parts = [*self._live(), *new], self._engine.parts
         counts = [sum(one.part == part for one in texts) for part in range(parts)]
@@ -178,6 +187,13 @@ class Generation:
                 pages -= self._pool.full(len(slot.tokens))
             shared |= set() if slot.begun else {slot.request}
         return pages if self._prior is None else pages - len(self._prior.pages)
+
+    def _return(self, slots: list[Slot]) -> None:
+        """Puts texts back to the head of the queue, those that have begun first, in the order that they began in."""
+        while self._queue and self._queue[0].begun:
+            slots.append(self._queue.popleft())
+        slots.sort(key=lambda slot: (not slot.begun, slot.turn))
+        self._queue.extendleft(reversed(slots))
 
     def _release_ended(self) -> None:
         """Takes the pages of texts that have ended."""
@@ -202,7 +218,7 @@ class Generation:
         if not self._queue or not live:
             return bool(self._queue)
         self._release_ended()
-        return free >= fewest and self._placed(self._queue[0], [])
+        return free >= fewest and self._place(self._queue[0], [])
 
     def _entrants(self) -> list[Slot]:
         """Takes from the queue, in its order, those for which there is room."""
@@ -212,11 +228,11 @@ class Generation:
             slot = self._queue[0]
             if self._eager and new and slot.request != new[0].request:
                 break
-            if not self._placed(slot, new):
+            if not self._place(slot, new):
                 if live or new:
                     break
                 self._forget()
-                assert self._placed(slot, new), "a part has room for the longest text"
+                assert self._place(slot, new), "a part has room for the longest text"
             new.append(self._queue.popleft())
         self._queue.extend(itertools.islice(self._later, len(new)))
         return new
@@ -231,12 +247,12 @@ class Generation:
         try:
             read = yield from self._read(new)
         except (Cancelled, _Unwanted):
-            self._queue.extendleft(reversed([slot for slot in new if slot.live]))
+            self._return([slot for slot in new if slot.live])
             for prompt in prompts:
                 prompt.slots.clear()
             return
         finally:
-            self._entering, self._prior = [], None
+            self._entering, self._prior, self._owed = [], None, [0] * engine.parts
         with engine.clock("prompt_seconds"):
             read = self._picked(new, prompts, read)
             self._reading = []
@@ -267,8 +283,13 @@ class Generation:
             prompts[key].slots.append(slot)
         self._reading = [prompt for prompt in prompts.values() if not prompt.pages]
         for prompt in self._reading:
-            prompt.pages = [] if self._prior is None else self._prior.pages
-            prompt.pages += self._pool.take(prompt.part, self._pool.pages_for(len(prompt.tokens)) - len(prompt.pages))
+            before = [] if self._prior is None else self._prior.pages
+            more = self._pool.pages_for(len(prompt.tokens)) - len(before)
+            prompt.pages = [*before, *self._pool.take(prompt.part, more)]
+        for prompt in prompts.values():
+            self._owed[prompt.part] += (len(prompt.slots) - 1) * (
+                len(prompt.pages) - self._pool.full(len(prompt.tokens))
+            )
         return list(prompts.values())
 
     def _read(self, new: list[Slot]) -> Generator[Event, None, Read | None]:
@@ -294,10 +315,10 @@ class Generation:
                 raise _Unwanted
 
     def _release_read(self) -> None:
-        """Gives up what is being read, and what was kept, of which it may be a part."""
+        """Gives up what is being read, and what was kept, of which texts may be waiting to begin."""
         for prompt in self._reading:
             self._pool.release(prompt)
-        self._reading = []
+        self._reading, self._owed = [], [0] * self._engine.parts
         self._forget()
 
     def _picked(self, new: list[Slot], prompts: list[Prompt], read: Read | None) -> Read:
@@ -382,7 +403,7 @@ class Generation:
     def _arrange(self, slots: list[Slot], old: Sequence[Slot | None], batches: tuple[Rows, ...]) -> None:
         """Makes a batch of these texts; `old` are those of all rows of the given batches."""
         row = {slot: b for b, slot in enumerate(old) if slot is not None}
-        self._slots = laid_out(self._engine.parts, slots)
+        self._slots, self._table = laid_out(self._engine.parts, slots), None
         source = [0 if slot is None else row[slot] for slot in self._slots]
         self._rows = self._engine.run(device.join, batches, np.asarray(source, np.int32))
 
@@ -422,23 +443,25 @@ class Generation:
     def _short(self) -> int | None:
         """A part that has too few pages for the next step; None if none has."""
         for part, more in enumerate(self._more()):
-            if not self._pool.has(part, sum(more.values())):
+            pages = sum(more.values()) + self._owed[part]
+            if not self._pool.has(part, pages):
                 self._release_ended()
-                if not self._pool.has(part, sum(more.values())):
+                if not self._pool.has(part, pages):
                     return part
         return None
 
     def _displace(self, part: int) -> None:
-        """Takes pages from what can be read again: what is being read, else what was kept, else the youngest text."""
-        if self._reading:
+        """Takes a part's pages from what can be read again: what is read there or kept, else the youngest text."""
+        kept = {} if self._kept is None else self._kept.prompts
+        if any(prompt.part == part for prompt in self._reading) or (part in kept and kept[part].slots):
             self._release_read()
-        elif self._kept is not None:
-            self._forget()
+        elif part in kept:
+            self._pool.release(kept.pop(part))
         else:
             youngest = max((slot for slot in self._live() if slot.part == part), key=lambda slot: slot.turn)
             self._slots[self._slots.index(youngest)] = None
             self._pool.release(youngest)
-            self._queue.appendleft(youngest)
+            self._return([youngest])
 
     def _dispatch(self) -> _Pending | None:
         """Starts a step for the texts that can still grow; None if there are none."""
@@ -453,8 +476,9 @@ class Generation:
         self._width = max(self._width, pool.width(longest))
         rows = [slot if slot in going else None for slot in self._slots]
         active = np.asarray([slot is not None for slot in rows])
-        table = pool.table(self._slots, self._width)
-        args = engine.model, self._rows, pool.cache, table, active, forced_tokens(rows)
+        if self._table is None or self._table[0] != (pool.changes, self._width):
+            self._table = (pool.changes, self._width), pool.table(self._slots, self._width)
+        args = engine.model, self._rows, pool.cache, self._table[1], active, forced_tokens(rows)
         chosen, self._rows, pool.cache = engine.run(device.decode, *args, logprobs=wants_logprobs(going))
         for x in jax.tree.leaves(chosen):
             x.copy_to_host_async()

@@ -18,6 +18,8 @@ from m1jax.state import KVCache
 if TYPE_CHECKING:
     from m1jax.engine import Engine
 
+FEWEST = 32  # pages of a pool that grows: fewer numbers of them, each of which needs programs of its own
+
 
 class InPages(Protocol):
     """What has pages: a text, or a prompt that is read for several."""
@@ -39,19 +41,21 @@ class Pool:
       limit: how many pages each part has, from the start; None is a pool that grows.
 
     Attributes:
+      limit: that number.
       page: how many tokens a page has room for.
+      changes: how often it has changed who has which page.
     """
 
     def __init__(self, engine: "Engine", limit: int | None) -> None:
-        self._engine, self._limit = engine, limit
+        self._engine, self.limit = engine, limit
         self._one_each = engine.splits_sequences
         self.page = engine.page
         self._cache: KVCache | None = None
-        self._capacity = 0
-        self._users: list[list[int]] = [[] for _ in range(engine.parts)]  # how many have each page
-        self._unused: list[list[int]] = [[] for _ in range(engine.parts)]
-        if limit is not None:
-            self._add(limit)
+        self._capacity = limit or 0  # pages of each part
+        self.changes = 0
+        self._users: list[dict[int, int]] = [{} for _ in range(engine.parts)]  # of each page that anybody has, how many
+        self._returned: list[list[int]] = [[] for _ in range(engine.parts)]
+        self._fresh = [0] * engine.parts  # the first page that nobody has had
 
     @property
     def cache(self) -> KVCache:
@@ -81,50 +85,53 @@ class Pool:
 
     def has(self, part: int, pages: int) -> bool:
         """Whether so many can be taken."""
-        return self._limit is None or len(self._unused[part]) >= pages
+        return self.limit is None or self._free(part) >= pages
+
+    def _free(self, part: int) -> int:
+        return self._capacity - len(self._users[part])
 
     def prepare(self, longest: int, pages: Sequence[int]) -> None:
         """Grows, so that there is room for texts of up to so many tokens, and for so many pages more in each part."""
         page = max(self.page, self._engine.cache_bucket(longest)) if self._one_each else self.page
-        wanted = max(self._capacity - len(free) + more for free, more in zip(self._unused, pages, strict=True))
-        capacity = self._capacity if self._limit is not None else max(self._capacity, bucket(wanted))
+        wanted = max(len(users) + more for users, more in zip(self._users, pages, strict=True))
+        fewest = 1 if self._one_each else FEWEST
+        capacity = self._capacity if self.limit is not None else max(self._capacity, bucket(wanted, fewest))
         if (page, capacity) == (self.page, self._capacity):
             return
-        self.page = page
-        self._add(capacity - self._capacity)
         if self._cache is not None:
-            self._cache = self._engine.run(device.grow, self._cache, pages=self._capacity, page=self.page)
-
-    def _add(self, pages: int) -> None:
-        new = range(self._capacity, self._capacity + pages)
-        self._capacity += pages
-        for users, unused in zip(self._users, self._unused, strict=True):
-            users.extend([0] * pages)
-            unused[:0] = reversed(new)  # the first are taken first
+            self._cache = self._engine.run(device.grow, self._cache, pages=capacity, page=page)
+        self.page, self._capacity = page, capacity
+        self.changes += 1
 
     def take(self, part: int, pages: int) -> list[int]:
         """So many pages that nobody has. Raises `MemoryError` if there are not so many, in a pool with a limit."""
-        if len(self._unused[part]) < pages:
-            if self._limit is not None:
-                raise MemoryError(f"the pool has {len(self._unused[part])} pages left, {pages} are wanted")
+        if self._free(part) < pages:
+            if self.limit is not None:
+                raise MemoryError(f"the pool has {self._free(part)} pages left, {pages} are wanted")
             self.prepare(1, [pages * (p == part) for p in range(len(self._users))])
-        out = [self._unused[part].pop() for _ in range(pages)]
-        for page in out:
-            self._users[part][page] = 1
+        self.changes += pages > 0
+        again = self._returned[part][:pages]
+        first, self._fresh[part] = self._fresh[part], self._fresh[part] + pages - len(again)
+        del self._returned[part][:pages]
+        out = [*again, *range(first, self._fresh[part])]
+        self._users[part].update(dict.fromkeys(out, 1))
         return out
 
     def share(self, part: int, pages: list[int]) -> list[int]:
         """The same pages, which one more has now."""
+        self.changes += 1
         for page in pages:
             self._users[part][page] += 1
         return list(pages)
 
     def release(self, owner: InPages) -> None:
         """Takes its pages from an owner."""
+        self.changes += bool(owner.pages)
         for page in owner.pages:
             self._users[owner.part][page] -= 1
             if not self._users[owner.part][page]:
-                self._unused[owner.part].append(page)
+                del self._users[owner.part][page]
+                self._returned[owner.part].append(page)
         owner.pages = []
 
     def copy(self, pairs: Sequence[Sequence[tuple[int, int]]]) -> None:

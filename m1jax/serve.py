@@ -59,8 +59,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--cache-tokens",
         type=int,
         metavar="N",
-        help="with --context: room for keys and values of N tokens in all; where it ends the youngest texts wait, and "
-        "are read again (as many as all texts may have)",
+        help="with --context: room for keys and values of N tokens in all, in pages of 256; where it ends the youngest "
+        "texts wait, and are read again (batch size x context)",
     )
     add(
         "--warm-up",
@@ -117,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = load(folder, args.dtype, args.quantize, mesh=args.mesh)
         limits = args.batch_size, args.max_waiting, args.context, args.cache_tokens
         service = Service(model, tokenizer, *limits)
+        service.engine.check_room(args.batch_size)  # now, and not when someone asks
         if args.warm_up:
+            print(f"compiling for up to {args.batch_size} texts…", file=sys.stderr, flush=True)
             service.engine.warm_up(args.batch_size)
 
         app = Server(service, name, Options(max_tokens=service.engine.context), key).app

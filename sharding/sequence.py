@@ -308,7 +308,7 @@ def _write(
     position = jnp.where(position < 0, FAR - position, position)
     page = jnp.arange(B)[:, None]
     if pages is not None:
-        page = jnp.take_along_axis(pages, position // P, axis=1, mode="fill", fill_value=R).astype(jnp.int32)
+        page = jnp.take_along_axis(pages.astype(jnp.int32), position // P, axis=1, mode="fill", fill_value=R)
         page = jnp.where((page >= 0) & (page < R), page, R + jnp.arange(B * T).reshape(B, T))
         position %= P
     return cache.at[n, page, :, position].set(new.swapaxes(1, 2), mode="drop", unique_indices=True)

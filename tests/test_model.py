@@ -21,6 +21,7 @@ from m1jax.kernels.softmax_attention import api as softmax_api
 from m1jax.params import count, flatten
 from m1jax.presets import find_config
 from m1jax.sharding import flops
+from m1jax.sharding.sequence import append
 from m1jax.state import empty
 from tests import numpy_m1
 from tests.test_gradients import biggest
@@ -140,6 +141,18 @@ def test_pages_are_as_caches_in_one_piece() -> None:
     assert np.all(np.isnan(logits[2]))
     with pytest.raises(ValueError, match="state: rows in pages cannot be copied"):
         paged.take([0, 1])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32"])
+def test_what_lies_past_the_pages_is_not_written(dtype: str) -> None:
+    """Wherever the numbers of pages are too narrow for that of none."""
+    caches = [jnp.zeros((1, 300, 1, 8, 4))] * 2
+    pages, new = jnp.asarray([[2, 3], [44, 5]], dtype), [jnp.ones((2, 1, 4, 4))] * 2
+    k, v = append((caches[0], caches[1]), (new[0], new[1]), jnp.int32(0), jnp.asarray([4, 14]), pages)
+    assert np.array_equal(k, v)
+    assert sorted(set(map(tuple, np.argwhere(np.asarray(k[0, :, 0, :, 0])).tolist()))) == [
+        (2, 4), (2, 5), (2, 6), (2, 7), (5, 6), (5, 7)
+    ]  # fmt: skip
 
 
 def test_last_logits_are_those_of_the_last_valid_token() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from m1jax import UserError, slots
 from m1jax import engine as engine_module
+from m1jax import pool as pool_module
 from m1jax.engine import Engine
 from m1jax.generation import Generation
 from m1jax.pool import Pool
@@ -47,8 +48,10 @@ def run(generation: Generation) -> dict[tuple[int, int], list[int]]:
 def check_all_are_free(generation: Generation) -> None:
     generation._release_ended()
     generation._forget()
-    for unused, users in zip(generation._pool._unused, generation._pool._users, strict=True):
-        assert sorted(unused) == list(range(len(users))) and not any(users)
+    pool = generation._pool
+    assert not any(pool._users)
+    for returned, fresh in zip(pool._returned, pool._fresh, strict=True):
+        assert sorted(returned) == list(range(fresh))
 
 
 def tokens(found: dict[tuple[int, int], Any]) -> dict[tuple[int, int], list[int]]:
@@ -110,7 +113,7 @@ def test_samples_share_the_full_pages_of_their_prompt(engine: Engine, length: in
     fixed = limited(engine, 20)
     generation, most = fixed.generate([request], 4), Counter[int]()
     for event in generation:
-        users = Counter(generation._pool._users[0])
+        users = Counter(generation._pool._users[0].values())
         most = users if event.reply.sample == 0 and len(event.reply.tokens) == 1 else most
     full, partial = divmod(length, PAGE)
     assert most[4] == full and most[1] == 4 * (partial > 0)
@@ -133,7 +136,90 @@ def test_dropped_texts_leave_no_page(engine: Engine) -> None:
         check_all_are_free(generation)
 
 
-def test_a_pool_counts_its_pages(engine: Engine) -> None:
+def added(engine: Engine, first: list[Request], last: Request, after: int, rows: int = 8, eager: bool = True) -> Any:
+    """Generates the first and, after so many events, the last; returns the tokens of all."""
+    generation, found = engine.generate(first, rows, eager=eager), {}
+    for count, event in enumerate(generation, 1):
+        if count == after:
+            generation.add(len(first), last)
+        if event.reply.finish is not None:
+            found[event.request, event.reply.sample] = event.reply.tokens
+    check_all_are_free(generation)
+    return found
+
+
+def test_samples_that_wait_for_their_prompt_keep_room_for_its_last_page(engine: Engine) -> None:
+    """While it is read others grow, who must not take the pages that their copies of it will lie in."""
+    first, last = [Request((5,) * 15, max_tokens=30)] * 3, Request((6,) * 57, n=2, max_tokens=2)
+    want = tokens(replies(engine, [*first, last], 8))
+    for pages in range(5, 11):
+        for after in (3, 30, 40):
+            assert added(limited(engine, pages), first, last, after) == want
+
+
+def test_a_dropped_prompt_is_forgotten(engine: Engine) -> None:
+    """It holds no pages that another waits for, and whoever comes under its number gets his own."""
+    long, pair = Request((5,) * 15, max_tokens=40), Request((6,) * 40, n=2, max_tokens=3)
+    other = Request((7,) * 50, max_tokens=3)
+    want = tokens(replies(engine, [other]))[0, 0]
+    generation, begun, found = limited(engine, 8).generate([long], 2, eager=True), dict[int, int](), []
+    for count, event in enumerate(generation, 1):
+        begun.setdefault(event.request, count)
+        if count == 1:
+            generation.add(1, pair)
+        if event.request == 1 and 2 not in begun:
+            generation.drop(1)
+            generation.add(1, other)
+            begun[2] = count
+        elif event.request == 1:
+            found = event.reply.tokens
+    assert found == want and begun[2] < 20
+    check_all_are_free(generation)
+
+
+def test_a_dropped_request_begins_no_more_samples(engine: Engine) -> None:
+    """Of those that were there from the start, too; nor are they told of where all is interrupted."""
+    many, other = Request((5, 6, 7), n=5, max_tokens=4), Request((8, 9), max_tokens=4)
+    generation, after = engine.generate([many, other], 1), list[int]()
+    for event in generation:
+        after.append(event.request)
+        generation.drop(0)
+    assert after == [0, 1, 1, 1, 1]
+    stopped = limited(engine, 8)
+    stopped.cancelled = lambda: True
+    generation = stopped.generate([other, many, other], 4)
+    for event in generation:
+        after.append(event.request)
+        generation.drop(1)
+    assert after[5:] == [0, 2]
+
+
+def test_texts_that_go_on_wait_before_those_that_have_not_begun(engine: Engine) -> None:
+    """In the order that they began in, also where prompts are given up in the step that displaces a text."""
+    generation = engine.generate([Request((k,)) for k in range(1, 5)], 4)
+    slots = list(generation._queue)
+    for slot, turn in zip(slots[:2], (5, 3), strict=True):
+        slot.reply.tokens, slot.turn = [7], turn
+    generation._queue.clear()
+    generation._return([slots[0]])
+    generation._return([slots[2], slots[3], slots[1]])
+    assert list(generation._queue) == [slots[1], slots[0], slots[2], slots[3]]
+
+
+def test_rows_that_ended_are_dropped_while_others_wait_for_pages(engine: Engine) -> None:
+    requests = [Request((5,), max_tokens=60), *[Request((6,), max_tokens=5)] * 3]
+    generation, sizes = limited(engine, 5).generate(requests, 8), set[int]()
+    for count, _ in enumerate(generation, 1):
+        if count == 35:  # three have ended, the long one has its second page
+            generation.add(4, Request((7,) * 60, max_tokens=4))
+        if count > 38 and generation._queue:
+            sizes.add(len(generation._slots))
+    assert sizes == {1}
+    check_all_are_free(generation)
+
+
+def test_a_pool_counts_its_pages(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "FEWEST", 4)
     pool = Pool(engine, None)
     first, second = Prompt(0, 0, (), pages=pool.take(0, 3)), Prompt(0, 0, (), pages=[])
     assert first.pages == [0, 1, 2] and pool._capacity == 4
@@ -141,7 +227,8 @@ def test_a_pool_counts_its_pages(engine: Engine) -> None:
     assert pool._capacity == 8 and pool.pages_for(17) == 2 and pool.full(17) == pool.full(31) == 1
     assert pool.table([second, None], 8).tolist() == [[0, 1, 3, 4, 5, 6, 8, 8], [8] * 8]
     pool.release(first)
-    assert first.pages == [] and pool.take(0, 2) == [2, 7]
+    changes = pool.changes
+    assert first.pages == [] and pool.take(0, 2) == [2, 7] and pool.changes > changes
     with pytest.raises(MemoryError, match="0 pages left, 1 are wanted"):
         full = Pool(limited(engine, 4), 2)
         full.take(0, 2)
@@ -153,3 +240,6 @@ def test_room_that_is_too_small_is_refused(engine: Engine) -> None:
         Engine(engine.model, engine.tokenizer, context=64, cache_tokens=63)
     with pytest.raises(UserError, match="cache-tokens goes with context"):
         Engine(engine.model, engine.tokenizer, cache_tokens=63)
+    limited(engine, 4).check_room(8)
+    with pytest.raises(UserError, match=r"keys and values of \d+ tokens need .* GB .* are free: give less context"):
+        limited(engine, 1 << 40).check_room(8)

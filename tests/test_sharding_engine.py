@@ -137,7 +137,7 @@ def test_texts_in_pages_on_a_mesh(mesh: str, room: dict[str, int], monkeypatch: 
         found = {(e.request, e.reply.sample): e.reply.tokens for e in made if e.reply.finish is not None}
         made._release_ended()
         made._forget()
-        assert not any(map(any, made._pool._users))
+        assert not any(made._pool._users)
         return found, ours.stats.prompt_tokens
 
     want, once = texts(model)

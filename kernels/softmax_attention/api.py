@@ -18,6 +18,7 @@ Implementation = Literal["reference", "xla", "direct", "cudnn", "triton", "trito
 
 Q_BLOCK, K_BLOCK = 256, 256  # tokens; a block of scores stays in a core's cache
 DIRECT = 1 << 20  # scores per row and key head up to which they are made at once
+LONGEST_PAGE = 1024  # tokens, of pages that "xla" reads one by one
 
 
 def softmax_attention(
@@ -45,8 +46,8 @@ def softmax_attention(
         own position.
       layer: which of the caches; "triton" reads it where it lies, for others it is copied.
       pages: integers `[B, n]`: what belongs to position p of row b lies in page pages[b, p // P], at p % P; N is n·P.
-        Rows may share a page. Where no query sees a page its number may be any. "triton" reads pages where they lie (P
-        a multiple of 128, or n = 1), for others a row's are copied into their order.
+        Rows may share a page. Where no query sees a page its number may be any. Pages are read where they lie by
+        "triton" (P a multiple of 128, or n = 1) and "xla" (P up to 1024), for others copied into the order of a row.
       implementation: "reference", "xla", "direct" (all keys of a query at once, as "xla" has them where there are few),
         "cudnn" (many queries), "triton" (up to 64 queries of each key head, on Hopper GPUs) or "triton_interpreted"
         (that on the CPU, for tests); None chooses by device and shape.
@@ -72,6 +73,10 @@ def softmax_attention(
         # What nobody named has a gradient whatever was chosen.
         instead = _of_layer if implementation is None else None
         return gpu.few_queries(q, k, v, offset, layer, pages, form == "triton_interpreted", instead)
+    if form == "xla" and pages is not None and layer is not None and k.shape[3] <= LONGEST_PAGE:
+        offset = jnp.zeros(q.shape[:1], jnp.int32) if offset is None else offset
+        few = q.shape[1] <= max(1, _at_once(q, k[0]) // pages.shape[1])
+        return xla.in_pages(q, k, v, offset, layer, pages, Q_BLOCK, K_BLOCK, few)
     if layer is not None:
         k, v = _of_rows(k, v, layer, pages)
     if form == "cudnn":

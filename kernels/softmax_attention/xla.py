@@ -5,6 +5,7 @@ diagonal and, in packed rows, blocks before every query's segment are skipped.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from m1jax.kernels.rounding import rounded
+from m1jax.kernels.softmax_attention.pages import in_order
+
+MOST_BLOCKS = 64  # of pages, for a few queries
 
 # Running (maximum [..., T], sum [..., T], weighted values [..., T, D]).
 Running = tuple[jax.Array, jax.Array, jax.Array]
@@ -66,14 +70,58 @@ def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, packed: Packed | None, q_block: int, k_block: int
 ) -> tuple[jax.Array, jax.Array]:
     """As `api.over_part`, of the keys `[B, K, N, D]` of one layer."""
-    T = q.shape[1]
     n = _sizes(q, k, q_block, k_block)
-    scale = q.shape[3] ** -0.5
+    k, v = _pad_keys(k, n), _pad_keys(v, n)
+
+    def block_of(j: jax.Array) -> tuple[jax.Array, jax.Array]:
+        keys, values = (lax.dynamic_slice_in_dim(x, j * n.tk, n.tk, 2) for x in (k, v))
+        return keys, values
+
     # Products of bfloat16 are exact in float32; the weights of the values are rounded to it. No CPU multiplies float16
     # fast: it is not worth a form of its own.
     kind = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
-    queries = _to_blocks(q.astype(kind), n)
-    k, v, packed = _pad_keys(k, n), _pad_keys(v, n), _pad_segments(packed, n)
+    return _forward(q.astype(kind), block_of, offset, _pad_segments(packed, n), n)
+
+
+def in_pages(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    offset: jax.Array,
+    layer: jax.Array | int,
+    pages: jax.Array,
+    q_block: int,
+    k_block: int,
+    few: bool,
+) -> jax.Array:
+    """`blocked` of keys and values in pages, as for `api.softmax_attention`: what no query sees is not read.
+
+    Of a `few` queries all is float32, as in `direct`, and blocks are so large that it takes no time to skip them.
+    """
+    (_, T, H, _), (_, _, K, P, _), m = q.shape, k.shape, pages.shape[1]
+    at_once = min(m, max(1, k_block // P, -(-m // MOST_BLOCKS) if few else 1))  # pages of a block
+    tq = min(q_block, T)
+    n = Blocks(tq, at_once * P, -(-T // tq), -(-m // at_once), K, H // K, m * P)
+    pages = jnp.pad(pages, ((0, 0), (0, n.nk * at_once - m)))
+
+    def block_of(j: jax.Array) -> tuple[jax.Array, jax.Array]:
+        some = lax.dynamic_slice_in_dim(pages, j * at_once, at_once, 1)
+        return in_order(k, some, layer), in_order(v, some, layer)
+
+    kind = jnp.bfloat16 if q.dtype == jnp.bfloat16 and not few else jnp.float32
+    return rounded(_forward(q.astype(kind), block_of, offset, None, n)[0], v.dtype)
+
+
+def _forward(
+    q: jax.Array,
+    block_of: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    offset: jax.Array,
+    packed: Packed | None,
+    n: Blocks,
+) -> tuple[jax.Array, jax.Array]:
+    """As `forward`, in the dtype of q; `block_of` gives keys and values `[B, K, tk, D]` of a block."""
+    T, kind, scale = q.shape[1], q.dtype, q.shape[3] ** -0.5
+    queries = _to_blocks(q, n)
 
     def one_query_block(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         index, queries = inputs
@@ -81,8 +129,7 @@ def forward(
         position = offset[:, None] + index * n.tq + jnp.arange(n.tq)  # [B, tq]
 
         def attend(running: Running, j: jax.Array) -> Running:
-            keys = lax.dynamic_slice_in_dim(k, j * n.tk, n.tk, 2).astype(kind)
-            values = lax.dynamic_slice_in_dim(v, j * n.tk, n.tk, 2).astype(kind)
+            keys, values = (x.astype(kind) for x in block_of(j))
             scores = _dot("bkqd,bknd->bkqn", queries, keys) * scale
             visible = _tile(_visible(position, segments, j, n), n.G)
             return _accumulate(running, jnp.where(visible, scores, -jnp.inf), values)

@@ -132,12 +132,11 @@ class Service:
 
     def _work(self) -> None:
         while not self._closing:
-            # Anew each time there was nothing to do: the last texts' states are not kept.
-            self._generation = self.engine.generate([], self._max_rows, eager=True)
             number = self._news.get()
             try:
-                self._take(self._generation, number)
                 with memory_errors():
+                    self._generation = self.engine.generate([], self._max_rows, eager=True)
+                    self._take(self._generation, number)
                     for event in self._generation:
                         self._tell(event)
             except Exception as error:  # whatever it is, it is told to those who wait
@@ -145,6 +144,8 @@ class Service:
                 if not isinstance(error, UserError):
                     traceback.print_exc()
                 self._fail(error)
+            finally:
+                self._generation = None  # and what its texts have left
         self._fail(Closing())
 
     def _look(self) -> bool:
