@@ -208,11 +208,11 @@ def test_texts_that_go_on_wait_before_those_that_have_not_begun(engine: Engine) 
 
 def test_rows_that_ended_are_dropped_while_others_wait_for_pages(engine: Engine) -> None:
     requests = [Request((5,), max_tokens=60), *[Request((6,), max_tokens=5)] * 3]
-    generation, sizes = limited(engine, 5).generate(requests, 8), set[int]()
+    generation, sizes = limited(engine, 4).generate(requests, 8), set[int]()
     for count, _ in enumerate(generation, 1):
-        if count == 35:  # three have ended, the long one has its second page
+        if count == 10:  # all have some tokens and a page, the next wants all pages
             generation.add(4, Request((7,) * 60, max_tokens=4))
-        if count > 38 and generation._queue:
+        if count > 25 and generation._queue:
             sizes.add(len(generation._slots))
     assert sizes == {1}
     check_all_are_free(generation)
