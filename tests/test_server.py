@@ -422,6 +422,7 @@ def test_the_command_serves_until_ctrl_c(tmp_path: Path) -> None:
         "--warm-up",
     ) as server:
         assert server.stderr
+        assert server.stderr.readline() == "compiling for up to 4 texts…\n"
         line = server.stderr.readline()
         assert line.startswith("m1-nano at http://127.0.0.1:"), line
         port = int(line.split(":")[2].split("/")[0])
