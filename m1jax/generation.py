@@ -149,6 +149,14 @@ class Generation:
         if not any(prompt.request != index or prompt.slots for prompt in kept):
             self._forget()
 
+    def rest(self) -> None:
+        """After an iteration, gives back the memory of what it has left; a pool that does not grow stays."""
+        self._release_ended()
+        self._forget()
+        self._slots, self._rows, self._pending = [], None, None
+        if self._pool.limit is None:
+            self._pool = self._engine.pool(self._max_rows)
+
     def _live(self) -> list[Slot]:
         return [slot for slot in self._slots if slot is not None and slot.live]
 

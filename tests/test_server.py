@@ -216,6 +216,26 @@ def test_a_service_that_ends_ends_its_texts(tokenizer: Tokenizer, service: Servi
         order(ending, request(0), Listener())
 
 
+def test_between_texts_only_the_pages_are_kept(service: Service, tokenizer: Tokenizer) -> None:
+    """Those that were there from the start; they are not made anew for each text, and no text keeps any."""
+    fixed = Service(service.engine.model, tokenizer, ROWS, WAITING, context=64)
+    fixed.engine.eos_ids, fixed.engine._compiled = service.engine.eos_ids, service.engine._compiled
+    pools, want = list[Any](), tokens_of(fixed.engine, request(0))[0]
+    for _ in range(2):
+        listener = Listener()
+        order(fixed, request(0), listener)
+        assert listener.ended.wait(60) and listener.replies[0].tokens == want
+        deadline = time.monotonic() + 10
+        while fixed._generation is None or fixed._generation._rows is not None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        pools.append(fixed._generation._pool)
+        assert not any(pools[-1]._users) and pools[-1]._cache is not None
+    assert pools[0] is pools[1]
+    fixed.close()
+    fixed.join(10)
+
+
 def test_a_context_is_within_the_models(tokenizer: Tokenizer, service: Service) -> None:
     for context in (1, CONTEXT + 1):
         with pytest.raises(UserError, match=f"context must be from 2 to the model's {CONTEXT}, not {context}"):

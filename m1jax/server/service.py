@@ -135,17 +135,18 @@ class Service:
             number = self._news.get()
             try:
                 with memory_errors():
-                    self._generation = self.engine.generate([], self._max_rows, eager=True)
+                    if self._generation is None:
+                        self._generation = self.engine.generate([], self._max_rows, eager=True)
                     self._take(self._generation, number)
                     for event in self._generation:
                         self._tell(event)
+                    self._generation.rest()
             except Exception as error:  # whatever it is, it is told to those who wait
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
                 if not isinstance(error, UserError):
                     traceback.print_exc()
+                self._generation = None  # its pages may be gone
                 self._fail(error)
-            finally:
-                self._generation = None  # and what its texts have left
         self._fail(Closing())
 
     def _look(self) -> bool:
