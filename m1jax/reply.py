@@ -203,6 +203,7 @@ class Reply:
       context: the most tokens, prompt included, that the model can read.
 
     Attributes:
+      tokenizer: that one.
       tokens: the tokens generated, the one that ended the text included.
       logprobs: of these tokens, where the request wants them.
       segments: the text shown so far.
