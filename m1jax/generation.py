@@ -95,8 +95,11 @@ class Generation:
     ) -> None:
         self._engine, self._max_rows, self._prior, self._eager = engine, max_rows, prior, eager
         self._pool = engine.pool(max_rows) if prior is None else prior.pool
-        self._later = iter(queue)  # not made before they are due
-        self._queue = collections.deque(itertools.islice(self._later, max_rows))
+        # Not made before they are due.
+        self._later, self._all_made = (slot for slot in queue if slot.request not in self._dropped), False
+        self._dropped = set[int]()  # requests of which more texts might be made
+        self._queue = collections.deque[Slot]()
+        self._make(max_rows)
         self._slots: list[Slot | None] = []  # of each row; None is padding
         self._width = 0  # of the table of their pages
         self._table: tuple[tuple[int, int], np.ndarray] | None = None  # the pool's changes, the width, the table then
@@ -138,10 +141,11 @@ class Generation:
 
     def drop(self, index: int) -> None:
         """Ends all texts of a request that has begun or was added; there are no more events of it."""
-        stay = collections.deque(slot for slot in self._queue if slot.request != index)
-        self._later = (slot for slot in self._later if slot.request != index)
-        stay.extend(itertools.islice(self._later, len(self._queue) - len(stay)))
-        self._queue = stay
+        waiting = len(self._queue)
+        self._queue = collections.deque(slot for slot in self._queue if slot.request != index)
+        if not self._all_made:
+            self._dropped.add(index)
+            self._make(waiting - len(self._queue))
         for slot in [*self._live(), *self._entering]:
             if slot.request == index and slot.live:
                 slot.reply.end("interrupted")
@@ -153,9 +157,17 @@ class Generation:
         """After an iteration, gives back the memory of what it has left; a pool that does not grow stays."""
         self._release_ended()
         self._forget()
-        self._slots, self._rows, self._pending = [], None, None
+        self._slots, self._rows, self._table, self._pending = [], None, None, None
         if self._pool.limit is None:
             self._pool = self._engine.pool(self._max_rows)
+
+    def _make(self, count: int) -> None:
+        """Puts so many more texts into the queue, as far as there are any."""
+        before = len(self._queue)
+        self._queue.extend(itertools.islice(self._later, count))
+        if len(self._queue) < before + count:
+            self._all_made = True
+            self._dropped.clear()
 
     def _live(self) -> list[Slot]:
         return [slot for slot in self._slots if slot is not None and slot.live]
@@ -167,7 +179,7 @@ class Generation:
                 yield Event(slot.request, slot.reply, slot.reply.end("interrupted"))
         while self._queue:
             slot = self._queue.popleft()
-            self._queue.extend(itertools.islice(self._later, 1))
+            self._make(1)
             yield Event(slot.request, slot.reply, slot.reply.end("interrupted"))
 
     # --- where texts are -------------------------------------------------------------------------------------------
@@ -242,7 +254,7 @@ class Generation:
                 self._forget()
                 assert self._place(slot, new), "a part has room for the longest text"
             new.append(self._queue.popleft())
-        self._queue.extend(itertools.islice(self._later, len(new)))
+        self._make(len(new))
         return new
 
     def _admit(self) -> Iterator[Event]:
@@ -270,7 +282,7 @@ class Generation:
             if live:
                 self._join(live, layout, rows)
             else:
-                self._slots, self._rows, self._width = layout, rows, 0
+                self._slots, self._rows, self._width, self._table = layout, rows, 0, None
             self._width = max(self._width, self._pool.width(max(slot.roomy for slot in new)))
             values = dict(zip(layout, told(chosen), strict=True))
         for slot in new:

@@ -49,6 +49,26 @@ def test_a_text_is_dropped_when_it_is_its_turn(engine: Engine, after: int) -> No
     assert found == want
 
 
+@pytest.mark.parametrize("context", [None, 64])
+def test_texts_one_after_the_other_in_one_generation(engine: Engine, context: int | None) -> None:
+    """As a server has them, that rests between; pages are given out anew. Dropping leaves nothing behind."""
+    own = Engine(engine.model, engine.tokenizer, context=context)
+    own.eos_ids, own._compiled = frozenset(), engine._compiled
+    generation = own.generate([], 4, eager=True)
+    for k in range(24):
+        asked = Request((5 + k,) * (1 + 7 * k % 40), seed=k, n=1 + k % 3, max_tokens=4 + 5 * k % 17)
+        generation.add(k, asked)
+        found = {e.reply.sample: e.reply.tokens for e in generation if e.reply.finish is not None}
+        assert found == {sample: reply.tokens for (_, sample), reply in replies(engine, [asked]).items()}
+        generation.rest()
+        assert generation._rows is None and not any(generation._pool._users)
+    for k in range(5000):
+        generation.drop(k)
+    assert not generation._dropped
+    generation.add(0, Request((5,), max_tokens=2))
+    assert len(list(generation)) == 2
+
+
 def joining(engine: Engine, first: Request, second: Request, after: int, drop: int = 0) -> dict[int, list[int]]:
     """Tokens of two texts, of which the second is asked for when the first has some, and dropped some events later."""
     generation, order, found, gone = engine.generate([first], 4, eager=True), [], {}, 0
