@@ -157,6 +157,17 @@ def test_samples_that_wait_for_their_prompt_keep_room_for_its_last_page(engine: 
             assert added(limited(engine, pages), first, last, after) == want
 
 
+def test_who_comes_after_a_rest_has_his_own_pages(engine: Engine) -> None:
+    """Though the new pool has changed as often as the old one had, and the table is as wide."""
+    first, second = Request((5,) * 14, max_tokens=3), Request((6,) * 20, max_tokens=3)
+    want = tokens(replies(engine, [second]))[0, 0]
+    generation = engine.generate([first], 4, eager=True)
+    assert run(generation)
+    generation.rest()
+    generation.add(1, second)
+    assert run(generation) == {(1, 0): want}
+
+
 def test_a_dropped_prompt_is_forgotten(engine: Engine) -> None:
     """It holds no pages that another waits for, and whoever comes under its number gets his own."""
     long, pair = Request((5,) * 15, max_tokens=40), Request((6,) * 40, n=2, max_tokens=3)
