@@ -252,7 +252,8 @@ class Generation:
                 if live or new:
                     break
                 self._forget()
-                assert self._place(slot, new), "a part has room for the longest text"
+                placed = self._place(slot, new)
+                assert placed, "a part has room for the longest text"
             new.append(self._queue.popleft())
         self._make(len(new))
         return new
@@ -306,11 +307,15 @@ class Generation:
             before = [] if self._prior is None else self._prior.pages
             more = self._pool.pages_for(len(prompt.tokens)) - len(before)
             prompt.pages = [*before, *self._pool.take(prompt.part, more)]
-        for prompt in prompts.values():
-            self._owed[prompt.part] += (len(prompt.slots) - 1) * (
-                len(prompt.pages) - self._pool.full(len(prompt.tokens))
-            )
+        self._owed = self._copies(prompts.values())
         return list(prompts.values())
+
+    def _copies(self, prompts: Iterable[Prompt]) -> list[int]:
+        """Of how many pages the texts that begin with prompts have copies, in each part, where none stays."""
+        copies = [0] * self._engine.parts
+        for prompt in prompts:
+            copies[prompt.part] += (len(prompt.slots) - 1) * (len(prompt.pages) - self._pool.full(len(prompt.tokens)))
+        return copies
 
     def _read(self, new: list[Slot]) -> Generator[Event, None, Read | None]:
         """What is to be read, laid out, with a step of the texts that are generated between two chunks."""
@@ -376,10 +381,8 @@ class Generation:
             return {}
         stays = {prompt.part: prompt for prompt in read if prompt.request == last.request}
         # What stays keeps its last page, of which each text then has a copy: not where there is no page for that.
-        copies = collections.Counter({prompt.part: 1 for prompt in stays.values()})
-        for prompt in prompts:
-            copies[prompt.part] += len(prompt.slots) - 1
-        return {part: prompt for part, prompt in stays.items() if self._pool.has(part, copies[part])}
+        copies = self._copies(prompts)
+        return {part: prompt for part, prompt in stays.items() if self._pool.has(part, copies[part] + 1)}
 
     def _give_pages(self, prompts: Sequence[Prompt], stays: Sequence[Prompt]) -> None:
         """To each text those of its prompt: the full ones are shared, of another each has its own."""
@@ -440,10 +443,13 @@ class Generation:
 
     def _step(self) -> Iterator[Event]:
         """Starts the next step, then reads the tokens of the one before."""
-        if self._short() is not None or any(slot.reply.must_be_current for slot in self._live()):
+        part = self._short()
+        if part is not None or any(slot.reply.must_be_current for slot in self._live()):
             yield from self._collect()
-        while (part := self._short()) is not None:
+            part = self._short()
+        while part is not None:
             self._displace(part)
+            part = self._short()
         before = self._pending
         with self._engine.clock("decode_seconds"):
             self._pending = self._dispatch()

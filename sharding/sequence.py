@@ -138,7 +138,7 @@ def softmax_attention(
     if segments is None and T * H < N * K:
         return _gathered_queries(q, *((k[None], v[None], 0) if layer is None else (k, v, layer)), offset, pages, over)
     if layer is not None:
-        k, v = (x[layer] if pages is None else in_order(x, pages, layer) for x in (k, v))
+        k, v = (in_order(x, pages, layer) for x in (k, v))
     if segments is not None:
         segments = block(numbered(gathered(segments, 1, "sequence")), 1, "sequence")
     return _ring(q, k, v, offset, segments, over)

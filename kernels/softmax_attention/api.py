@@ -11,7 +11,7 @@ from m1jax.kernels.checks import check_implementation, check_integers, checked_l
 from m1jax.kernels.gpu import capability
 from m1jax.kernels.segments import numbered
 from m1jax.kernels.softmax_attention import gpu, reference, xla
-from m1jax.kernels.softmax_attention.pages import in_order, of_rows
+from m1jax.kernels.softmax_attention.pages import in_order, one_each
 from m1jax.kernels.varying import alike
 
 Implementation = Literal["reference", "xla", "direct", "cudnn", "triton", "triton_interpreted"]
@@ -67,27 +67,24 @@ def softmax_attention(
     q, k, v, offset, segments, layer, pages = alike(q, k, v, offset, segments, layer, pages)
     if layer is None and (pages is not None or form in ("triton", "triton_interpreted")):
         k, v, layer = k[None], v[None], 0
+    at = jnp.zeros(q.shape[:1], jnp.int32) if offset is None else offset  # cuDNN is told where there is none
     if form in ("triton", "triton_interpreted"):
-        offset = jnp.zeros(q.shape[:1], jnp.int32) if offset is None else offset
-        pages = of_rows(k) if pages is None else pages
+        pages = one_each(k) if pages is None else pages
         # What nobody named has a gradient whatever was chosen.
         instead = _of_layer if implementation is None else None
-        return gpu.few_queries(q, k, v, offset, layer, pages, form == "triton_interpreted", instead)
+        return gpu.few_queries(q, k, v, at, layer, pages, form == "triton_interpreted", instead)
     if form == "xla" and pages is not None and layer is not None and k.shape[3] <= LONGEST_PAGE:
-        offset = jnp.zeros(q.shape[:1], jnp.int32) if offset is None else offset
-        few = q.shape[1] <= max(1, _at_once(q, k[0]) // pages.shape[1])
-        return xla.in_pages(q, k, v, offset, layer, pages, Q_BLOCK, K_BLOCK, few)
+        few = q.shape[1] <= max(1, _at_once(q, k) // pages.shape[1])
+        return xla.in_pages(q, k, v, at, layer, pages, Q_BLOCK, K_BLOCK, few)
     if layer is not None:
-        k, v = _of_rows(k, v, layer, pages)
+        k, v = (in_order(x, pages, layer) for x in (k, v))
     if form == "cudnn":
         return gpu.cudnn(q, k, v, offset, segments, instead=_xla if implementation is None else None)
-    if offset is None:
-        offset = jnp.zeros(q.shape[:1], jnp.int32)
     if form == "reference":
-        return reference.softmax_attention(q, k, v, offset, segments)
+        return reference.softmax_attention(q, k, v, at, segments)
     if form == "direct":
-        return xla.direct_in_blocks(q, k, v, offset, _at_once(q, k), segments)
-    return _xla(q, k, v, offset, segments)
+        return xla.direct_in_blocks(q, k, v, at, _at_once(q, k), segments)
+    return _xla(q, k, v, at, segments)
 
 
 def over_part(
@@ -109,7 +106,7 @@ def over_part(
       Output float32 `[B, T, H, D]`, 0 where a query sees no key, and the logarithm of each query's sum of exp(score),
       float32 `[B, T, H]`.
     """
-    pages = of_rows(k) if pages is None else pages
+    pages = one_each(k) if pages is None else pages
     q, k, v, offset, layer, pages = alike(q, k, v, offset, layer, pages)
     if interpreted or gpu.refusal_of_triton(q, k, None, pages) is None:
         return gpu.over_part(q, k, v, offset, layer, pages, interpreted, _over_part)
@@ -119,21 +116,12 @@ def over_part(
 def _over_part(
     q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, layer: jax.Array | int, pages: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    return xla.forward(q, *_of_rows(k, v, layer, pages), offset, None, Q_BLOCK, K_BLOCK)
-
-
-def _of_rows(
-    k: jax.Array, v: jax.Array, layer: jax.Array | int, pages: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Keys and values `[B, K, N, D]` of one layer."""
-    if pages is None:
-        return k[layer], v[layer]
-    return in_order(k, pages, layer), in_order(v, pages, layer)
+    return xla.forward(q, in_order(k, pages, layer), in_order(v, pages, layer), offset, None, Q_BLOCK, K_BLOCK)
 
 
 def _at_once(q: jax.Array, k: jax.Array) -> int:
     """Queries of a row whose scores are made at once."""
-    return DIRECT // (q.shape[2] // k.shape[1] * k.shape[2])
+    return DIRECT // (q.shape[2] // k.shape[-3] * k.shape[-2])
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, segments: jax.Array | None = None) -> jax.Array:
@@ -145,7 +133,7 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, segments: 
 def _of_layer(
     q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, layer: jax.Array, pages: jax.Array
 ) -> jax.Array:
-    return _xla(q, *_of_rows(k, v, layer, pages), offset)
+    return _xla(q, in_order(k, pages, layer), in_order(v, pages, layer), offset)
 
 
 def _choose(

@@ -229,7 +229,8 @@ class Answer:
         pieces = [self._piece(k, delta, None) for delta in deltas]
         if reply.finish is not None:
             pieces.append(self._piece(k, {} if self._asked.chat else {"text": ""}, self._finish(k)))
-        if pieces and self._asked.request.logprobs is not None:  # of tokens that gave none it is told with the next
+        # Of tokens that gave no piece it is told with the next; to who wants no pieces with all at the end.
+        if pieces and self._asked.stream and self._asked.request.logprobs is not None:
             pieces[-1]["choices"][0]["logprobs"] = self._told[k].take(reply)
         return pieces
 
