@@ -38,7 +38,6 @@ from m1jax.tokenizer import Tokenizer
 CHUNK = 2048  # the most tokens of one prompt read at once
 CHUNK_OF_ALL = 8192  # the same for all prompts of a batch together
 SMALLEST_CHUNK = 16
-SMALLEST_CACHE = PAGE
 
 
 @dataclasses.dataclass
@@ -200,7 +199,7 @@ class Engine:
     @property
     def page(self) -> int:
         """How many tokens a page has room for, at first."""
-        return self.cache_bucket(1) if self.splits_sequences else min(SMALLEST_CACHE, self.context)
+        return self.cache_bucket(1) if self.splits_sequences else min(PAGE, self.context)
 
     def pool(self, max_rows: int) -> Pool:
         """Pages for so many texts at once."""
@@ -231,7 +230,7 @@ class Engine:
 
     def cache_bucket(self, n: int) -> int:
         """Room for n tokens."""
-        return self.context if self.fixed else min(bucket(n, SMALLEST_CACHE), self.context)
+        return self.context if self.fixed else min(bucket(n, PAGE), self.context)
 
     def read(
         self, prompts: Sequence[Prompt | None], pool: Pool, width: int, left: Left | None = None

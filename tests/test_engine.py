@@ -95,7 +95,7 @@ def test_a_prompt_is_read_once_however_its_samples_start(
         for i, (tokens, (n, limit)) in enumerate(zip(prompts(engine), lengths, strict=False))
     ]
     want = {(i, k): r.tokens for i, one in enumerate(requests) for (_, k), r in replies(engine, [one], 8).items()}
-    monkeypatch.setattr(engine_module, "SMALLEST_CACHE", 16)
+    monkeypatch.setattr(engine_module, "PAGE", 16)
     monkeypatch.setattr(slots, "ROOM", 4)
     before = engine.stats.prompt_tokens
     got = replies(engine, requests, max_rows)
@@ -126,7 +126,7 @@ def test_the_cache_grows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Non
     request = Request(prompts(engine)[2], seed=1, max_tokens=140)
     whole = one(engine, request)
     monkeypatch.setattr(slots, "ROOM", 4)
-    monkeypatch.setattr(engine_module, "SMALLEST_CACHE", 128)
+    monkeypatch.setattr(engine_module, "PAGE", 128)
     assert one(engine, request).tokens == whole.tokens and len(whole.tokens) == 140
 
 

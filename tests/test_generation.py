@@ -91,7 +91,7 @@ def joining(engine: Engine, first: Request, second: Request, after: int, drop: i
 def test_texts_go_on_while_a_long_prompt_is_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step between two chunks; the cache of those that go on may meanwhile become the longer one."""
     monkeypatch.setattr(engine_module, "CHUNK", 16)
-    monkeypatch.setattr(engine_module, "SMALLEST_CACHE", 16)
+    monkeypatch.setattr(engine_module, "PAGE", 16)
     monkeypatch.setattr(slots, "ROOM", 4)
     first, second = Request((5, 6, 7), max_tokens=90, seed=1), Request(tuple(range(9, 59)), max_tokens=9, seed=2)
     want = {0: one(engine, first).tokens, 1: one(engine, second).tokens}

@@ -26,7 +26,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "SMALLEST_CACHE", PAGE)
+    monkeypatch.setattr(engine_module, "PAGE", PAGE)
     monkeypatch.setattr(engine_module, "CHUNK", 16)
     monkeypatch.setattr(slots, "ROOM", 4)
 

@@ -123,7 +123,7 @@ def test_nothing_is_compiled_twice(mesh: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(("mesh", "room"), [("data=2", {"context": 64, "cache_tokens": 160}), ("seq=2,expert=1", {})])
 def test_texts_in_pages_on_a_mesh(mesh: str, room: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts that share prompts, join, leave, grow out of their pages or give them up are what they are alone."""
-    monkeypatch.setattr(engine, "SMALLEST_CACHE", 16)
+    monkeypatch.setattr(engine, "PAGE", 16)
     monkeypatch.setattr(slots, "ROOM", 4)
     shape = MeshShape.parse(mesh)
     there = make_mesh(shape, devices=jax.devices()[: shape.size])
