@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m1jax.kernels.experts import Quantized, dequantize, experts, gpu, quantize
+from m1jax.kernels.experts import Quantized, dequantize, experts, gpu, int4, quantize
 from m1jax.kernels.experts.cases import CASES, ExpertsCase
 from m1jax.kernels.experts.gpu import route
 from m1jax.kernels.experts.order import by_bucket
@@ -109,7 +109,7 @@ def tiled(tiles: gpu.Tiles, stored: str, N: int) -> None:
     chosen, shares = routing(N, 2, False)
     bits = gpu.bits_of(weights[0])
     form = gpu.default_form(1, E, x.dtype, (bits, bits), True)
-    form = dataclasses.replace(form, gate_up=dataclasses.replace(tiles, split=1), down=tiles)
+    form = dataclasses.replace(form, gate_up=dataclasses.replace(tiles, split=1), down=tiles, both=None)
     got = jax.jit(functools.partial(gpu.experts, form=form))(x, *weights, 1, chosen, shares)
     assert rms_error(got, exact(x, weights, chosen, shares)) < TOLERANCE["bfloat16"]
 
@@ -121,11 +121,37 @@ def test_tiles_of_many_rows(tiles: tuple[int, ...], stored: str) -> None:
     tiled(gpu.Tiles(*tiles), stored, 140)
 
 
-@pytest.mark.parametrize("stored", ["int8", "int4"])
 @pytest.mark.parametrize("tiles", [(1, 16, 512, 2, 1), (1, 16, 128, 2, 1, 3), (1, 64, 64, 4, 1)])
-def test_tiles_of_single_rows(tiles: tuple[int, ...], stored: str) -> None:
+def test_tiles_of_single_rows(tiles: tuple[int, ...]) -> None:
     """More in-channels at once than there are, an uneven split, more out-channels than there are."""
-    tiled(gpu.Tiles(*tiles), stored, 3)
+    tiled(gpu.Tiles(*tiles), "int8", 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "F", "split"), [(8, 64, 96, 1), (8, 128, 192, 2), (16, 64, 384, 2), (8, 32, 32, 3)]
+)
+def test_int4_weights_of_few_rows(rows: int, width: int, F: int, split: int) -> None:
+    """Groups of 32, 64 and 128, uneven splits of the sum, more parts than groups; x whose mean is not 0."""
+    w13, w2 = (quantize(normal(i, L, E, *shape), "int4") for i, shape in ((1, (2, F, M)), (2, (M, F))))
+    chosen, _ = routing(40, 2, True)
+    x = (normal(3, 40, M) + 0.5).astype(jnp.bfloat16)
+    layer, flat = jnp.ones(1, jnp.int32), chosen.reshape(-1)
+    valid = flat < E
+    tiles = gpu.Tiles(rows, width, w13.group, 4, 4)
+    h = int4.Arranged(*int4.product(tiles, int4.arranged(x, w13.group), w13, layer, chosen, True, w2))
+    both = jnp.einsum("npfm,nm->npf", dequantize(w13)[1, flat], x.repeat(2, 0).astype(jnp.float32))
+    exact_h = (jax.nn.silu(both[:, 0]) * both[:, 1]).astype(jnp.bfloat16)
+    want = int4.arranged(exact_h, w2.group)
+    assert rms_error(h.x[valid], want.x[valid]) < 1e-3  # where it is rounded the other way
+
+    def of_groups(a: jax.Array) -> jax.Array:
+        return a.astype(jnp.float32).reshape(len(a), F // w2.group, -1).sum(-1)[valid]
+
+    assert rms_error(of_groups(h.sums), of_groups(h.x)) < 1e-6
+    tiles = gpu.Tiles(rows, width, w2.group, 4, 4, split)
+    (y,) = int4.product(tiles, want, w2, layer, chosen, True)
+    exact_y = jnp.einsum("nmf,nf->nm", dequantize(w2)[1, flat], exact_h.astype(jnp.float32))
+    assert rms_error(y.sum(0)[valid], exact_y[valid]) < 1e-5
 
 
 def test_chunks_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from m1jax.kernels.experts import kernels, single
+from m1jax.kernels.experts import int4, kernels, single
 
 
 def evaluate(text: str, inputs: list[int], outputs: int) -> list[int]:
@@ -88,5 +88,6 @@ def test_bytes(byte: int) -> None:
     assert [bfloat16(half) for half in halves] == [n - 8 for n in (*low[:2], *high[:2])]
     floats = evaluate(single._INT8_FLOAT.value, [word], 4)
     assert [float(numbers(f, np.float32)[0]) for f in floats] == signed
-    floats = evaluate(single._INT4_FLOAT.value, [word], 8)
-    assert [float(numbers(f, np.float32)[0]) for f in floats] == [1 + n / 16 for n in (*low, *high)]
+    halves = evaluate(int4._INT4.value, [word], 8)
+    order = [half[i] for half in (low, high) for i in (0, 2, 1, 3)]
+    assert [bfloat16(half) for half in halves] == [128 + n for n in order]

@@ -54,7 +54,7 @@ class ExpertsCase(Case):
 
     @property
     def matmul(self) -> bool:
-        """A few rows are multiplied by narrow weights on the ordinary cores, as is float32."""
+        """A few rows are multiplied by int8 weights on the ordinary cores, as is float32."""
         return self.dtype == "bfloat16" and not (self.single and not self.grad)
 
     @property

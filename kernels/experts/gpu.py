@@ -4,12 +4,14 @@ Two products: h = silu(W1 x) ⊙ W3 x for each assignment of a token to an exper
 float32; the shares and the sum over a token's experts are left to XLA, which fuses them. Rows are picked and placed by
 the kernels, no sorted copies are made. All sums are float32; in bfloat16 h is rounded as in every other form.
 
-`mosaic.py` has both products in another form, for many rows of bfloat16, without gradients of its own.
+`mosaic.py` and `int4.py` have both products in forms of their own, without gradients: of many rows with weights in
+bfloat16, and of few with int4 ones.
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+import importlib
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +40,8 @@ class Routing(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How to run: tiles of the two forward products and of the gradients, whether in the interpreter, and whether the
-    forward products are Mosaic's where no gradient is wanted.
+    """How to run: tiles of the two forward products and of the gradients, whether in the interpreter, and the module
+    that has both forward products where no gradient is wanted, if it is another than `kernels`.
     """
 
     gate_up: Tiles
@@ -47,7 +49,7 @@ class Form:
     rows_gradient: Tiles
     weights_gradient: Tiles
     interpreted: bool = False
-    mosaic: bool = False
+    both: Literal["mosaic", "int4"] | None = None
 
 
 def bits_of(weights: Weights) -> int:
@@ -68,8 +70,8 @@ def default_form(
         # There a step takes whole int4 groups: of more out channels they would be spilled.
         rows_gradient = dataclasses.replace(exact, out=16) if 4 in bits else exact
         return Form(exact, exact, rows_gradient, exact, interpreted)
-    if all(bits) and assignments <= E // 2:  # a warp reads 512 bytes of a row at once; no float weights singly
-        gate_up, down = (Tiles(1, 16, 512 * 8 // b, warps, 1) for b, warps in zip(bits, (4, 2), strict=True))
+    if bits == (8, 8) and assignments <= E // 2:
+        gate_up, down = (Tiles(1, 16, 512, warps, 1) for warps in (4, 2))  # a warp reads 512 bytes of a row at once
     elif assignments <= FEW or each <= 12:
         gate_up = Tiles(16, 64, 128, 4, 3 if bits[0] else 4)
         # With too few programs for the device they share the sums.
@@ -80,7 +82,8 @@ def default_form(
         gate_up = {0: Tiles(128, 128, 64, 8, 4), 8: Tiles(128, 64, 64, 4, 4), 4: Tiles(64, 128, 64, 8, 3)}[bits[0]]
         down = {0: Tiles(128, 256, 64, 8, 4), 8: Tiles(256, 128, 64, 8, 3), 4: Tiles(128, 128, 64, 8, 4)}[bits[1]]
     rows_gradient = Tiles(128, 64, 128, 8, 3) if each > 96 else Tiles(64, 64, 128, 4, 3)
-    return Form(gate_up, down, rows_gradient, Tiles(64, 128, 128, 8, 3), interpreted, mosaic)
+    both = "mosaic" if mosaic else "int4" if bits == (4, 4) and assignments <= FEW else None
+    return Form(gate_up, down, rows_gradient, Tiles(64, 128, 128, 8, 3), interpreted, both)
 
 
 def refusal(gate_up: Weights, down: Weights) -> str | None:
@@ -125,7 +128,7 @@ def experts(
     if form is None:
         form = default_form(N * k, E, x.dtype, (bits_of(gate_up), bits_of(down)), interpreted, mosaic)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    both = _both_by_mosaic if form.mosaic else _both
+    both = _both_at_once if form.both else _both
     y: Any = both(form, x, gate_up, down, layer, chosen)
     y = jnp.where(chosen[..., None] < E, y.reshape(N, k, -1), 0.0)  # no kernel writes padding
     return jnp.sum(y * weights[..., None], axis=1)
@@ -139,19 +142,18 @@ def _both(form: Form, x: jax.Array, gate_up: Weights, down: Weights, layer: jax.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _both_by_mosaic(
-    form: Form, x: jax.Array, gate_up: jax.Array, down: jax.Array, layer: jax.Array, chosen: jax.Array
+def _both_at_once(
+    form: Form, x: jax.Array, gate_up: Weights, down: Weights, layer: jax.Array, chosen: jax.Array
 ) -> jax.Array:
-    from m1jax.kernels.experts import mosaic
-
-    return mosaic.experts(x, gate_up, down, layer, chosen, interpreted=form.interpreted)
+    module = importlib.import_module(f"m1jax.kernels.experts.{form.both}")
+    return module.experts(x, gate_up, down, layer, chosen, interpreted=form.interpreted)
 
 
 def _both_forward(form: Form, *arguments: jax.Array) -> tuple[jax.Array, Any]:
     return jax.vjp(functools.partial(_both, form), *arguments)
 
 
-_both_by_mosaic.defvjp(_both_forward, lambda _, undo, d: undo(d))
+_both_at_once.defvjp(_both_forward, lambda _, undo, d: undo(d))
 
 
 def _in_chunks(
@@ -266,8 +268,8 @@ def _forward(
         return launch(
             single.forward_of_rows, x, values, scales, layer, chosen.reshape(-1), out=out,
             grid=(n * -(-O // tiles.out), split), warps=tiles.warps, stages=tiles.stages, interpreted=form.interpreted,
-            **stored, O=O, I=I, L=L, E=E, k=k, N=n, GATED=gated, BY_TOKEN=gated, SPLIT=split, BO=tiles.out,
-            BI=tiles.inner, PTX=ptx,
+            O=O, I=I, L=L, E=E, k=k, N=n, GATED=gated, BY_TOKEN=gated, SPLIT=split, BO=tiles.out, BI=tiles.inner,
+            PTX=ptx,
         )  # fmt: skip
     constants: dict[str, Any] = {} if raw else {"raw": None}
     if raw:
