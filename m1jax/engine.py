@@ -26,7 +26,7 @@ from m1jax.generation import Cancelled, Generation, Prior
 from m1jax.model import M1
 from m1jax.pool import Pool, bucket
 from m1jax.reply import Reply, Request, check_context
-from m1jax.rows import Left, Read
+from m1jax.rows import Read
 from m1jax.sharding.mesh import MeshShape, abstract_mesh, mesh_of
 from m1jax.sharding.region import on_mesh_of
 from m1jax.sharding.rules import shards
@@ -64,6 +64,8 @@ class Engine:
         fewer shapes. None is the model's; room then grows.
       cache_tokens: with `context`, of how many tokens in all there is room for keys and values, as many as the context
         has or more. None is room for texts as long as the context, as many as are generated at once.
+      prefix_cache: with `context`, how many beginnings of prompts are remembered by an eager generation. Each takes a
+        row's lightning states, and pages until there are too few. None where a mesh splits sequences.
 
     Attributes:
       parts: in how many parts the mesh splits the rows of a batch.
@@ -81,6 +83,7 @@ class Engine:
         cancelled: Callable[[], bool] = lambda: False,
         context: int | None = None,
         cache_tokens: int | None = None,
+        prefix_cache: int = 0,
     ) -> None:
         config = model.config
         if context is not None:
@@ -106,6 +109,7 @@ class Engine:
         self.splits_sequences = mesh is not None and shards(mesh, "sequence") > 1
         if cache_tokens is not None:
             check_cache_tokens(cache_tokens, context, self.parts)
+        self.prefix_cache = prefix_cache if self.fixed and not self.splits_sequences else 0
         self._compiled: dict[Hashable, Any] = {}
 
     def generate(
@@ -142,7 +146,8 @@ class Engine:
     def warm_up(self, max_rows: int) -> None:
         """Compiles what up to so many texts need, generated eagerly in a given context, each of a request of its own.
 
-        That is, reading prompts of any length, steps of any number of texts, and from each number to each other one.
+        That is, reading prompts of any length, steps of any number of texts, and from each number to each other one;
+        and going on from prompts that are remembered.
         """
         longest = min(CHUNK, self.context - 1)
         shorter = itertools.takewhile(lambda length: length < longest, (SMALLEST_CHUNK << i for i in itertools.count()))
@@ -155,6 +160,9 @@ class Engine:
                 for left in sizes[: sizes.index(size) + 1]:
                     for joining in range(1 + (left < max_rows)):
                         self._change(max_rows, size, left, joining)
+            if self.prefix_cache and self.page + 2 < self.context:  # a prompt, and one that goes on from it
+                texts = [Request((0,) * (self.page + i), max_tokens=1) for i in (1, 2)]
+                collections.deque(self.generate(texts, max_rows, eager=True), maxlen=0)
         finally:
             self.eos_ids, self.stats = eos_ids, Stats()
 
@@ -211,7 +219,9 @@ class Engine:
         return Pool(self, max(each, self._cache_tokens // self.parts // self.page))
 
     def check_room(self, max_rows: int) -> None:
-        """Raises `UserError` if the pages that `pool` has from the start are more than there is memory for."""
+        """Raises `UserError` if there is less memory than it takes to have the pages that `pool` has from the start and
+        the states after the beginnings of prompts that are remembered.
+        """
         limit, config, dtype = self.pool(max_rows).limit, self.model.config, self.model.dtype
         if limit is None:
             return
@@ -220,12 +230,15 @@ class Engine:
         sizes = tree_bytes(config, abstract_mesh(MeshShape()) if mesh is None else mesh, state)
         devices = jax.devices()[:1] if mesh is None else mesh.local_devices
         on_host = devices[0].platform == "cpu"  # all of them share the host's memory
-        needed, free = (sizes["cache.k"] + sizes["cache.v"]) * (len(devices) if on_host else 1), free_memory(devices)
+        each = sizes["cache.k"] + sizes["cache.v"] + self.prefix_cache * sizes["lightning.s"]
+        needed, free = each * (len(devices) if on_host else 1), free_memory(devices)
         if needed > free:
             where = "this machine" if on_host else "each device"
+            states = f" and the states of {self.prefix_cache} prompts" if self.prefix_cache else ""
             raise UserError(
-                f"keys and values of {limit * self.parts * self.page} tokens need {needed / 1e9:.1f} GB of memory on "
-                f"{where}, {free / 1e9:.1f} GB are free: give less context, cache-tokens or batch-size"
+                f"keys and values of {limit * self.parts * self.page} tokens{states} need {needed / 1e9:.1f} GB of "
+                f"memory on {where}, {free / 1e9:.1f} GB are free: give less context, cache-tokens, batch-size or "
+                "prefix-cache"
             )
 
     def cache_bucket(self, n: int) -> int:
@@ -233,15 +246,19 @@ class Engine:
         return self.context if self.fixed else min(bucket(n, PAGE), self.context)
 
     def read(
-        self, prompts: Sequence[Prompt | None], pool: Pool, width: int, left: Left | None = None
-    ) -> Generator[None, None, Read]:
-        """Reads prompts, chunk by chunk; yields between two chunks.
+        self, prompts: Sequence[Prompt | None], pool: Pool, width: int, read: Read, stop: int | None = None
+    ) -> Generator[Read | None, None, Read]:
+        """Reads what of prompts is not known, chunk by chunk.
 
         Args:
           prompts: of each row, None for padding.
           pool: in which they have their pages.
           width: how many a row has at most.
-          left: what the rows have left that have read a beginning of their prompts already; used up.
+          read: what the rows have left that have read a beginning of their prompts already; used up.
+          stop: after so many tokens of a single prompt a chunk is to end.
+
+        Yields:
+          Between two chunks, None, or what was read up to `stop`, which is used up when this goes on.
 
         Returns:
           Logits after each prompt's last token, and what they have left.
@@ -250,28 +267,30 @@ class Engine:
           Cancelled: it was, between two chunks.
         """
         B = len(prompts)
-        read, known = self.run(device.empty, self.model, B=B), 0
-        if left is not None:
-            read, known = Read(read.logits, left), int(left.length[0])
-        unread = [() if prompt is None else prompt.tokens[known:] for prompt in prompts]
-        longest = max(map(len, unread))
+        unread = [() if prompt is None else prompt.tokens[prompt.known :] for prompt in prompts]
+        longest, start = max(map(len, unread)), 0
+        stop = None if stop is None else stop - next(prompt.known for prompt in prompts if prompt is not None)
         chunk = min(CHUNK, max(SMALLEST_CHUNK, CHUNK_OF_ALL // B))
-        for start in range(0, longest, chunk):
+        while start < longest:
             if start:
                 with self.clock("prompt_seconds"):
                     read.logits.block_until_ready()  # a long prompt can be given up between two chunks
                 if self.cancelled():
                     raise Cancelled
-                yield
-            T = bucket(min(chunk, longest - start), SMALLEST_CHUNK)
+                yield read if start == stop else None
+            end = min(start + chunk, longest)
+            if stop is not None and start < stop < end:
+                end = stop
+            T = bucket(end - start, SMALLEST_CHUNK)
             tokens, lengths = np.zeros((B, T), np.int32), np.zeros((B,), np.int32)
             for b, prompt in enumerate(unread):
-                part = prompt[start : start + chunk]
+                part = prompt[start:end]
                 tokens[b, : len(part)], lengths[b] = part, len(part)
             with self.clock("prompt_seconds"):
                 table = pool.table(prompts, width)
                 read, pool.cache = self.run(device.prefill, self.model, tokens, lengths, read, pool.cache, table)
             self.stats.prompt_tokens += int(lengths.sum())
+            start = end
         return read
 
 

@@ -19,6 +19,7 @@ from m1jax import rows as device
 from m1jax.errors import UserError
 from m1jax.model import M1
 from m1jax.pool import Pool
+from m1jax.prefixes import Prefix, Prefixes
 from m1jax.reply import Reply, Request, Segment, TokenLogprob, check_context
 from m1jax.rows import Chosen, Left, Read, Rows
 from m1jax.sampling import Sampling, SamplingRows
@@ -95,6 +96,7 @@ class Generation:
     ) -> None:
         self._engine, self._max_rows, self._prior, self._eager = engine, max_rows, prior, eager
         self._pool = engine.pool(max_rows) if prior is None else prior.pool
+        self._prefixes = Prefixes(self._pool, engine.prefix_cache if eager and prior is None else 0)
         # Not made before they are due.
         self._later, self._all_made = (slot for slot in queue if slot.request not in self._dropped), False
         self._dropped = set[int]()  # requests of which more texts might be made
@@ -188,12 +190,18 @@ class Generation:
         """Puts a text in the part with the fewest texts of those that have room; False if none has."""
         texts, parts = [*self._live(), *new], self._engine.parts
         counts = [sum(one.part == part for one in texts) for part in range(parts)]
-        for slot.part in sorted(range(parts), key=counts.__getitem__):
-            if counts[slot.part] * parts >= self._max_rows:
-                return False
-            if self._pool.has(slot.part, self._wanted([*new, slot], slot.part)):
+        found = [self._prefixes.longest(part, slot.array) if self._prefixes.limit else None for part in range(parts)]
+        goes_on = [prefix is not None and prefix.whole for prefix in found]
+        for slot.part in sorted(range(parts), key=lambda part: (not goes_on[part], counts[part])):
+            slot.prefix = found[slot.part]
+            if counts[slot.part] * parts < self._max_rows and self._has(slot.part, [*new, slot]):
                 return True
+        slot.prefix = None
         return False
+
+    def _has(self, part: int, new: Sequence[Slot]) -> bool:
+        """Whether a part has the pages for what begins there; forgets beginnings that nobody of them has."""
+        return self._prefixes.make_room(part, self._wanted(new, part), {slot.prefix for slot in new})
 
     def _wanted(self, new: Sequence[Slot], part: int) -> int:
         """How many pages more the texts that begin in a part are to have room in."""
@@ -205,6 +213,8 @@ class Generation:
             pages += self._pool.pages_for(slot.roomy)
             if not slot.begun and slot.request in shared:
                 pages -= self._pool.full(len(slot.tokens))
+            elif slot.prefix is not None:
+                pages -= self._pool.full(slot.prefix.tokens.size)
             shared |= set() if slot.begun else {slot.request}
         return pages if self._prior is None else pages - len(self._prior.pages)
 
@@ -275,6 +285,8 @@ class Generation:
         finally:
             self._entering, self._prior, self._owed = [], None, [0] * engine.parts
         with engine.clock("prompt_seconds"):
+            if read is not None:
+                self._remember_all(read, self._copies(prompts))
             read = self._picked(new, prompts, read)
             self._reading = []
             live, layout = self._live(), laid_out(self._engine.parts, new)
@@ -299,16 +311,32 @@ class Generation:
         for slot in new:
             key = slot if slot.begun else (slot.request, slot.part)
             if key not in prompts:
-                fresh = Prompt(None if slot.begun else slot.request, slot.part, slot.tokens)
+                fresh = Prompt(None if slot.begun else slot.request, slot.part, slot.tokens, prefix=slot.prefix)
                 prompts[key] = kept.get((fresh.request, fresh.part), fresh)
             prompts[key].slots.append(slot)
+            slot.prefix = None
         self._reading = [prompt for prompt in prompts.values() if not prompt.pages]
+        copies: list[list[tuple[int, int]]] = [[] for _ in range(self._engine.parts)]
         for prompt in self._reading:
-            before = [] if self._prior is None else self._prior.pages
-            more = self._pool.pages_for(len(prompt.tokens)) - len(before)
-            prompt.pages = [*before, *self._pool.take(prompt.part, more)]
+            own = self._begin_pages(prompt)
+            more = self._pool.take(prompt.part, self._pool.pages_for(len(prompt.tokens)) - len(prompt.pages))
+            copies[prompt.part] += zip(own, more, strict=False)
+            prompt.pages += more
+        self._pool.copy(copies)
         self._owed = self._copies(prompts.values())
         return list(prompts.values())
+
+    def _begin_pages(self, prompt: Prompt) -> list[int]:
+        """Gives a prompt the pages of what is known of it; the page of which it is to have a copy, if there is one."""
+        if self._prior is not None:
+            prompt.known, prompt.pages = int(self._prior.left.length[0]), list(self._prior.pages)
+        if prompt.prefix is None:
+            return []
+        self._prefixes.use(prompt.prefix, len(prompt.tokens))
+        prompt.known = prompt.prefix.tokens.size
+        full = self._pool.full(prompt.known)
+        prompt.pages = self._pool.share(prompt.part, prompt.prefix.pages[:full])
+        return prompt.prefix.pages[full:]
 
     def _copies(self, prompts: Iterable[Prompt]) -> list[int]:
         """Of how many pages the texts that begin with prompts have copies, in each part, where none stays."""
@@ -322,11 +350,14 @@ class Generation:
         if not self._reading:
             return None
         width = self._pool.width(max(slot.roomy for slot in new))
-        left = None if self._prior is None else self._prior.left
-        reading = self._engine.read(laid_out(self._engine.parts, self._reading), self._pool, width, left)
+        rows, stop = laid_out(self._engine.parts, self._reading), self._parting()
+        reading = self._engine.read(rows, self._pool, width, self._known(rows), stop)
         while True:
             try:
-                next(reading)
+                until_stop = next(reading)
+                if until_stop is not None:
+                    assert stop is not None
+                    self._remember(self._reading[0], until_stop, stop, self._owed)
             except StopIteration as end:
                 return end.value
             except Cancelled:
@@ -338,6 +369,53 @@ class Generation:
             if not self._reading or not any(slot.live for slot in new):
                 self._release_read()
                 raise _Unwanted
+
+    def _known(self, rows: Sequence[Prompt | None]) -> Read:
+        """What is known of the prompts in rows."""
+        engine, B = self._engine, len(rows)
+        read = engine.run(device.empty, engine.model, B=B)
+        if self._prior is not None:
+            return Read(read.logits, self._prior.left)
+        for row, prompt in enumerate(rows):
+            if prompt is not None and prompt.prefix is not None:
+                source = np.arange(B, dtype=np.int32)
+                source[row] = B + prompt.part
+                read = engine.run(device.pick, (read, prompt.prefix.read), source)
+                prompt.prefix = None
+        return read
+
+    # --- beginnings of prompts that are remembered -----------------------------------------------------------------
+
+    def _parting(self) -> int | None:
+        """After how many tokens, in full pages, the prompt that is read parts from one that is remembered; None if that
+        is hardly more than what is known of it.
+        """
+        if not self._prefixes.limit or len(self._reading) > 1:
+            return None
+        prompt = self._reading[0]
+        tokens = np.asarray(prompt.tokens, np.int32)
+        shared = self._pool.full(min(self._prefixes.common(prompt.part, tokens), len(tokens) - 1)) * self._pool.page
+        return shared if shared >= prompt.known + self._pool.page else None
+
+    def _remember_all(self, read: Read, owed: Sequence[int]) -> None:
+        """Remembers the prompts that were read; `owed` pages are to be left in each part."""
+        for prompt in self._reading:
+            if prompt.known < len(prompt.tokens):
+                self._remember(prompt, read, len(prompt.tokens), owed)
+
+    def _remember(self, prompt: Prompt, read: Read, length: int, owed: Sequence[int]) -> None:
+        """Remembers so many tokens of a prompt, if there is a page for a copy of the last where it is not full."""
+        full, part = self._pool.full(length), prompt.part
+        last = prompt.pages[full : self._pool.pages_for(length)]
+        if not (self._prefixes.limit and full and self._prefixes.make_room(part, owed[part] + len(last))):
+            return
+        parts = range(self._engine.parts)
+        pages = [*self._pool.share(part, prompt.pages[:full]), *self._pool.take(part, len(last))]
+        self._pool.copy([[*zip(last, pages[full:], strict=True)] if p == part else [] for p in parts])
+        row = laid_out(self._engine.parts, self._reading).index(prompt)
+        kept = self._engine.run(device.pick, (read,), np.asarray([row * (p == part) for p in parts], np.int32))
+        tokens = np.asarray(prompt.tokens[:length], np.int32)
+        self._prefixes.add(Prefix(part, tokens, pages, kept, whole=length == len(prompt.tokens)))
 
     def _release_read(self) -> None:
         """Gives up what is being read, and what was kept, of which texts may be waiting to begin."""
@@ -369,6 +447,9 @@ class Generation:
         else:
             self._kept = Kept(stays, picked(map(stays.get, range(parts))))
         begins = {slot: prompt for prompt in prompts for slot in prompt.slots}
+        for slot, prompt in begins.items():
+            if not slot.begun:
+                slot.reply.cached_tokens = prompt.known
         self._give_pages(prompts, list(stays.values()))
         if read is not None and len(self._reading) == len(new):
             return read
@@ -472,7 +553,7 @@ class Generation:
             pages = sum(more.values()) + self._owed[part]
             if not self._pool.has(part, pages):
                 self._release_ended()
-                if not self._pool.has(part, pages):
+                if not self._prefixes.make_room(part, pages):
                     return part
         return None
 

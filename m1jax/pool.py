@@ -87,6 +87,10 @@ class Pool:
         """Whether so many can be taken."""
         return self.limit is None or self._free(part) >= pages
 
+    def users(self, part: int, page: int) -> int:
+        """How many have a page."""
+        return self._users[part][page]
+
     def _free(self, part: int) -> int:
         return self._capacity - len(self._users[part])
 

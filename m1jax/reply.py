@@ -207,6 +207,7 @@ class Reply:
       tokens: the tokens generated, the one that ended the text included.
       logprobs: of these tokens, where the request wants them.
       segments: the text shown so far.
+      cached_tokens: those of the prompt that were not read, since they had been before.
       finish: why it ended, None while it goes on.
     """
 
@@ -217,6 +218,7 @@ class Reply:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.segments: list[Segment] = []
+        self.cached_tokens = 0
         self.finish: Finish | None = None
         self.limit = min(request.max_tokens, context - len(request.tokens))
         self.tokenizer, self._eos_ids = tokenizer, eos_ids

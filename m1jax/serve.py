@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from m1jax.server.service import Service
 
+REMEMBERED = 8  # beginnings of prompts, with a context
 BACKLOG = 2048  # clients that may wait to be taken in
 PATIENCE = 5  # seconds that clients have to read what is left when the server ends
 
@@ -63,6 +64,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "texts wait, and are read again (batch size x context)",
     )
     add(
+        "--prefix-cache",
+        type=int,
+        metavar="N",
+        help="with --context: remember the beginnings of N prompts; a prompt that has one is read from its end on "
+        f"({REMEMBERED})",
+    )
+    add(
         "--warm-up",
         action="store_true",
         help="with --context: compile before listening what texts need later (but for n > 1 and logprobs)",
@@ -72,7 +80,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--warm-up goes with --context, which makes texts of one size: give it, too")
     if args.cache_tokens is not None and args.context is None:
         raise UserError("--cache-tokens goes with --context, the most tokens of one text: give it, too")
-    for name, value, least in (("batch-size", args.batch_size, 1), ("max-waiting", args.max_waiting, 0)):
+    if args.prefix_cache is None:
+        args.prefix_cache = 0 if args.context is None else REMEMBERED
+    elif args.context is None:
+        raise UserError("--prefix-cache goes with --context, the most tokens of one text: give it, too")
+    for name, least in (("batch-size", 1), ("max-waiting", 0), ("prefix-cache", 0)):
+        value = getattr(args, name.replace("-", "_"))
         if value < least:
             raise UserError(f"{name} must be {least} or more, not {value}")
     if not 0 <= args.port <= 65535:
@@ -115,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _ = Prompter(tokenizer).template  # complains before the weights are read
         use_compilation_cache()
         model = load(folder, args.dtype, args.quantize, mesh=args.mesh)
-        limits = args.batch_size, args.max_waiting, args.context, args.cache_tokens
+        limits = args.batch_size, args.max_waiting, args.context, args.cache_tokens, args.prefix_cache
         service = Service(model, tokenizer, *limits)
         service.engine.check_room(args.batch_size)  # now, and not when someone asks
         if args.warm_up:

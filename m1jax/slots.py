@@ -5,8 +5,10 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from m1jax.pool import bucket
+from m1jax.prefixes import Prefix
 from m1jax.reply import Reply, TokenLogprob
 from m1jax.rows import FREE, Chosen
 
@@ -22,6 +24,7 @@ class Slot:
       pages: where its keys and values are, among that part's pages.
       chosen: how many tokens were chosen, those in flight included.
       turn: its number among all that have begun.
+      prefix: with what its reading is to begin.
     """
 
     request: int
@@ -30,6 +33,8 @@ class Slot:
     pages: list[int] = dataclasses.field(default_factory=list)
     chosen: int = 0
     turn: int = -1
+    prefix: Prefix | None = None
+    _array: NDArray[np.int32] | None = None
 
     @property
     def live(self) -> bool:
@@ -47,6 +52,13 @@ class Slot:
         return [*self.reply.request.tokens, *self.reply.tokens]
 
     @property
+    def array(self) -> NDArray[np.int32]:
+        """The same, int32; made once, for prompts may be long."""
+        if self._array is None or len(self._array) != len(self.reply.request.tokens) + len(self.reply.tokens):
+            self._array = np.asarray(self.tokens, np.int32)
+        return self._array
+
+    @property
     def roomy(self) -> int:
         """How many tokens there is to be room for when it begins or goes on."""
         done = len(self.reply.tokens)
@@ -62,7 +74,8 @@ class Slot:
 class Prompt:
     """What is read, in which part of the batch, into which pages, for which texts.
 
-    `request` is None where it is a text that goes on, with which no other begins.
+    `request` is None where it is a text that goes on, with which no other begins. `known` is how many of its tokens
+    need not be read, those of `prefix` if there is one.
     """
 
     request: int | None
@@ -70,6 +83,8 @@ class Prompt:
     tokens: Sequence[int]
     slots: list[Slot] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
+    prefix: Prefix | None = None
+    known: int = 0
 
 
 Placed = TypeVar("Placed", Slot, Prompt)

@@ -15,12 +15,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from m1jax import M1, M1Config, rows
 from m1jax.engine import Engine
+from m1jax.generation import Generation
 from m1jax.model import build
 from m1jax.params import ParamSpec
 from m1jax.reply import Reply, Request
 from m1jax.tokenizer import Tokenizer
 
 DATA = Path(__file__).parent / "data"
+PAGE, LONGEST = 16, 64  # of `limited`, where a test makes pages so small
 CONTEXT = 256  # of `random_model`, the smallest cache: few shapes, few compilations
 MARKS = ["<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>"]
 CORPUS = [
@@ -166,3 +168,38 @@ def counted_chunks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any]
 
     monkeypatch.setattr(engine, "run", counted)
     return chunks
+
+
+def limited(engine: Engine, pages: int, prefix_cache: int = 0) -> Engine:
+    """An engine with so many pages; what the other has compiled is shared."""
+    out = Engine(engine.model, engine.tokenizer, lambda: False, LONGEST, pages * PAGE, prefix_cache)
+    out.eos_ids, out._compiled = engine.eos_ids, engine._compiled
+    return out
+
+
+def all_are_free(generation: Generation) -> None:
+    """After what has ended and what is remembered nobody has a page."""
+    generation._release_ended()
+    generation._forget()
+    generation._prefixes.clear()
+    pool = generation._pool
+    assert not any(pool._users)
+    for returned, fresh in zip(pool._returned, pool._fresh, strict=True):
+        assert sorted(returned) == list(range(fresh))
+
+
+def tokens(found: dict[tuple[int, int], Any]) -> dict[tuple[int, int], list[int]]:
+    """Those of `replies`."""
+    return {key: reply.tokens for key, reply in found.items()}
+
+
+def calls_of(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
+    """What a method of `Generation` is called with."""
+    calls, method = [], getattr(Generation, name)
+
+    def count(self: Generation, *args: Any) -> Any:
+        calls.append((self, *args))
+        return method(self, *args)
+
+    monkeypatch.setattr(Generation, name, count)
+    return calls

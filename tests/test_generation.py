@@ -15,20 +15,23 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return random_engine(tmp_path_factory.mktemp("tokenizer"))
 
 
-def test_what_is_warm_is_not_compiled(engine: Engine) -> None:
+@pytest.mark.parametrize("prefix_cache", [0, 3])
+def test_what_is_warm_is_not_compiled(engine: Engine, monkeypatch: pytest.MonkeyPatch, prefix_cache: int) -> None:
     """Prompts of all lengths and in chunks, texts that join and leave one by one; nothing of the warming stays."""
-    warm = Engine(engine.model, engine.tokenizer, context=64)
+    monkeypatch.setattr(engine_module, "PAGE", 16)
+    warm = Engine(engine.model, engine.tokenizer, context=64, prefix_cache=prefix_cache)
     warm.warm_up(4)
     assert warm.stats.generated_tokens == warm.stats.compilations == 0
     warm.eos_ids = frozenset()
     requests = [Request((7,) * length, max_tokens=9 + length % 7, seed=length) for length in (1, 15, 17, 33, 50, 3)]
-    generation, found = warm.generate([requests[0]], 4, eager=True), {}
+    generation, found, cached = warm.generate([requests[0]], 4, eager=True), {}, 0
     for count, event in enumerate(generation, 1):
         if count % 3 == 0 and count // 3 < len(requests):
             generation.add(count // 3, requests[count // 3])
+        cached += event.reply.cached_tokens
         if event.reply.finish is not None:
             found[event.request] = event.reply.tokens
-    assert warm.stats.compilations == 0
+    assert warm.stats.compilations == 0 and bool(cached) == bool(prefix_cache)
     assert found == {k: one(engine, request).tokens for k, request in enumerate(requests)}
 
 

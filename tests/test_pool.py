@@ -13,9 +13,7 @@ from m1jax.generation import Generation
 from m1jax.pool import Pool
 from m1jax.reply import Request
 from m1jax.slots import Prompt
-from tests.generation_fixtures import random_engine, replies
-
-PAGE, LONGEST = 16, 64
+from tests.generation_fixtures import PAGE, all_are_free, calls_of, limited, random_engine, replies, tokens
 
 
 @pytest.fixture(scope="module")
@@ -31,43 +29,11 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "ROOM", 4)
 
 
-def limited(engine: Engine, pages: int) -> Engine:
-    """An engine with so many pages; what the other has compiled is shared."""
-    out = Engine(engine.model, engine.tokenizer, context=LONGEST, cache_tokens=pages * PAGE)
-    out.eos_ids, out._compiled = engine.eos_ids, engine._compiled
-    return out
-
-
 def run(generation: Generation) -> dict[tuple[int, int], list[int]]:
     """The tokens of all texts; in the end nobody has a page."""
     found = {(e.request, e.reply.sample): e.reply.tokens for e in generation if e.reply.finish is not None}
-    check_all_are_free(generation)
+    all_are_free(generation)
     return found
-
-
-def check_all_are_free(generation: Generation) -> None:
-    generation._release_ended()
-    generation._forget()
-    pool = generation._pool
-    assert not any(pool._users)
-    for returned, fresh in zip(pool._returned, pool._fresh, strict=True):
-        assert sorted(returned) == list(range(fresh))
-
-
-def tokens(found: dict[tuple[int, int], Any]) -> dict[tuple[int, int], list[int]]:
-    return {key: reply.tokens for key, reply in found.items()}
-
-
-def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
-    """What a method of `Generation` is called with."""
-    calls, method = [], getattr(Generation, name)
-
-    def count(self: Generation, *args: Any) -> Any:
-        calls.append((self, *args))
-        return method(self, *args)
-
-    monkeypatch.setattr(Generation, name, count)
-    return calls
 
 
 @pytest.mark.parametrize("eager", [False, True])
@@ -81,7 +47,7 @@ def test_who_has_no_page_goes_on_later_the_same(
     requests[2] = Request((7,), seed=2, max_tokens=63, thinking=True, thinking_budget=30)
     want = tokens(replies(engine, requests, 5))
     small = limited(engine, pages)
-    displaced = counted(monkeypatch, "_displace")
+    displaced = calls_of(monkeypatch, "_displace")
     assert run(small.generate(requests, 4, eager=eager)) == want
     # With the room of one text most come one after the other.
     assert pages == 4 or (displaced and small.stats.prompt_tokens > sum(length for length, _ in lengths))
@@ -101,7 +67,7 @@ def test_what_is_read_gives_its_pages_up(engine: Engine, monkeypatch: pytest.Mon
             if event.reply.finish is not None:
                 found[event.request, event.reply.sample] = event.reply.tokens
         assert found == want
-        check_all_are_free(generation)
+        all_are_free(generation)
         given_up += small.stats.prompt_tokens > 3 + 50
     assert given_up
 
@@ -117,7 +83,7 @@ def test_samples_share_the_full_pages_of_their_prompt(engine: Engine, length: in
         most = users if event.reply.sample == 0 and len(event.reply.tokens) == 1 else most
     full, partial = divmod(length, PAGE)
     assert most[4] == full and most[1] == 4 * (partial > 0)
-    check_all_are_free(generation)
+    all_are_free(generation)
     assert fixed.stats.prompt_tokens == length
     assert run(fixed.generate([request], 4)) == run(limited(engine, 5).generate([request], 3)) == want
 
@@ -133,7 +99,7 @@ def test_dropped_texts_leave_no_page(engine: Engine) -> None:
                 generation.add(count - 2, requests[count - 2])
             if count == when:
                 generation.drop(when % 3)
-        check_all_are_free(generation)
+        all_are_free(generation)
 
 
 def added(engine: Engine, first: list[Request], last: Request, after: int, rows: int = 8, eager: bool = True) -> Any:
@@ -144,7 +110,7 @@ def added(engine: Engine, first: list[Request], last: Request, after: int, rows:
             generation.add(len(first), last)
         if event.reply.finish is not None:
             found[event.request, event.reply.sample] = event.reply.tokens
-    check_all_are_free(generation)
+    all_are_free(generation)
     return found
 
 
@@ -185,7 +151,7 @@ def test_a_dropped_prompt_is_forgotten(engine: Engine) -> None:
         elif event.request == 1:
             found = event.reply.tokens
     assert found == want and begun[2] < 20
-    check_all_are_free(generation)
+    all_are_free(generation)
 
 
 def test_a_dropped_request_begins_no_more_samples(engine: Engine) -> None:
@@ -226,7 +192,7 @@ def test_rows_that_ended_are_dropped_while_others_wait_for_pages(engine: Engine)
         if count > 25 and generation._queue:
             sizes.add(len(generation._slots))
     assert sizes == {1}
-    check_all_are_free(generation)
+    all_are_free(generation)
 
 
 def test_a_pool_counts_its_pages(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

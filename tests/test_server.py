@@ -452,6 +452,9 @@ def test_the_command_serves_until_ctrl_c(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["scores"][0]["accuracy"] > 0.9
+        long = {"messages": [{"role": "user", "content": "1 2 3 4 5 " * 40}], "max_tokens": 1}
+        usage = [ask(port, long)[1]["usage"] for _ in range(2)]  # the second time it is known
+        assert [one["prompt_tokens_details"]["cached_tokens"] for one in usage] == [0, usage[0]["prompt_tokens"]]
         body = {"messages": USER, "stream": True, "temperature": 3, "repetition_penalty": 9, "thinking_budget": 400}
         with asking(port, body) as response:
             assert response.readline().startswith(b"data: ")
@@ -474,6 +477,8 @@ def test_the_command_serves_until_ctrl_c(tmp_path: Path) -> None:
         (["--context", "99999999"], "context must be from 2 to the model's"),
         (["--warm-up"], "--warm-up goes with --context"),
         (["--cache-tokens", "512"], "--cache-tokens goes with --context"),
+        (["--prefix-cache", "2"], "--prefix-cache goes with --context"),
+        (["--prefix-cache", "-1", "--context", "512"], "prefix-cache must be 0 or more, not -1"),
         (["--cache-tokens", "511", "--context", "512"], "cache-tokens must be 512 or more, room for one text, not 511"),
     ],
 )

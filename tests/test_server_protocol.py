@@ -137,7 +137,7 @@ def test_prompts_that_are_refused(tokenizer: Tokenizer, body: Any, why: str) -> 
 class Written:
     """A reply that is already written, as far as an answer looks at it."""
 
-    sample, tokens = 0, (1, 2, 3)
+    sample, tokens, cached_tokens = 0, (1, 2, 3), 0
 
     def __init__(self, finish: str | None) -> None:
         self.finish = finish

@@ -252,11 +252,17 @@ class Answer:
         return {**self._head, "object": self._object, "choices": choices, "usage": self.usage}
 
     @property
-    def usage(self) -> dict[str, int]:
-        """How many tokens there were; a prompt counts once for all its texts."""
+    def usage(self) -> dict[str, Any]:
+        """How many tokens there were, and how many had been read before; a prompt counts once for all its texts."""
         prompt = sum(len(request.tokens) for request in self._asked.requests)
         written = sum(len(reply.tokens) for reply in self._replies.values())
-        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+        first = (self._replies[k] for k, (_, sample) in enumerate(self._asked.texts()) if sample == 0)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": written,
+            "total_tokens": prompt + written,
+            "prompt_tokens_details": {"cached_tokens": sum(reply.cached_tokens for reply in first)},
+        }
 
     def _finish(self, k: int) -> str:
         reason = self._replies[k].finish or "interrupted"

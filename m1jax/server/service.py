@@ -50,7 +50,7 @@ class Service:
       tokenizer: its tokenizer.
       max_rows: the most texts generated at once.
       max_waiting: the most that wait for a place.
-      context, cache_tokens: see `Engine`.
+      context, cache_tokens, prefix_cache: see `Engine`.
     """
 
     def __init__(
@@ -61,10 +61,11 @@ class Service:
         max_waiting: int,
         context: int | None = None,
         cache_tokens: int | None = None,
+        prefix_cache: int = 0,
     ) -> None:
         self._closing = False
         self._generation: Generation | None = None
-        self.engine = Engine(model, tokenizer, self._look, context, cache_tokens)
+        self.engine = Engine(model, tokenizer, self._look, context, cache_tokens, prefix_cache)
         self._max_rows, self._most = max_rows, max_rows + max_waiting
         self._numbers = itertools.count()
         self._lock = threading.Lock()
