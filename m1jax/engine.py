@@ -64,13 +64,14 @@ class Engine:
         fewer shapes. None is the model's; room then grows.
       cache_tokens: with `context`, of how many tokens in all there is room for keys and values, as many as the context
         has or more. None is room for texts as long as the context, as many as are generated at once.
-      prefix_cache: with `context`, how many beginnings of prompts are remembered by an eager generation. Each takes a
-        row's lightning states, and pages until there are too few. None where a mesh splits sequences.
+      prefix_cache: with `context`, how many beginnings of prompts an eager generation remembers. Each takes a row's
+        lightning states, and pages until there are too few. Where a mesh splits sequences there are none.
 
     Attributes:
       parts: in how many parts the mesh splits the rows of a batch.
       splits_sequences: whether it splits the tokens of a sequence.
       fixed: whether there is room for the whole context from the start.
+      prefix_cache: how many beginnings are remembered in each part.
 
     Raises:
       UserError: the tokenizer has tokens that the model does not know, or the model's context is shorter.
@@ -109,7 +110,7 @@ class Engine:
         self.splits_sequences = mesh is not None and shards(mesh, "sequence") > 1
         if cache_tokens is not None:
             check_cache_tokens(cache_tokens, context, self.parts)
-        self.prefix_cache = prefix_cache if self.fixed and not self.splits_sequences else 0
+        self.prefix_cache = -(-prefix_cache // self.parts) if self.fixed and not self.splits_sequences else 0
         self._compiled: dict[Hashable, Any] = {}
 
     def generate(
@@ -160,8 +161,9 @@ class Engine:
                 for left in sizes[: sizes.index(size) + 1]:
                     for joining in range(1 + (left < max_rows)):
                         self._change(max_rows, size, left, joining)
-            if self.prefix_cache and self.page + 2 < self.context:  # a prompt, and one that goes on from it
-                texts = [Request((0,) * (self.page + i), max_tokens=1) for i in (1, 2)]
+            if self.prefix_cache and self.page < self.context:  # a prompt, and one that goes on from it
+                lengths = (min(self.page + i, self.context - 1) for i in (1, 2))
+                texts = [Request((0,) * length, max_tokens=1) for length in lengths]
                 collections.deque(self.generate(texts, max_rows, eager=True), maxlen=0)
         finally:
             self.eos_ids, self.stats = eos_ids, Stats()
@@ -234,11 +236,11 @@ class Engine:
         needed, free = each * (len(devices) if on_host else 1), free_memory(devices)
         if needed > free:
             where = "this machine" if on_host else "each device"
-            states = f" and the states of {self.prefix_cache} prompts" if self.prefix_cache else ""
+            states = f" and the states of {self.prefix_cache * self.parts} prompts" if self.prefix_cache else ""
+            or_less = ", batch-size or prefix-cache" if self.prefix_cache else " or batch-size"
             raise UserError(
                 f"keys and values of {limit * self.parts * self.page} tokens{states} need {needed / 1e9:.1f} GB of "
-                f"memory on {where}, {free / 1e9:.1f} GB are free: give less context, cache-tokens, batch-size or "
-                "prefix-cache"
+                f"memory on {where}, {free / 1e9:.1f} GB are free: give less context, cache-tokens{or_less}"
             )
 
     def cache_bucket(self, n: int) -> int:

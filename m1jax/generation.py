@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from m1jax.engine import Engine
 
 TRACED = 2048  # tokens looked at to find the layer where NaN begins
+WORTH = 8  # pages of tokens that another part need not read, for which a text goes there though more texts are there
 
 
 class Event(NamedTuple):
@@ -96,7 +97,7 @@ class Generation:
     ) -> None:
         self._engine, self._max_rows, self._prior, self._eager = engine, max_rows, prior, eager
         self._pool = engine.pool(max_rows) if prior is None else prior.pool
-        self._prefixes = Prefixes(self._pool, engine.prefix_cache if eager and prior is None else 0)
+        self._prefixes = Prefixes(engine, self._pool, engine.prefix_cache if eager and prior is None else 0)
         # Not made before they are due.
         self._later, self._all_made = (slot for slot in queue if slot.request not in self._dropped), False
         self._dropped = set[int]()  # requests of which more texts might be made
@@ -118,6 +119,7 @@ class Generation:
         """After the iteration over a single text, what it has left: a `prior`, and no longer this generation's."""
         if self._rows is None or not self._slots or self._slots[0] is None:
             return None
+        self._prefixes.clear()
         return Prior(self._rows.left, self._pool, self._slots[0].pages)
 
     def __iter__(self) -> Iterator[Event]:
@@ -191,17 +193,27 @@ class Generation:
         texts, parts = [*self._live(), *new], self._engine.parts
         counts = [sum(one.part == part for one in texts) for part in range(parts)]
         found = [self._prefixes.longest(part, slot.array) if self._prefixes.limit else None for part in range(parts)]
-        goes_on = [prefix is not None and prefix.whole for prefix in found]
-        for slot.part in sorted(range(parts), key=lambda part: (not goes_on[part], counts[part])):
-            slot.prefix = found[slot.part]
-            if counts[slot.part] * parts < self._max_rows and self._has(slot.part, [*new, slot]):
+        known = [0 if prefix is None else prefix.tokens.size for prefix in found]
+        order = sorted(range(parts), key=lambda part: (counts[part], -known[part]))
+        most = max(order, key=known.__getitem__)
+        if known[most] >= known[order[0]] + WORTH * self._pool.page:
+            order.sort(key=most.__ne__)
+        for slot.part in order:
+            if counts[slot.part] * parts < self._max_rows and self._fits(slot, new, found[slot.part]):
                 return True
         slot.prefix = None
         return False
 
-    def _has(self, part: int, new: Sequence[Slot]) -> bool:
-        """Whether a part has the pages for what begins there; forgets beginnings that nobody of them has."""
-        return self._prefixes.make_room(part, self._wanted(new, part), {slot.prefix for slot in new})
+    def _fits(self, slot: Slot, new: Sequence[Slot], prefix: Prefix | None) -> bool:
+        """Whether a text's part has the pages for it: best if what is known of it stays, else if it takes that."""
+        others, ways = [one for one in new if one.prefix is prefix], list[tuple[Prefix | None, bool]]()
+        if prefix is not None and not any(one.takes for one in others):
+            ways = [(prefix, False)] if others else [(prefix, False), (prefix, True)]
+        for slot.prefix, slot.takes in (*ways, (None, False)):
+            spared = {one.prefix for one in (*new, slot)}
+            if self._prefixes.make_room(slot.part, self._wanted([*new, slot], slot.part), spared):
+                return True
+        return False
 
     def _wanted(self, new: Sequence[Slot], part: int) -> int:
         """How many pages more the texts that begin in a part are to have room in."""
@@ -214,7 +226,7 @@ class Generation:
             if not slot.begun and slot.request in shared:
                 pages -= self._pool.full(len(slot.tokens))
             elif slot.prefix is not None:
-                pages -= self._pool.full(slot.prefix.tokens.size)
+                pages -= len(slot.prefix.pages) if slot.takes else self._pool.full(slot.prefix.tokens.size)
             shared |= set() if slot.begun else {slot.request}
         return pages if self._prior is None else pages - len(self._prior.pages)
 
@@ -311,7 +323,8 @@ class Generation:
         for slot in new:
             key = slot if slot.begun else (slot.request, slot.part)
             if key not in prompts:
-                fresh = Prompt(None if slot.begun else slot.request, slot.part, slot.tokens, prefix=slot.prefix)
+                request = None if slot.begun else slot.request
+                fresh = Prompt(request, slot.part, slot.tokens, prefix=slot.prefix, takes=slot.takes)
                 prompts[key] = kept.get((fresh.request, fresh.part), fresh)
             prompts[key].slots.append(slot)
             slot.prefix = None
@@ -330,13 +343,17 @@ class Generation:
         """Gives a prompt the pages of what is known of it; the page of which it is to have a copy, if there is one."""
         if self._prior is not None:
             prompt.known, prompt.pages = int(self._prior.left.length[0]), list(self._prior.pages)
-        if prompt.prefix is None:
+        prefix = prompt.prefix
+        if prefix is None:
             return []
-        self._prefixes.use(prompt.prefix, len(prompt.tokens))
-        prompt.known = prompt.prefix.tokens.size
+        prompt.known = prefix.tokens.size
+        if prompt.takes:
+            prompt.pages = self._prefixes.take(prefix)
+            return []
+        self._prefixes.use(prefix, len(prompt.tokens))
         full = self._pool.full(prompt.known)
-        prompt.pages = self._pool.share(prompt.part, prompt.prefix.pages[:full])
-        return prompt.prefix.pages[full:]
+        prompt.pages = self._pool.share(prompt.part, prefix.pages[:full])
+        return prefix.pages[full:]
 
     def _copies(self, prompts: Iterable[Prompt]) -> list[int]:
         """Of how many pages the texts that begin with prompts have copies, in each part, where none stays."""
@@ -372,17 +389,11 @@ class Generation:
 
     def _known(self, rows: Sequence[Prompt | None]) -> Read:
         """What is known of the prompts in rows."""
-        engine, B = self._engine, len(rows)
-        read = engine.run(device.empty, engine.model, B=B)
+        read = self._engine.run(device.empty, self._engine.model, B=len(rows))
         if self._prior is not None:
             return Read(read.logits, self._prior.left)
-        for row, prompt in enumerate(rows):
-            if prompt is not None and prompt.prefix is not None:
-                source = np.arange(B, dtype=np.int32)
-                source[row] = B + prompt.part
-                read = engine.run(device.pick, (read, prompt.prefix.read), source)
-                prompt.prefix = None
-        return read
+        known = {row: prompt.prefix for row, prompt in enumerate(rows) if prompt is not None}
+        return self._prefixes.read(read, {row: prefix for row, prefix in known.items() if prefix is not None})
 
     # --- beginnings of prompts that are remembered -----------------------------------------------------------------
 
@@ -390,32 +401,31 @@ class Generation:
         """After how many tokens, in full pages, the prompt that is read parts from one that is remembered; None if that
         is hardly more than what is known of it.
         """
-        if not self._prefixes.limit or len(self._reading) > 1:
-            return None
         prompt = self._reading[0]
+        if not self._prefixes.limit or len(self._reading) > 1 or prompt.request is None:
+            return None
         tokens = np.asarray(prompt.tokens, np.int32)
         shared = self._pool.full(min(self._prefixes.common(prompt.part, tokens), len(tokens) - 1)) * self._pool.page
         return shared if shared >= prompt.known + self._pool.page else None
 
     def _remember_all(self, read: Read, owed: Sequence[int]) -> None:
-        """Remembers the prompts that were read; `owed` pages are to be left in each part."""
+        """Remembers the prompts that were read, not texts that go on; `owed` pages are to be left in each part."""
         for prompt in self._reading:
-            if prompt.known < len(prompt.tokens):
+            if prompt.request is not None and prompt.known < len(prompt.tokens):
                 self._remember(prompt, read, len(prompt.tokens), owed)
 
     def _remember(self, prompt: Prompt, read: Read, length: int, owed: Sequence[int]) -> None:
         """Remembers so many tokens of a prompt, if there is a page for a copy of the last where it is not full."""
-        full, part = self._pool.full(length), prompt.part
+        full, part, parts = self._pool.full(length), prompt.part, self._engine.parts
         last = prompt.pages[full : self._pool.pages_for(length)]
         if not (self._prefixes.limit and full and self._prefixes.make_room(part, owed[part] + len(last))):
             return
-        parts = range(self._engine.parts)
         pages = [*self._pool.share(part, prompt.pages[:full]), *self._pool.take(part, len(last))]
-        self._pool.copy([[*zip(last, pages[full:], strict=True)] if p == part else [] for p in parts])
-        row = laid_out(self._engine.parts, self._reading).index(prompt)
-        kept = self._engine.run(device.pick, (read,), np.asarray([row * (p == part) for p in parts], np.int32))
+        self._pool.copy([[*zip(last, pages[full:], strict=True)] if p == part else [] for p in range(parts)])
+        rows = laid_out(parts, self._reading)
         tokens = np.asarray(prompt.tokens[:length], np.int32)
-        self._prefixes.add(Prefix(part, tokens, pages, kept, whole=length == len(prompt.tokens)))
+        row, whole = rows.index(prompt) % (len(rows) // parts), length == len(prompt.tokens)
+        self._prefixes.add(part, tokens, pages, read, row, whole, prompt.prefix if whole else None)
 
     def _release_read(self) -> None:
         """Gives up what is being read, and what was kept, of which texts may be waiting to begin."""

@@ -100,6 +100,29 @@ def pick(reads: tuple[Read, ...], source: jax.Array) -> Read:
     return Read(_like_logits(logits), _rows_of([read.left for read in reads], source))
 
 
+@functools.partial(jax.jit, donate_argnames="kept")
+def keep(kept: Read, read: Read, source: jax.Array, target: jax.Array) -> Read:
+    """Copies in each part of the rows one into one of those that are kept: int32 numbers among those of the part; a
+    target that is no row's is for nothing.
+    """
+
+    def local(source: jax.Array, target: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        (logits, length, s), (own_logits, own_length, own_s) = arrays[:3], arrays[3:]
+        return (
+            own_logits.at[target].set(logits[source], mode="drop"),
+            own_length.at[target].set(length[source], mode="drop"),
+            own_s.at[:, target].set(s[:, source], mode="drop"),
+        )
+
+    axes = (("batch", "vocab"), _LENGTH, _S)
+    named = {f"{what} {i}": names for what in ("read", "kept") for i, names in enumerate(axes)}
+    arrays = (a for one in (read, kept) for a in (one.logits, one.left.length, one.left.lightning.s))
+    with on_mesh_of(kept.left.length):
+        run = on_mesh(local, None, axes, source=_LENGTH, target=_LENGTH, **named)
+        logits, length, s = run(source, target, *arrays)
+    return Read(logits, Left(LightningState(s), length))
+
+
 @functools.partial(jax.jit, donate_argnames="read", static_argnames="logprobs")
 def begin(
     read: Read, seen: jax.Array, sampling: SamplingRows, forced: jax.Array, logprobs: bool

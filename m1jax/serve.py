@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from m1jax.server.service import Service
 
-REMEMBERED = 8  # beginnings of prompts, with a context
 BACKLOG = 2048  # clients that may wait to be taken in
 PATIENCE = 5  # seconds that clients have to read what is left when the server ends
 
@@ -67,8 +66,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--prefix-cache",
         type=int,
         metavar="N",
-        help="with --context: remember the beginnings of N prompts; a prompt that has one is read from its end on "
-        f"({REMEMBERED})",
+        help="with --context: remember N beginnings of prompts, of 256 tokens or more; a prompt that has one is read "
+        "from its end on (2 x batch size: each conversation wants one, and what they share; none on a mesh with seq)",
     )
     add(
         "--warm-up",
@@ -81,7 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.cache_tokens is not None and args.context is None:
         raise UserError("--cache-tokens goes with --context, the most tokens of one text: give it, too")
     if args.prefix_cache is None:
-        args.prefix_cache = 0 if args.context is None else REMEMBERED
+        args.prefix_cache = 0 if args.context is None else 2 * args.batch_size
     elif args.context is None:
         raise UserError("--prefix-cache goes with --context, the most tokens of one text: give it, too")
     for name, least in (("batch-size", 1), ("max-waiting", 0), ("prefix-cache", 0)):

@@ -24,7 +24,8 @@ class Slot:
       pages: where its keys and values are, among that part's pages.
       chosen: how many tokens were chosen, those in flight included.
       turn: its number among all that have begun.
-      prefix: with what its reading is to begin.
+      prefix: from where on it is to be read.
+      takes: whether that is to be forgotten for it, whose last page it then need not copy.
     """
 
     request: int
@@ -34,6 +35,7 @@ class Slot:
     chosen: int = 0
     turn: int = -1
     prefix: Prefix | None = None
+    takes: bool = False
     _array: NDArray[np.int32] | None = None
 
     @property
@@ -75,7 +77,7 @@ class Prompt:
     """What is read, in which part of the batch, into which pages, for which texts.
 
     `request` is None where it is a text that goes on, with which no other begins. `known` is how many of its tokens
-    need not be read, those of `prefix` if there is one.
+    need not be read, those of `prefix` if there is one, which it may take.
     """
 
     request: int | None
@@ -84,6 +86,7 @@ class Prompt:
     slots: list[Slot] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
     prefix: Prefix | None = None
+    takes: bool = False
     known: int = 0
 
 

@@ -35,6 +35,19 @@ def test_what_is_warm_is_not_compiled(engine: Engine, monkeypatch: pytest.Monkey
     assert found == {k: one(engine, request).tokens for k, request in enumerate(requests)}
 
 
+@pytest.mark.parametrize("context", [16, 17, 18])
+def test_what_is_warm_is_not_compiled_in_a_context_of_a_page(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, context: int
+) -> None:
+    """And a token or two, of which the longest prompt has one less."""
+    monkeypatch.setattr(engine_module, "PAGE", 16)
+    warm = Engine(engine.model, engine.tokenizer, context=context, prefix_cache=2)
+    warm.warm_up(2)
+    generation = warm.generate([Request((7,) * (context - 1), max_tokens=1)] * 2, 2, eager=True)
+    *_, last = generation
+    assert warm.stats.compilations == 0 and last.reply.cached_tokens == (0 if context == 16 else context - 1)
+
+
 @pytest.mark.parametrize("after", range(4, 9))
 def test_a_text_is_dropped_when_it_is_its_turn(engine: Engine, after: int) -> None:
     """Between the events of the last step before it would join, or those of the first after; of two, which stay."""

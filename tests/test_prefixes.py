@@ -105,7 +105,10 @@ def test_the_oldest_is_forgotten_but_a_conversation_before_its_last_prompt(engin
     assert talk.cached == [20]
     talk.ask(one)
     assert talk.cached == [0]
-    assert [prefix.tokens.size for prefix in talk.generation._prefixes._known] == [PAGE, 20]  # what it shares, and it
+    assert [prefix.tokens.size for prefix in talk.generation._prefixes._known[0]] == [
+        PAGE,
+        20,
+    ]  # what it shares, and it
     all_are_free(talk.generation)
 
 
@@ -115,7 +118,7 @@ def test_beginnings_are_forgotten_before_a_text_waits(engine: Engine, monkeypatc
     talk = Conversation(limited(engine, 4, 4))
     for request in (Request(prompt(1, 40), max_tokens=2), Request(prompt(2, 3), max_tokens=60)):
         assert talk.ask(request) == [alone(engine, request)]
-    assert not talk.generation._prefixes._known
+    assert talk.generation._prefixes._known == [[]]
     first = Request(prompt(3, 2 * PAGE), max_tokens=2)
     second = Request((*first.tokens, 9), max_tokens=LONGEST - 2 * PAGE - 1)
     assert talk.ask(first, second) == [alone(engine, first), alone(engine, second)]
@@ -123,13 +126,81 @@ def test_beginnings_are_forgotten_before_a_text_waits(engine: Engine, monkeypatc
     all_are_free(talk.generation)
 
 
+def test_a_text_takes_its_beginning_over_where_there_is_no_page_to_copy_it(engine: Engine) -> None:
+    """It has all four pages, of which the beginning had three; so it is forgotten, and what came after remembered."""
+    talk, first = Conversation(limited(engine, 4, 4)), Request(prompt(1, 35), max_tokens=2)
+    second = Request((*first.tokens, *prompt(2, 15)), max_tokens=4)
+    assert talk.ask(first, second) == [alone(engine, first), alone(engine, second)]
+    assert talk.cached == [0, 35] and talk.read == 35 + 15
+    all_are_free(talk.generation)
+
+
+def test_a_text_does_not_wait_for_a_page_of_its_beginning(engine: Engine) -> None:
+    """Four of eight pages are another's, who goes on for long: without what is known there is room."""
+    talk, first = Conversation(limited(engine, 8, 4)), Request(prompt(1, 35), max_tokens=2)
+    talk.ask(first)
+    long, second = Request(prompt(5, 49), max_tokens=15), Request((*first.tokens, *prompt(2, 15)), max_tokens=4)
+    talk.generation.add(1, long)
+    talk.generation.add(2, second)
+    found: dict[int, Any] = {}
+    for event in talk.generation:
+        if event.request == 2 and len(event.reply.tokens) == 1:
+            assert len(found[1].tokens) < 6
+        found[event.request] = event.reply
+    assert [found[1].tokens, found[2].tokens] == [*alone(engine, long), *alone(engine, second)]
+    all_are_free(talk.generation)
+
+
+def test_a_prompt_that_is_given_up_leaves_what_it_went_on_from(engine: Engine) -> None:
+    """As the last to be forgotten: it was used last."""
+    talk = Conversation(limited(engine, 32, 2))
+    one, other = Request(prompt(1, 20), max_tokens=2), Request(prompt(2, 20), max_tokens=2)
+    longer = Request((*one.tokens, *prompt(3, 40)), max_tokens=2)
+    talk.ask(one, other)
+
+    def drop() -> bool:
+        if talk.generation._entering:
+            talk.generation.drop(2)
+        return False
+
+    talk.engine.cancelled = drop
+    talk.generation.add(2, longer)
+    assert not list(talk.generation)
+    talk.engine.cancelled, talk.count = lambda: False, 3
+    talk.generation.rest()
+    talk.ask(Request(prompt(4, 20), max_tokens=2))
+    assert talk.ask(longer) == [alone(engine, longer)] and talk.cached == [20]
+    all_are_free(talk.generation)
+
+
+def test_who_shares_all_pages_is_not_forgotten_for_one(engine: Engine) -> None:
+    """Of a common beginning and a prompt with it and a page of its own, the prompt gives that page."""
+    talk, common = Conversation(limited(engine, 6, 2)), prompt(1, 2 * PAGE)
+    for i in range(2):
+        talk.ask(Request((*common, *prompt(10 + i, 8)), max_tokens=1))
+    talk.ask(Request(prompt(40, 10), max_tokens=LONGEST - 10))
+    talk.ask(Request((*common, *prompt(12, 8)), max_tokens=1))
+    assert talk.cached == [2 * PAGE]
+    all_are_free(talk.generation)
+
+
+def test_what_a_text_leaves_has_its_pages_to_itself(engine: Engine) -> None:
+    small, first = limited(engine, 4, 4), Request(prompt(1, 35), max_tokens=4)
+    generation = small.generate([first], 1, eager=True)
+    *_, last = generation
+    second = Request((*first.tokens, *last.reply.tokens, *prompt(2, 13)), max_tokens=4)
+    *_, last = small.generate([second], 1, prior=generation.left)
+    assert [last.reply.tokens] == alone(engine, second) and small.stats.prompt_tokens == 35 + 1 + 13
+
+
 def test_a_text_that_waited_goes_on_from_its_prompt(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If that is remembered: both prompts fill pages of which the texts give up none."""
+    """If that is remembered: both prompts fill pages of which the texts give up none. It is not remembered itself."""
     displaced = calls_of(monkeypatch, "_displace")
     requests = [Request(prompt(i, PAGE), seed=i, max_tokens=40) for i in range(2)]
     talk = Conversation(limited(engine, 6, 4))
     assert talk.ask(*requests) == [alone(engine, request) for request in requests]
     assert displaced and talk.read < 2 * PAGE + 40
+    assert {prefix.tokens.size for prefix in talk.generation._prefixes._known[0]} == {PAGE}
     all_are_free(talk.generation)
 
 

@@ -452,9 +452,9 @@ def test_the_command_serves_until_ctrl_c(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["scores"][0]["accuracy"] > 0.9
-        long = {"messages": [{"role": "user", "content": "1 2 3 4 5 " * 40}], "max_tokens": 1}
-        usage = [ask(port, long)[1]["usage"] for _ in range(2)]  # the second time it is known
-        assert [one["prompt_tokens_details"]["cached_tokens"] for one in usage] == [0, usage[0]["prompt_tokens"]]
+        talk = [{"role": "user", "content": "1 2 3 4 5 " * 40}, {"role": "assistant", "content": "15"}, *USER]
+        first, second = (ask(port, {"messages": talk[:n], "max_tokens": 1})[1]["usage"] for n in (1, 3))
+        assert second["prompt_tokens_details"]["cached_tokens"] == first["prompt_tokens"] > 256
         body = {"messages": USER, "stream": True, "temperature": 3, "repetition_penalty": 9, "thinking_budget": 400}
         with asking(port, body) as response:
             assert response.readline().startswith(b"data: ")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from m1jax import engine, rows, slots
+from m1jax import engine, generation, rows, slots
 from m1jax.generate import main
 from m1jax.model import M1, abstract
 from m1jax.sampling import Sampling
@@ -144,6 +144,61 @@ def test_texts_in_pages_on_a_mesh(mesh: str, room: dict[str, int], monkeypatch: 
     assert once == sum(len(request.tokens) for request in requests)
     got, read = texts(jax.device_put(model, shardings(model.config, there, model)), **room)
     assert got == want and (read > once if room else read == once)
+
+
+def test_beginnings_of_prompts_are_remembered_on_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the devices that have read them, to which conversations come back; texts are what they are alone."""
+    monkeypatch.setattr(engine, "PAGE", 16)
+    monkeypatch.setattr(slots, "ROOM", 4)
+    monkeypatch.setattr(generation, "WORTH", 1)
+    there = make_mesh(MeshShape.parse("data=2"), devices=jax.devices()[:2])
+    model = random_model(variant(vocab_size=512, num_key_value_heads=4, layer_types=("lightning", "softmax")))
+    one, other = (engine.Request((5 + i,) * 20, seed=i, n=1 + i, max_tokens=9) for i in range(2))
+    longer = [dataclasses.replace(request, tokens=(*request.tokens, 9, 9), max_tokens=4) for request in (other, one)]
+
+    def texts(model: M1, **room: Any) -> tuple[dict[tuple[int, int], list[int]], int]:
+        ours, found = engine.Engine(model, Tokenizer.load(HELLO), context=64, **room), {}
+        ours.eos_ids = frozenset()
+        made = ours.generate([], 4, eager=True)
+        for index, request in enumerate([one, other, *longer]):
+            made.add(index, request)
+            if index in (1, 3):
+                found |= {(e.request, e.reply.sample): e.reply.tokens for e in made if e.reply.finish is not None}
+                made.rest()
+        return found, ours.stats.prompt_tokens
+
+    want, _ = texts(model)
+    got, read = texts(jax.device_put(model, shardings(model.config, there, model)), prefix_cache=8)
+    # The samples of one are in both parts, so that each part has read its prompt; whoever goes on reads two tokens.
+    assert got == want and read == 3 * 20 + 3 * 2
+
+
+def test_a_text_goes_where_much_of_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else where the fewest texts are, though the same system message is known elsewhere."""
+    monkeypatch.setattr(engine, "PAGE", 16)
+    monkeypatch.setattr(slots, "ROOM", 4)
+    there = make_mesh(MeshShape.parse("data=2"), devices=jax.devices()[:2])
+    model = random_model(variant(vocab_size=512, num_key_value_heads=4, layer_types=("lightning", "softmax")))
+    placed = jax.device_put(model, shardings(model.config, there, model))
+    ours = engine.Engine(placed, Tokenizer.load(HELLO), context=64, prefix_cache=8)
+    ours.eos_ids = frozenset()
+
+    def parts(*prompts: tuple[int, ...]) -> list[int]:
+        made, found = ours.generate([], 4, eager=True), {}
+        for index, prompt in enumerate([(7,) * 16, *prompts]):
+            made.add(index, engine.Request(prompt, max_tokens=30 if index else 1))
+            for event in made:
+                found |= {slot.request: slot.part for slot in made._live()}
+                if not index and event.reply.finish:
+                    break
+                if index < len(prompts):
+                    break
+        return [found[index + 1] for index in range(len(prompts))]
+
+    prompts = [(7,) * 16 + (k,) for k in range(9, 12)]
+    assert parts(*prompts) == [0, 1, 0]
+    monkeypatch.setattr(generation, "WORTH", 1)
+    assert parts(*prompts)[:2] == [0, 0]
 
 
 def test_a_mesh_that_does_not_fit_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
