@@ -60,7 +60,8 @@ def serving(command: Sequence[str], name: str) -> Iterator["Client"]:
     """A server for so long, which answers to the model's name."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    process = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)], stderr=subprocess.DEVNULL)
+    address = ("--host", "127.0.0.1", "--port", str(port))
+    process = subprocess.Popen([*command, *address], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     try:
         client = Client(port, name)
         client.wait(process)
@@ -157,7 +158,7 @@ def main() -> None:
     print(f"| | {' | '.join(found)} |\n|{'---|' * (1 + len(found))}")
     for n in args.clients:
         cells = (f"{x['tokens_per_second'][n]:.0f}" for x in found.values())
-        print(f"| tokens/s, {n} clients | {' | '.join(cells)} |")
+        print(f"| tokens/s, clients: {n} | {' | '.join(cells)} |")
     for turn in range(args.turns):
         cells = (f"{1e3 * x['first_token_seconds'][turn]:.0f}" for x in found.values())
         print(f"| first token of turn {turn + 1}, ms | {' | '.join(cells)} |")
