@@ -297,8 +297,7 @@ class Generation:
         finally:
             self._entering, self._prior, self._owed = [], None, [0] * engine.parts
         with engine.clock("prompt_seconds"):
-            if read is not None:
-                self._remember_all(read, self._copies(prompts))
+            self._remember(prompts, read)
             read = self._picked(new, prompts, read)
             self._reading = []
             live, layout = self._live(), laid_out(self._engine.parts, new)
@@ -331,29 +330,15 @@ class Generation:
         self._reading = [prompt for prompt in prompts.values() if not prompt.pages]
         copies: list[list[tuple[int, int]]] = [[] for _ in range(self._engine.parts)]
         for prompt in self._reading:
-            own = self._begin_pages(prompt)
+            if self._prior is not None:
+                prompt.known, prompt.pages = int(self._prior.left.length[0]), list(self._prior.pages)
+            own = self._prefixes.begin(prompt)
             more = self._pool.take(prompt.part, self._pool.pages_for(len(prompt.tokens)) - len(prompt.pages))
             copies[prompt.part] += zip(own, more, strict=False)
             prompt.pages += more
         self._pool.copy(copies)
         self._owed = self._copies(prompts.values())
         return list(prompts.values())
-
-    def _begin_pages(self, prompt: Prompt) -> list[int]:
-        """Gives a prompt the pages of what is known of it; the page of which it is to have a copy, if there is one."""
-        if self._prior is not None:
-            prompt.known, prompt.pages = int(self._prior.left.length[0]), list(self._prior.pages)
-        prefix = prompt.prefix
-        if prefix is None:
-            return []
-        prompt.known = prefix.tokens.size
-        if prompt.takes:
-            prompt.pages = self._prefixes.take(prefix)
-            return []
-        self._prefixes.use(prefix, len(prompt.tokens))
-        full = self._pool.full(prompt.known)
-        prompt.pages = self._pool.share(prompt.part, prefix.pages[:full])
-        return prefix.pages[full:]
 
     def _copies(self, prompts: Iterable[Prompt]) -> list[int]:
         """Of how many pages the texts that begin with prompts have copies, in each part, where none stays."""
@@ -367,14 +352,16 @@ class Generation:
         if not self._reading:
             return None
         width = self._pool.width(max(slot.roomy for slot in new))
-        rows, stop = laid_out(self._engine.parts, self._reading), self._parting()
+        rows, first = laid_out(self._engine.parts, self._reading), self._reading[0]
+        alone = len(self._reading) == 1 and first.request is not None
+        stop = self._prefixes.parting(first) if alone else None
         reading = self._engine.read(rows, self._pool, width, self._known(rows), stop)
         while True:
             try:
                 until_stop = next(reading)
                 if until_stop is not None:
                     assert stop is not None
-                    self._remember(self._reading[0], until_stop, stop, self._owed)
+                    self._prefixes.remember(first, until_stop, rows, stop, self._owed)
             except StopIteration as end:
                 return end.value
             except Cancelled:
@@ -392,40 +379,14 @@ class Generation:
         read = self._engine.run(device.empty, self._engine.model, B=len(rows))
         if self._prior is not None:
             return Read(read.logits, self._prior.left)
-        known = {row: prompt.prefix for row, prompt in enumerate(rows) if prompt is not None}
-        return self._prefixes.read(read, {row: prefix for row, prefix in known.items() if prefix is not None})
+        return self._prefixes.read(read, rows)
 
-    # --- beginnings of prompts that are remembered -----------------------------------------------------------------
-
-    def _parting(self) -> int | None:
-        """After how many tokens, in full pages, the prompt that is read parts from one that is remembered; None if that
-        is hardly more than what is known of it.
-        """
-        prompt = self._reading[0]
-        if not self._prefixes.limit or len(self._reading) > 1 or prompt.request is None:
-            return None
-        tokens = np.asarray(prompt.tokens, np.int32)
-        shared = self._pool.full(min(self._prefixes.common(prompt.part, tokens), len(tokens) - 1)) * self._pool.page
-        return shared if shared >= prompt.known + self._pool.page else None
-
-    def _remember_all(self, read: Read, owed: Sequence[int]) -> None:
-        """Remembers the prompts that were read, not texts that go on; `owed` pages are to be left in each part."""
+    def _remember(self, prompts: Sequence[Prompt], read: Read | None) -> None:
+        """Remembers those prompts that were read, not texts that go on."""
+        rows, owed = laid_out(self._engine.parts, self._reading), self._copies(prompts)
         for prompt in self._reading:
-            if prompt.request is not None and prompt.known < len(prompt.tokens):
-                self._remember(prompt, read, len(prompt.tokens), owed)
-
-    def _remember(self, prompt: Prompt, read: Read, length: int, owed: Sequence[int]) -> None:
-        """Remembers so many tokens of a prompt, if there is a page for a copy of the last where it is not full."""
-        full, part, parts = self._pool.full(length), prompt.part, self._engine.parts
-        last = prompt.pages[full : self._pool.pages_for(length)]
-        if not (self._prefixes.limit and full and self._prefixes.make_room(part, owed[part] + len(last))):
-            return
-        pages = [*self._pool.share(part, prompt.pages[:full]), *self._pool.take(part, len(last))]
-        self._pool.copy([[*zip(last, pages[full:], strict=True)] if p == part else [] for p in range(parts)])
-        rows = laid_out(parts, self._reading)
-        tokens = np.asarray(prompt.tokens[:length], np.int32)
-        row, whole = rows.index(prompt) % (len(rows) // parts), length == len(prompt.tokens)
-        self._prefixes.add(part, tokens, pages, read, row, whole, prompt.prefix if whole else None)
+            if read is not None and prompt.request is not None and prompt.known < len(prompt.tokens):
+                self._prefixes.remember(prompt, read, rows, len(prompt.tokens), owed)
 
     def _release_read(self) -> None:
         """Gives up what is being read, and what was kept, of which texts may be waiting to begin."""

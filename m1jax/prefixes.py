@@ -12,7 +12,7 @@ beginning has left is a row of arrays made once, of which each part of a mesh th
 import collections
 import dataclasses
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,7 @@ from m1jax.rows import Read
 
 if TYPE_CHECKING:
     from m1jax.engine import Engine
+    from m1jax.slots import Prompt
 
 
 @dataclasses.dataclass(eq=False)
@@ -69,65 +70,77 @@ class Prefixes:
         found = (prefix for prefix in self._known[part] if prefix.begins(tokens))
         return max(found, key=lambda prefix: len(prefix.tokens), default=None)
 
-    def common(self, part: int, tokens: NDArray[np.int32]) -> int:
-        """How many tokens a text in this part shares with any of them at most."""
-        most = 0
-        for prefix in self._known[part]:
-            n = min(len(prefix.tokens), len(tokens))
+    def parting(self, prompt: "Prompt") -> int | None:
+        """After how many tokens, in full pages, a prompt parts from what is remembered; None if that is hardly more
+        than what is known of it.
+        """
+        tokens, most = np.asarray(prompt.tokens, np.int32), 0
+        for prefix in self._known[prompt.part]:
+            n = min(len(prefix.tokens), len(tokens) - 1)
             if n > most:
                 same = prefix.tokens[:n] == tokens[:n]
                 most = max(most, n if same.all() else int(same.argmin()))
-        return most
+        most = self._pool.full(most) * self._pool.page
+        return most if most >= prompt.known + self._pool.page else None
 
-    def use(self, prefix: Prefix, length: int) -> None:
-        """A prompt of so many tokens is read from its end on: it is the last to be forgotten now."""
-        known = self._known[prefix.part]
-        known.append(known.pop(known.index(prefix)))
-        prefix.whole |= length == prefix.tokens.size
+    def begin(self, prompt: "Prompt") -> list[int]:
+        """Gives a prompt the pages of its prefix; the page of which it is to have a copy, if there is one.
 
-    def take(self, prefix: Prefix) -> list[int]:
-        """The pages of one that is forgotten, and theirs who asks."""
-        self._known[prefix.part].remove(prefix)
-        pages, prefix.pages = prefix.pages, []
-        return pages
+        The prefix is the last to be forgotten then, or is forgotten, if the prompt takes it.
+        """
+        prefix = prompt.prefix
+        if prefix is None:
+            return []
+        prompt.known, known = prefix.tokens.size, self._known[prefix.part]
+        known.remove(prefix)
+        if prompt.takes:
+            prompt.pages, prefix.pages = prefix.pages, []
+            return []
+        known.append(prefix)
+        prefix.whole |= prompt.known == len(prompt.tokens)
+        full = self._pool.full(prompt.known)
+        prompt.pages = self._pool.share(prompt.part, prefix.pages[:full])
+        return prefix.pages[full:]
 
-    def read(self, read: Read, prefixes: dict[int, Prefix]) -> Read:
-        """`read` with what beginnings have left in the given rows."""
-        if not prefixes:
+    def read(self, read: Read, rows: Sequence["Prompt | None"]) -> Read:
+        """`read` with what the prefixes of the prompts in its rows have left."""
+        source = np.arange(len(rows), dtype=np.int32)
+        for row, prompt in enumerate(rows):
+            if prompt is not None and prompt.prefix is not None:
+                source[row] = len(rows) + prompt.part * self.limit + prompt.prefix.row
+        if source.max() < len(rows):
             return read
         assert self._left is not None
-        source = np.arange(read.logits.shape[0], dtype=np.int32)
-        for row, prefix in prefixes.items():
-            source[row] = len(source) + prefix.part * self.limit + prefix.row
         return self._engine.run(device.pick, (read, self._left), source)
 
-    def add(
-        self,
-        part: int,
-        tokens: NDArray[np.int32],
-        pages: list[int],
-        read: Read,
-        row: int,
-        whole: bool,
-        after: Prefix | None = None,
+    def remember(
+        self, prompt: "Prompt", read: Read, rows: Sequence["Prompt | None"], length: int, owed: Sequence[int]
     ) -> None:
-        """Remembers what a row of a part, counted there, has left after these tokens in `read`.
+        """Remembers so many tokens of a prompt, if they fill a page, and if there is one for a copy of the last where
+        that is not full, beside those that are `owed` in each part.
 
-        If what they come `after` was a whole prompt, the conversation has gone on and will from here: that is the first
-        to be forgotten now.
+        If this is the whole prompt, and it went on from another, the conversation has gone on and will from here: that
+        is the first to be forgotten now.
         """
-        known, parts = self._known[part], len(self._known)
-        if after is not None and after.whole and after in known:
-            known.insert(0, known.pop(known.index(after)))
+        pool, part, parts = self._pool, prompt.part, len(self._known)
+        full = pool.full(length)
+        last = prompt.pages[full : pool.pages_for(length)]
+        if not (self.limit and full and self.make_room(part, owed[part] + len(last))):
+            return
+        pages = [*pool.share(part, prompt.pages[:full]), *pool.take(part, len(last))]
+        pool.copy([[*zip(last, pages[full:], strict=True)] if p == part else [] for p in range(parts)])
+        known, whole, before = self._known[part], length == len(prompt.tokens), prompt.prefix
+        if whole and before is not None and before.whole and before in known:
+            known.insert(0, known.pop(known.index(before)))
         if len(known) == self.limit:
             self._forget(known[0])
-        free = next(iter(set(range(self.limit)) - {prefix.row for prefix in known}))
+        free = min(set(range(self.limit)) - {prefix.row for prefix in known})
         if self._left is None:
             self._left = self._engine.run(device.empty, self._engine.model, B=parts * self.limit)
         source, target = np.zeros(parts, np.int32), np.full(parts, self.limit, np.int32)
-        source[part], target[part] = row, free
+        source[part], target[part] = rows.index(prompt) % (len(rows) // parts), free
         self._left = self._engine.run(device.keep, self._left, read, source, target)
-        known.append(Prefix(part, tokens, pages, free, whole))
+        known.append(Prefix(part, np.asarray(prompt.tokens[:length], np.int32), pages, free, whole))
 
     def make_room(self, part: int, pages: int, spared: Collection[Prefix | None] = ()) -> bool:
         """Whether so many pages can be taken; forgets beginnings, but not those that are spared, if that helps."""
