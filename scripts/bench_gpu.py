@@ -32,6 +32,8 @@ def earlier(path: Path, device: str, dry: bool) -> list[dict]:
     if not path.exists():
         return []
     found = json.loads(path.read_text())
+    if not isinstance(found, dict) or not {"device", "dry", "date", "rows"} <= set(found):
+        raise UserError(f"{path} holds something else than results of this script: choose another file")
     if found["device"] != device or found["dry"] != dry:
         raise UserError(f"{path} holds results of {found['device']}: choose another file")
     return [row | {"earlier": row.get("earlier", found["date"])} for row in found["rows"]]
@@ -43,7 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="STAGE", help=f"these stages, of {', '.join(stages.PARTS)}")
     parser.add_argument("--dry-run", action="store_true", help="small shapes on the CPU")
-    parser.add_argument("--out", type=Path, help="JSON file (scripts/results/DEVICE.json)")
+    parser.add_argument("--out", type=Path, help="JSON file (scripts/results/DEVICE.json; dry_run.json for --dry-run)")
     parser.add_argument("--minutes", type=float, default=60, help="end after so long, with what is measured by then")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -59,7 +61,7 @@ def main() -> int:
     if args.worker:
         stages.work(args.worker, Report(args.out, args.dry_run, device))
         return 0
-    out = args.out or RESULTS / f"{device.lower().replace(' ', '_')}.json"
+    out = args.out or RESULTS / f"{'dry_run' if args.dry_run else device.lower().replace(' ', '_')}.json"
     chosen = args.only or list(stages.PARTS)
     if unknown := [name for name in chosen if name not in stages.PARTS]:
         raise UserError(f"no stage {', '.join(unknown)}: known are {', '.join(stages.PARTS)}")

@@ -46,6 +46,14 @@ def test_dry_run(tmp_path: Path, stages: tuple[str, ...]) -> None:
     assert "A dry run" in table and all(f"## {stage}" in table for stage in stages)
 
 
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    for held in ('{"rows": []}', "[]"):
+        (tmp_path / "out.json").write_text(held)
+        done = bench("--dry-run", "--out", str(tmp_path / "out.json"), "--only", "linear")
+        assert done.returncode == 2 and "out.json holds something else than results" in done.stderr
+        assert (tmp_path / "out.json").read_text() == held
+
+
 def test_a_kernel_that_fails_is_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from gpu_bench.report import Report  # pyright: ignore[reportMissingImports]

@@ -11,6 +11,7 @@ from gpu_bench.report import PEAKS, Report
 from gpu_bench.timing import Measurement, enough_steps, normal
 from m1jax.kernels.experts import experts, gpu
 from m1jax.kernels.experts.cases import CASES, ExpertsCase
+from m1jax.kernels.experts.quantized import Quantized
 
 DECODED = 160  # tokens up to which a case is a decode step
 MUST_TIMES_FLOOR = 1.3  # decode: of the time to read the weights of the chosen experts
@@ -108,14 +109,17 @@ def sweep(report: Report) -> list[Measurement]:
     gate_up = [(128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 64, 64, 4, 4), (256, 64, 64, 8, 3)]
     down = [(128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4)]
     narrow = [(16, 64, 128, 4, 4), (16, 128, 128, 4, 3), (16, 128, 128, 8, 3), (16, 32, 128, 4, 4), (16, 64, 128, 4, 3)]
+    few = [(16, 64, 128, 4, 3), (16, 64, 128, 4, 4), (16, 64, 128, 4, 6), (16, 128, 128, 4, 4), (16, 128, 128, 8, 4)]
     found = []
     for case in report.sized(TIMED):
         if case.grad or case.dtype != "bfloat16" or case.N not in ((1, 200) if report.dry else (1, 32, 8192)):
             continue
         for gated, choices in ((True, gate_up), (False, down)):
+            form = _few if case.kind == "int4" and case.N <= DECODED else _tiled
             if case.N <= DECODED:
-                choices = narrow if gated else [(*tiles, split) for tiles in narrow for split in (1, 2, 4)]
-            found += [_tiled(report, case, gated, choice) for choice in choices[: 1 if report.dry else None]]
+                tiles = few if form is _few else narrow
+                choices = tiles if gated else [(*one, split) for one in tiles for split in (1, 2, 4)]
+            found += [form(report, case, gated, choice) for choice in choices[: 1 if report.dry else None]]
         if "mosaic" in case.forms:
             shared: list[Any] = ["x"] if report.dry else ["x", "weights", None]
             found += [_planned(report, case, gated, what) for gated in (True, False) for what in shared]
@@ -160,5 +164,25 @@ def _tiled(report: Report, case: ExpertsCase, gated: bool, choice: tuple[int, ..
         a = case.arguments(normal)
         x = a["x"] if gated else normal(7, (case.N * case.k, case.F), case.dtype)
         return x, a["gate_up" if gated else "down"], jnp.asarray([case.layers - 1]), a["chosen"]
+
+    return _product(report, case, gated, what, product, make)
+
+
+def _few(report: Report, case: ExpertsCase, gated: bool, choice: tuple[int, ...]) -> Measurement:
+    """As `_tiled`, the product of few rows with int4 weights; rows are in their order, and stay so."""
+    from m1jax.kernels.experts import int4
+
+    what = f"{case.name}, {'gate_up' if gated else 'down'}: int4 tiles {choice}"
+
+    def product(rows: int4.Arranged, weights: Quantized, layer: jax.Array, chosen: jax.Array) -> jax.Array:
+        tiles = dataclasses.replace(gpu.Tiles(*choice), inner=weights.group)
+        then = weights if gated else None  # of whose groups only the size counts
+        return int4.product(tiles, rows, weights, layer, chosen, report.dry, then)[0]
+
+    def make() -> tuple[Any, ...]:
+        a = case.arguments(normal)
+        weights = a["gate_up" if gated else "down"]
+        x = a["x"] if gated else normal(7, (case.N * case.k, case.F), case.dtype)
+        return int4.arranged(x, weights.group), weights, jnp.asarray([case.layers - 1]), a["chosen"]
 
     return _product(report, case, gated, what, product, make)
