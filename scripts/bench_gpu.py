@@ -32,7 +32,7 @@ def earlier(path: Path, device: str, dry: bool) -> list[dict]:
     if not path.exists():
         return []
     found = json.loads(path.read_text())
-    if not isinstance(found, dict) or not {"device", "dry", "date", "rows"} <= set(found):
+    if not isinstance(found, dict) or not {"device", "dry", "rows"} <= set(found):
         raise UserError(f"{path} holds something else than results of this script: choose another file")
     if found["device"] != device or found["dry"] != dry:
         raise UserError(f"{path} holds results of {found['device']}: choose another file")

@@ -13,7 +13,8 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from m1jax import M1, M1Config, rows
+from m1jax import M1, M1Config, rows, slots
+from m1jax import engine as engine_module
 from m1jax.engine import Engine
 from m1jax.generation import Generation
 from m1jax.model import build
@@ -203,3 +204,10 @@ def calls_of(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
 
     monkeypatch.setattr(Generation, name, count)
     return calls
+
+
+def make_pages_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of PAGE tokens, as many read at once, and little room when a text begins."""
+    monkeypatch.setattr(engine_module, "PAGE", PAGE)
+    monkeypatch.setattr(engine_module, "CHUNK", PAGE)
+    monkeypatch.setattr(slots, "ROOM", 4)

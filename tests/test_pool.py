@@ -5,15 +5,23 @@ from typing import Any
 
 import pytest
 
-from m1jax import UserError, slots
-from m1jax import engine as engine_module
+from m1jax import UserError
 from m1jax import pool as pool_module
 from m1jax.engine import Engine
 from m1jax.generation import Generation
 from m1jax.pool import Pool
 from m1jax.reply import Request
 from m1jax.slots import Prompt
-from tests.generation_fixtures import PAGE, all_are_free, calls_of, limited, random_engine, replies, tokens
+from tests.generation_fixtures import (
+    PAGE,
+    all_are_free,
+    calls_of,
+    limited,
+    make_pages_small,
+    random_engine,
+    replies,
+    tokens,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +32,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "PAGE", PAGE)
-    monkeypatch.setattr(engine_module, "CHUNK", 16)
-    monkeypatch.setattr(slots, "ROOM", 4)
+    make_pages_small(monkeypatch)
 
 
 def run(generation: Generation) -> dict[tuple[int, int], list[int]]:
