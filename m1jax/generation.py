@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from m1jax import rows as device
 from m1jax.errors import UserError
@@ -45,7 +46,7 @@ class Event(NamedTuple):
     segments: list[Segment]
 
 
-def not_finite(model: M1, tokens: Sequence[int]) -> UserError:
+def not_finite(model: M1, tokens: Sequence[int] | NDArray[np.int32]) -> UserError:
     """The error for logits that are NaN after these tokens."""
     mesh = mesh_of(model.embed.get_value())
     rows = 1 if mesh is None else shards(mesh, "batch")
@@ -192,7 +193,7 @@ class Generation:
         """Puts a text in the part with the fewest texts of those that have room; False if none has."""
         texts, parts = [*self._live(), *new], self._engine.parts
         counts = [sum(one.part == part for one in texts) for part in range(parts)]
-        found = [self._prefixes.longest(part, slot.array) if self._prefixes.limit else None for part in range(parts)]
+        found = [self._prefixes.longest(part, slot.tokens) if self._prefixes.limit else None for part in range(parts)]
         known = [0 if prefix is None else prefix.tokens.size for prefix in found]
         order = sorted(range(parts), key=lambda part: (counts[part], -known[part]))
         most = max(order, key=known.__getitem__)

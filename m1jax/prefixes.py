@@ -74,7 +74,7 @@ class Prefixes:
         """After how many tokens, in full pages, a prompt parts from what is remembered; None if that is hardly more
         than what is known of it.
         """
-        tokens, most = np.asarray(prompt.tokens, np.int32), 0
+        tokens, most = prompt.tokens, 0
         for prefix in self._known[prompt.part]:
             n = min(len(prefix.tokens), len(tokens) - 1)
             if n > most:
@@ -140,7 +140,7 @@ class Prefixes:
         source, target = np.zeros(parts, np.int32), np.full(parts, self.limit, np.int32)
         source[part], target[part] = rows.index(prompt) % (len(rows) // parts), free
         self._left = self._engine.run(device.keep, self._left, read, source, target)
-        known.append(Prefix(part, np.asarray(prompt.tokens[:length], np.int32), pages, free, whole))
+        known.append(Prefix(part, prompt.tokens[:length], pages, free, whole))
 
     def make_room(self, part: int, pages: int, spared: Collection[Prefix | None] = ()) -> bool:
         """Whether so many pages can be taken; forgets beginnings, but not those that are spared, if that helps."""

@@ -36,7 +36,7 @@ class Slot:
     turn: int = -1
     prefix: Prefix | None = None
     takes: bool = False
-    _array: NDArray[np.int32] | None = None
+    _tokens: NDArray[np.int32] | None = None
 
     @property
     def live(self) -> bool:
@@ -49,16 +49,12 @@ class Slot:
         return bool(self.reply.tokens)
 
     @property
-    def tokens(self) -> list[int]:
-        """What is to be read before it goes on."""
-        return [*self.reply.request.tokens, *self.reply.tokens]
-
-    @property
-    def array(self) -> NDArray[np.int32]:
-        """The same, int32; made once, for prompts may be long."""
-        if self._array is None or len(self._array) != len(self.reply.request.tokens) + len(self.reply.tokens):
-            self._array = np.asarray(self.tokens, np.int32)
-        return self._array
+    def tokens(self) -> NDArray[np.int32]:
+        """What is to be read before it goes on; made once, for prompts may be long."""
+        length = len(self.reply.request.tokens) + len(self.reply.tokens)
+        if self._tokens is None or len(self._tokens) != length:
+            self._tokens = np.asarray([*self.reply.request.tokens, *self.reply.tokens], np.int32)
+        return self._tokens
 
     @property
     def roomy(self) -> int:
@@ -82,7 +78,7 @@ class Prompt:
 
     request: int | None
     part: int
-    tokens: Sequence[int]
+    tokens: NDArray[np.int32]
     slots: list[Slot] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
     prefix: Prefix | None = None

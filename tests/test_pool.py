@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 
 from m1jax import UserError
@@ -204,7 +205,8 @@ def test_rows_that_ended_are_dropped_while_others_wait_for_pages(engine: Engine)
 def test_a_pool_counts_its_pages(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "FEWEST", 4)
     pool = Pool(engine, None)
-    first, second = Prompt(0, 0, (), pages=pool.take(0, 3)), Prompt(0, 0, (), pages=[])
+    none = np.zeros(0, np.int32)
+    first, second = Prompt(0, 0, none, pages=pool.take(0, 3)), Prompt(0, 0, none, pages=[])
     assert first.pages == [0, 1, 2] and pool._capacity == 4
     second.pages = pool.share(0, first.pages[:2]) + pool.take(0, 4)
     assert pool._capacity == 8 and pool.pages_for(17) == 2 and pool.full(17) == pool.full(31) == 1
