@@ -71,11 +71,16 @@ def experts(
     return jnp.sum(y, axis=0)
 
 
+def summed(group: int) -> int:
+    """W, of how many channels the sums are, where groups have so many."""
+    return min(group, SUMMED)
+
+
 def arranged(x: jax.Array, group: int) -> Arranged:
     """Rows `[n, I]` as the products take them."""
     n, I = x.shape
     parts = x.reshape(n, I // group, 2, 4, group // 32, 2, 2)  # halves, threads, words, bytes
-    sums = jnp.sum(x.reshape(n, -1, min(group, SUMMED)), axis=-1, dtype=jnp.float32)
+    sums = jnp.sum(x.reshape(n, -1, summed(group)), axis=-1, dtype=jnp.float32)
     return Arranged(parts.transpose(0, 1, 4, 2, 6, 3, 5).reshape(n, I), sums)
 
 
@@ -93,9 +98,9 @@ def product(
     """
     n, (L, E), O, I = chosen.size, weights.shape[:2], weights.shape[-2], weights.shape[-1]
     group = then.group if then else 0
-    constants: dict[str, object] = {"GATED": bool(then), "OUT_GROUP": group}
+    constants: dict[str, object] = {"GATED": bool(then), "OUT_GROUP": group, "OUT_WIDTH": summed(group)}
     if then:
-        sums = jax.ShapeDtypeStruct((n, O // min(group, SUMMED)), jnp.float32)
+        sums = jax.ShapeDtypeStruct((n, O // summed(group)), jnp.float32)
         out = [jax.ShapeDtypeStruct((n, O), jnp.bfloat16), sums]
     else:
         out = [jax.ShapeDtypeStruct((tiles.split, n, O), jnp.float32)]
@@ -104,7 +109,7 @@ def product(
         forward, x.x, x.sums, weights.values, weights.scales, layer, chosen.reshape(-1), out=out,
         grid=(n * -(-O // tiles.out), tiles.split), warps=tiles.warps, stages=tiles.stages, interpreted=interpreted,
         **constants, O=O, I=I, L=L, E=E, k=chosen.shape[1], N=n, POWER=1 << (n - 1).bit_length(), GROUP=tiles.inner,
-        SPLIT=tiles.split, R=tiles.rows, BO=tiles.out, PTX=not interpreted,
+        WIDTH=summed(tiles.inner), SPLIT=tiles.split, R=tiles.rows, BO=tiles.out, PTX=not interpreted,
     )  # fmt: skip
 
 
@@ -170,7 +175,9 @@ def forward(
     POWER: tl.constexpr,
     GATED: tl.constexpr,
     GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
     OUT_GROUP: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
     SPLIT: tl.constexpr,
     R: tl.constexpr,
     BO: tl.constexpr,
@@ -180,7 +187,6 @@ def forward(
     BLOCKS: tl.constexpr = (O + BO - 1) // BO
     GROUPS: tl.constexpr = I // GROUP
     PART: tl.constexpr = (GROUPS + SPLIT - 1) // SPLIT
-    WIDTH: tl.constexpr = 64 if GROUP > 64 else GROUP
     e, block, a, valid, count = tile_among_few(chosen, tl.program_id(0), BLOCKS, R, E, N, POWER)
     if count == 0:
         return
@@ -219,7 +225,6 @@ def forward(
     if GATED:
         h = (first * tl.sigmoid(first) * second).to(out.dtype.element_ty)
         tl.store(out + place * O + arranged_place(channel, OUT_GROUP)[:, None], h, mask=inside)
-        OUT_WIDTH: tl.constexpr = 64 if OUT_GROUP > 64 else OUT_GROUP
         SUMS: tl.constexpr = BO // OUT_WIDTH
         total = tl.sum(tl.reshape(h.to(tl.float32), (SUMS, OUT_WIDTH, R)), axis=1)
         which = block * SUMS + tl.arange(0, SUMS)
