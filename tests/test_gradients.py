@@ -223,6 +223,21 @@ def test_gradients_keep_no_scores_and_no_states() -> None:
     assert not any(v.aval.shape[-2:] == (D, D) and v.aval.size > D * D for e in wide.eqns for v in e.outvars)
 
 
+def test_a_loop_over_layers_keeps_no_masks() -> None:
+    """Those of all blocks hang on no layer: JAX would compute them ahead of the loop, T × T for each group of heads."""
+    T, D = 4096, 4
+    q, k, segments = jnp.zeros((1, T, 2, D)), jnp.zeros((1, 1, T, D)), jnp.ones((1, T), jnp.int32)
+
+    def layers(q: jax.Array, k: jax.Array) -> jax.Array:
+        def layer(q: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return softmax_attention(q, k, k, segments=segments), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), q, None, length=3)[0])
+
+    # Three layers' inputs, or one block of scores.
+    assert biggest(jax.grad(layers, (0, 1)), q, k) <= max(3 * q.size, 2 * 256 * 256)
+
+
 def test_cross_entropy_never_holds_all_logits() -> None:
     B, T, M, V = 2, 3000, 8, 50_000
     hidden, head = normal(0, B, T, M), normal(1, V, M)

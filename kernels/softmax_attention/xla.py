@@ -70,6 +70,9 @@ def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, packed: Packed | None, q_block: int, k_block: int
 ) -> tuple[jax.Array, jax.Array]:
     """As `api.over_part`, of the keys `[B, K, N, D]` of one layer."""
+    # In the gradient of a loop over layers JAX computes ahead what does not hang on the layer. Of the loops in here
+    # that would be every block's mask, all at once. So masks are made to hang on the queries.
+    q, k, v, offset, packed = lax.optimization_barrier((q, k, v, offset, packed))
     n = _sizes(q, k, q_block, k_block)
     k, v = _pad_keys(k, n), _pad_keys(v, n)
 
