@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from m1jax.kernels.checks import check_implementation, check_integers, checked_layer
-from m1jax.kernels.experts import gpu, gradient, reference, xla
+from m1jax.kernels.experts import gpu, gradient, reference
 from m1jax.kernels.experts.quantized import Quantized, Weights
 from m1jax.kernels.gpu import refusal
 from m1jax.kernels.varying import alike
@@ -75,8 +75,6 @@ def experts(
         how = {"interpreted": bool(interpreted), "mosaic": kind == "mosaic"}
         return gpu.experts(x, gate_up, down, layer, chosen, weights, **how)
     rows = _rows(chosen.shape[0], chosen.shape[1], E)
-    if isinstance(gate_up, Quantized) or isinstance(down, Quantized):
-        return xla.blocked(x, gate_up, down, layer, chosen, weights, rows)
     return gradient.blocked(x, gate_up, down, layer, chosen, weights, rows)
 
 

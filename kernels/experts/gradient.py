@@ -3,6 +3,8 @@
 For a row x of expert e with share p, h = silu(w1 x) ⊙ (w3 x) and g the gradient of its token's output:
 
     dp = h·(g w2)      dh = p (g w2)      dx = dw1-part · w1 + dw3-part · w3      dw2 += p gᵀ h
+
+Quantised weights have no gradient; those of a block are floats while it is computed.
 """
 
 import functools
@@ -14,22 +16,23 @@ from jax import lax
 
 from m1jax.kernels.experts import xla
 from m1jax.kernels.experts.order import by_bucket
+from m1jax.kernels.experts.quantized import Quantized, Weights, dequantize, join_rows, layer_of
 
 Index = jax.Array | int
-Residuals = tuple[jax.Array, jax.Array, jax.Array, Index, jax.Array, jax.Array]
+Residuals = tuple[jax.Array, Weights, Weights, Index, jax.Array, jax.Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def blocked(
     x: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Weights,
+    down: Weights,
     layer: Index,
     chosen: jax.Array,
     weights: jax.Array,
     rows: int,
 ) -> jax.Array:
-    """`xla.blocked` with a gradient to `x`, `gate_up`, `down` and `weights`."""
+    """`xla.blocked` with a gradient to `x`, `weights`, and to `gate_up` and `down` where they are floats."""
     return xla.blocked(x, gate_up, down, layer, chosen, weights, rows)
 
 
@@ -55,10 +58,13 @@ def _sort(chosen: jax.Array, weights: jax.Array, experts: int, rows: int) -> Sor
     )
 
 
-def _this(gate_up: jax.Array, down: jax.Array, layer: Index) -> tuple[jax.Array, jax.Array]:
+def _this(gate_up: Weights, down: Weights, layer: Index) -> tuple[Weights, Weights]:
     """This layer's weights alone: what a loop takes from the whole stack would be copied again and again."""
-    w13, w2 = (lax.dynamic_index_in_dim(w, layer, keepdims=False) for w in (gate_up, down))
-    return w13.reshape(w13.shape[0], -1, w13.shape[-1]), w2
+    return join_rows(layer_of(gate_up, layer)), layer_of(down, layer)
+
+
+def _of_expert(w: Weights, e: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return w[e] if isinstance(w, jax.Array) else dequantize(layer_of(w, e)).astype(dtype)
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -75,13 +81,15 @@ def _switch(block: Any, nothing: Any, rows: int, inputs: tuple[jax.Array, ...]) 
 
 def _forward(
     x: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Weights,
+    down: Weights,
     layer: Index,
     chosen: jax.Array,
     weights: jax.Array,
     rows: int,
 ) -> tuple[jax.Array, Residuals]:
+    if isinstance(gate_up, Quantized) or isinstance(down, Quantized):
+        return xla.blocked(x, gate_up, down, layer, chosen, weights, rows), (x, gate_up, down, layer, chosen, weights)
     (N, k), M = chosen.shape, x.shape[1]
     sorted_ = _sort(chosen, weights, gate_up.shape[1], rows)
     w13, w2 = _this(gate_up, down, layer)
@@ -108,12 +116,14 @@ def _backward(rows: int, residuals: Residuals, g: jax.Array) -> tuple[jax.Array 
     _, E, _, F, M = gate_up.shape
     sorted_ = _sort(chosen, weights, E, rows)
     w13, w2 = _this(gate_up, down, layer)
+    trained = tuple(not isinstance(w, Quantized) for w in (gate_up, down))
+    of_expert = tuple(shape if has else () for shape, has in zip(((2 * F, M), (M, F)), trained, strict=True))
 
     def block(size: int, e: jax.Array, first: jax.Array, count: jax.Array) -> tuple[jax.Array, ...]:
         at = lax.dynamic_slice_in_dim(sorted_.tokens, first, size)
         inside = jnp.arange(size) < count  # the rows beyond belong to the next expert
         p = jnp.where(inside, lax.dynamic_slice_in_dim(sorted_.share, first, size), 0.0)[:, None]
-        x_block, g_block, w13_e, w2_e = x[at], g[at], w13[e], w2[e]
+        x_block, g_block, w13_e, w2_e = x[at], g[at], _of_expert(w13, e, dtype), _of_expert(w2, e, dtype)
         gate, up = jnp.split(_dot("nm,fm->nf", x_block, w13_e), 2, axis=1)
         active, undo = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
         h = active.astype(dtype)
@@ -121,11 +131,12 @@ def _backward(rows: int, residuals: Residuals, g: jax.Array) -> tuple[jax.Array 
         d_share = jnp.where(inside, jnp.sum(h.astype(f32) * through, axis=1), 0.0)
         d_13 = jnp.concatenate(undo(p * through), axis=1).astype(dtype)
         d_x = jnp.pad(_dot("nf,fm->nm", d_13, w13_e), ((0, rows - size), (0, 0)))
-        d_w13, d_w2 = _dot("nf,nm->fm", d_13, x_block), _dot("nm,nf->mf", p * g_block, h)
+        d_w13 = _dot("nf,nm->fm", d_13, x_block) if trained[0] else jnp.zeros_like(x, f32, ())
+        d_w2 = _dot("nm,nf->mf", p * g_block, h) if trained[1] else jnp.zeros_like(x, f32, ())
         return d_x, jnp.pad(d_share, (0, rows - size)), d_w13, d_w2
 
     def nothing(*_: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(jnp.zeros_like(x, f32, shape) for shape in ((rows, M), (rows,), (2 * F, M), (M, F)))
+        return tuple(jnp.zeros_like(x, f32, shape) for shape in ((rows, M), (rows,), *of_expert))
 
     def body(sums: tuple[jax.Array, ...], inputs: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
         e, first, _ = inputs
@@ -136,13 +147,14 @@ def _backward(rows: int, residuals: Residuals, g: jax.Array) -> tuple[jax.Array 
         d_share = lax.dynamic_update_slice(d_share, rows_share, (first,))
         return (d_x, d_share, d_w13.at[e].add(more_13), d_w2.at[e].add(more_2)), None
 
-    shapes = ((N * k + rows, M), (N * k + rows,), (E, 2 * F, M), (E, M, F))
+    shapes = ((N * k + rows, M), (N * k + rows,), *((E, *shape) for shape in of_expert))
     sums, _ = lax.scan(body, tuple(jnp.zeros_like(x, f32, shape) for shape in shapes), sorted_.blocks)
     d_x, d_share, d_w13, d_w2 = sums
     d_x = jnp.sum(jnp.where(sorted_.somebody[..., None], d_x[sorted_.place], 0.0), axis=1)
     d_share = jnp.where(sorted_.somebody, d_share[sorted_.place], 0.0)
-    d_gate_up = _in_stack(d_w13.reshape(E, 2, F, M), gate_up, layer)
-    return d_x.astype(dtype), d_gate_up, _in_stack(d_w2, down, layer), None, None, d_share
+    d_gate_up = _in_stack(d_w13.reshape(E, 2, F, M), gate_up, layer) if trained[0] else None
+    d_down = _in_stack(d_w2, down, layer) if trained[1] else None
+    return d_x.astype(dtype), d_gate_up, d_down, None, None, d_share
 
 
 blocked.defvjp(_forward, _backward)
