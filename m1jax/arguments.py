@@ -35,6 +35,9 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute in (float32)")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="hold the experts' weights in int8 or int4")
     parser.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="add a LoRA adapter, m1jax's or PEFT's, to the weights"
+    )
+    parser.add_argument(
         "--mesh", metavar="AXIS=N,…", help="lay the model out on devices, e.g. data=1,expert=8,tensor=1; auto chooses"
     )
     _add_prompt_arguments(parser.add_argument_group("what to generate from"))

@@ -1,6 +1,6 @@
 """Converts a safetensors folder to a checkpoint that loads fast and sharded, or compares the two.
 
-    python -m m1jax.convert SRC DST [--dtype keep|float32|bfloat16] [--quantize int8|int4] [--overwrite]
+    python -m m1jax.convert SRC DST [--dtype keep|float32|bfloat16] [--quantize int8|int4] [--adapter DIR] [--overwrite]
     python -m m1jax.convert --verify SRC DST [--mesh expert=8]
 
 SRC is a folder of safetensors in MiniMax's or transformers' layout; of DST the weights, DST/weights, are an Orbax
@@ -30,6 +30,9 @@ def parser() -> Parser:
     out.add_argument(
         "--quantize", choices=("int8", "int4"), help="store the experts' weights so; they cannot be exported again"
     )
+    out.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="add a LoRA adapter, m1jax's or PEFT's, to the weights"
+    )
     distributed.add_arguments(out)
     out.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST when the new one is whole")
     out.add_argument(
@@ -50,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not distributed.is_first(args):
         return 0
     if args.verify:
-        if args.overwrite or args.dtype != "keep" or args.quantize:
-            raise UserError("--verify converts nothing: it goes without --dtype, --quantize and --overwrite")
+        if args.overwrite or args.dtype != "keep" or args.quantize or args.adapter:
+            raise UserError("--verify converts nothing: it goes without --dtype, --quantize, --adapter and --overwrite")
         from m1jax.verify import verify
 
         return 0 if verify(args.src, args.dst, args.mesh) else 1
@@ -59,8 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--mesh goes with --verify: a conversion computes nothing, and any mesh loads what it makes")
     from m1jax.converting import convert
 
-    convert(args.src, args.dst, args.dtype, args.overwrite, args.quantize)
-    print(f"{args.dst}: complete. Compare with: python -m m1jax.convert --verify {args.src} {args.dst}")
+    convert(args.src, args.dst, args.dtype, args.overwrite, args.quantize, args.adapter)
+    if args.adapter is None:
+        print(f"{args.dst}: complete. Compare with: python -m m1jax.convert --verify {args.src} {args.dst}")
+    else:
+        print(f"{args.dst}: complete. Try: python -m m1jax.generate --model {args.dst} --prompt …")
     return 0
 
 

@@ -21,6 +21,7 @@ from m1jax import checkpoint
 from m1jax.errors import UserError
 from m1jax.kernels.experts.quantized import Quantization, quantize_on_host
 from m1jax.loading import MARKER, check_quantization, open_source
+from m1jax.lora.adapter import Adapter, Pair, open_adapter
 from m1jax.params import ParamSpec
 from m1jax.safetensors import Tensor
 from m1jax.weights import Piece, Slot, expected
@@ -32,15 +33,24 @@ _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloa
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """`parameter path[index] = tensor`, reshaped, and quantised if that is how the parameter is stored."""
+    """`parameter path[index] = tensor`, reshaped, and quantised if that is how the parameter is stored.
+
+    With an adapter `pair` is what is added to it.
+    """
 
     path: str
     index: tuple[int, ...]
     tensor: Tensor
+    pair: Pair | None = None
 
 
 def convert(
-    src: Path, dst: Path, dtype: str = "keep", overwrite: bool = False, quantize: Quantization | None = None
+    src: Path,
+    dst: Path,
+    dtype: str = "keep",
+    overwrite: bool = False,
+    quantize: Quantization | None = None,
+    adapter: Path | None = None,
 ) -> None:
     """Converts the safetensors folder `src` to the checkpoint `dst`.
 
@@ -49,9 +59,11 @@ def convert(
         always float32 (the router).
       overwrite: replaces a checkpoint at `dst`, at the very end.
       quantize: "int8" or "int4" stores the experts' weights so; they cannot be exported again.
+      adapter: folder of a LoRA adapter, which is added to the weights.
 
     Raises:
-      UserError: `src` is not a whole checkpoint, `dst` is taken, or the disk is full. `dst` is then as it was.
+      UserError: `src` is not a whole checkpoint, `adapter` none of it, `dst` is taken, or the disk is full. `dst` is
+        then as it was.
     """
     if dtype != "keep" and dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported: choose keep, float32 or bfloat16")
@@ -64,14 +76,17 @@ def convert(
         table = checkpoint.stored_table(config, quantize)
     except ValueError as error:
         raise UserError(f"{src} cannot be quantised to {quantize}: {error}") from None
+    low = None if adapter is None else open_adapter(adapter, config)
     kinds = {path: _stored_dtype(path, spec, plan, tensors, dtype) for path, spec in table.items()}
     jobs = [
         Job(path, piece.index, tensors[piece.name]) for path in checkpoint.stored_table(config) for piece in plan[path]
     ]
+    if low is not None:
+        jobs = _adapted(jobs, low)
     jobs.sort(key=lambda job: (job.tensor.file, job.tensor.start))
     with disk_errors(dst):
         dst.parent.mkdir(parents=True, exist_ok=True)
-        with open_workplace(dst, _identity(src, tensors, dtype, quantize), overwrite) as place:
+        with open_workplace(dst, _identity(src, tensors, dtype, quantize, low), overwrite) as place:
             done = set[str]().union(*place.done)
             left = [job for job in jobs if job.tensor.name not in done]
             check_space(place.path, _room(left, table, kinds))
@@ -89,6 +104,18 @@ def convert(
                 "arrays": sorted(table),
             }
             (place.path / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
+
+
+def _adapted(jobs: list[Job], adapter: Adapter) -> list[Job]:
+    """The jobs with what is added to each. Raises `UserError` for a matrix that is a part of a tensor."""
+    pairs = adapter.by_place()
+    out = [dataclasses.replace(job, pair=pairs.pop((job.path, job.index), None)) for job in jobs]
+    if pairs:
+        raise UserError(
+            f"{adapter.folder} adapts experts one by one, which transformers' fused layout has together: "
+            "convert it without the adapter, export it, and convert that"
+        )
+    return out
 
 
 def _stored_dtype(
@@ -115,13 +142,17 @@ def _exceptions(slots: Mapping[str, Slot], jobs: list[Job], kinds: Mapping[str, 
     return out
 
 
-def _identity(src: Path, tensors: Mapping[str, Tensor], dtype: str, quantize: Quantization | None) -> dict[str, Any]:
+def _identity(
+    src: Path, tensors: Mapping[str, Tensor], dtype: str, quantize: Quantization | None, adapter: Adapter | None
+) -> dict[str, Any]:
     """What an unfinished conversion must agree in to be continued: options, config and the source files as they are."""
     digest = hashlib.sha256((src / "config.json").read_bytes())
     for name in sorted(tensors):
         digest.update(repr((name, tensors[name].dtype.name, tensors[name].shape, tensors[name].start)).encode())
     for file in sorted({tensor.file for tensor in tensors.values()}):
         digest.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
+    if adapter is not None:
+        digest.update(adapter.digest.encode())
     return {"convert": checkpoint.FORMAT, "dtype": dtype, "quantize": quantize, "source": digest.hexdigest()}
 
 
@@ -193,6 +224,9 @@ def _pieces(job: Job, stores: list[ts.TensorStore]) -> Iterator[tuple[int, int, 
     tensor = job.tensor._replace(shape=(*rest, 2 * width if kind == "int4" else width))
     for first, last in checkpoint.windows_of(stores[0], len(job.index)):
         rows = tensor.rows(first, last)
+        if job.pair is not None:
+            rest = tuple(slice(0, size) for size in tensor.shape[1:])
+            rows = rows + job.pair.added(tensor.shape, (slice(first, last), *rest))
         with np.errstate(all="ignore"):
             yield (
                 first,

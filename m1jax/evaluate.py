@@ -157,9 +157,15 @@ def eos_ids(config: Any, tokenizer: Any) -> list[int]:
 
 
 def open_local(
-    folder: Path, dtype: str, window: int, rows: int, quantize: Any = None, mesh: str | None = None
+    folder: Path,
+    dtype: str,
+    window: int,
+    rows: int,
+    quantize: Any = None,
+    mesh: str | None = None,
+    adapter: Path | None = None,
 ) -> Local:
-    """Loads a model; `quantize` and `mesh` as for `m1jax.load`. Raises `UserError`."""
+    """Loads a model; `quantize`, `mesh` and `adapter` as for `m1jax.load`. Raises `UserError`."""
     from m1jax.loading import load
     from m1jax.prompt import Prompter
     from m1jax.runtime import use_compilation_cache
@@ -170,7 +176,7 @@ def open_local(
     prompter = Prompter(Tokenizer.load(folder))
     _ = prompter.template
     use_compilation_cache()
-    return Local(load(folder, dtype, quantize, mesh=mesh), prompter, window, rows)
+    return Local(load(folder, dtype, quantize, mesh=mesh, adapter=adapter), prompter, window, rows)
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
@@ -192,6 +198,7 @@ def parser() -> Parser:
     add("--batch-size", type=int, default=64, metavar="B", help="replies at once (64)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute in (float32)")
     add("--quantize", choices=("int8", "int4"), help="hold the experts' weights in int8 or int4")
+    add("--adapter", type=Path, metavar="DIR", help="add a LoRA adapter, m1jax's or PEFT's, to the weights")
     add("--mesh", metavar="AXIS=N,…", help="lay the model out on devices, e.g. data=1,expert=8,tensor=1; auto chooses")
     add("--seed", type=int, default=0, help="of the problems (0)")
     add("--json", action="store_true", help="print one JSON object")
@@ -202,6 +209,7 @@ def _check(args: argparse.Namespace) -> None:
     contradictions = [
         (args.model is not None and args.against is not None, "--model and --against contradict each other: drop one"),
         (args.against is not None and args.quantize is not None, "--quantize is for a model here: drop --against"),
+        (args.against is not None and args.adapter is not None, "--adapter is for a model here: drop --against"),
         (args.against is not None and args.mesh is not None, "--mesh is for a model here: drop --against"),
         (args.against is None and args.name is not None, "--name goes with --against"),
         (args.against is None and args.instruction != "", "--instruction goes with --against"),
@@ -245,7 +253,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from m1jax.nano import default_model
 
         answers = open_local(
-            args.model or default_model(), args.dtype, args.max_tokens, args.batch_size, args.quantize, args.mesh
+            args.model or default_model(),
+            args.dtype,
+            args.max_tokens,
+            args.batch_size,
+            args.quantize,
+            args.mesh,
+            args.adapter,
         )
     scores: list[Score] = []
     try:

@@ -21,6 +21,7 @@ from m1jax.config import M1Config
 from m1jax.kernels.isolate import by_row
 from m1jax.kernels.linear import linear
 from m1jax.kernels.rounding import in_float32, rounded
+from m1jax.lora import adapted
 from m1jax.sharding.capacity import within_capacity
 from m1jax.sharding.experts import experts
 from m1jax.sharding.region import matrix, size_of, split_over, total
@@ -60,9 +61,7 @@ def _mean_of_squares(x: jax.Array) -> jax.Array:
 def project(x: jax.Array, stack: nnx.Param, index: jax.Array) -> jax.Array:
     """x `[B, T, ...in]` times one layer of a stack `[n, ...out, ...in]`, in the dtype of x: `[B, T, out]` flat."""
     B, T = x.shape[:2]
-    flat = x.reshape(B * T, -1)
-    w, layer = matrix(stack, index)
-    out = linear(flat, w.reshape(w.shape[0], -1, flat.shape[1]), layer)
+    out = adapted.product(x.reshape(B * T, -1), *matrix(stack, index))
     return checkpoint_name(rounded(out, x.dtype).reshape(B, T, -1), "projection")
 
 

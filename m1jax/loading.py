@@ -60,6 +60,7 @@ def load(
     quantize: Quantization | None = None,
     *,
     mesh: Mesh | str | None = None,
+    adapter: str | Path | None = None,
 ) -> M1:
     """The model in `path` with parameters and computation in `dtype` ("float32" or "bfloat16").
 
@@ -75,6 +76,7 @@ def load(
         are read; a checkpoint that was converted so is read as it is.
       mesh: where the model lies: a mesh, its sizes ("data=1,expert=8,tensor=1"), "auto" for one that suits the model
         and the devices present, or None, the first device.
+      adapter: folder of a LoRA adapter, by `m1jax.train` or PEFT, whose products are added to the weights.
 
     Raises:
       UserError: the folder is missing, incomplete or corrupt, its config contradicts its weights, no such `dtype` or
@@ -88,7 +90,7 @@ def load(
     if name not in ("float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is not supported: choose float32 or bfloat16")
     dtype, path = name, Path(path).expanduser()
-    config, read, quantize, stored = open_parameters(path, quantize)
+    config, read, quantize, stored = open_parameters(path, quantize, adapter)
     if mesh is None and jax.process_count() > 1:
         raise UserError(
             f"mesh is missing: {jax.process_count()} processes share a model by one, such as expert=8 or auto"
@@ -109,10 +111,14 @@ def load(
     return build(config, leaf, quantize)
 
 
-def open_parameters(path: Path, quantize: Quantization | None = None) -> Source:
-    """Opens a folder that `load` takes; `quantize` as there. Raises `UserError`."""
+def open_parameters(path: Path, quantize: Quantization | None = None, adapter: str | Path | None = None) -> Source:
+    """Opens a folder that `load` takes; `quantize` and `adapter` as there. Raises `UserError`."""
     check_quantization(quantize)
     source = _open(path)
+    if adapter is not None:
+        from m1jax.lora.adapter import adapted, open_adapter  # it builds on this module
+
+        source = adapted(source, open_adapter(Path(adapter).expanduser(), source.config))
     if source.quantize is not None and quantize not in (None, source.quantize):
         raise UserError(f"{path} is quantised to {source.quantize}: {quantize} needs the model it was converted from")
     if quantize is None or source.quantize is not None:
@@ -131,6 +137,8 @@ def check_quantization(quantize: str | None) -> None:
 
 
 def _open(path: Path) -> Source:
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise UserError(f"{path} is an adapter: give its model, and this as adapter")
     if (path / MARKER).exists():
         from m1jax import checkpoint  # it builds on this module
 

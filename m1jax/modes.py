@@ -129,9 +129,8 @@ def start(args: argparse.Namespace, tokenizer: Tokenizer, interrupts: Interrupts
     """Loads the model: an engine, and the seconds it took."""
     use_compilation_cache()
     begin = time.perf_counter()
-    engine = Engine(
-        load(args.model, args.dtype, args.quantize, mesh=args.mesh), tokenizer, cancelled=lambda: interrupts.requested
-    )
+    model = load(args.model, args.dtype, args.quantize, mesh=args.mesh, adapter=args.adapter)
+    engine = Engine(model, tokenizer, cancelled=lambda: interrupts.requested)
     return engine, time.perf_counter() - begin
 
 

@@ -142,8 +142,13 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def flatten(tree: Any) -> dict[str, Any]:
     """Leaves of a model (or of its gradients) by path, e.g. ``"moe.gate_up"``."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {".".join(k.name for k in path if k.name != "value"): leaf for path, leaf in leaves}
+    return {".".join(names_of(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def names_of(path: tuple[Any, ...]) -> list[str]:
+    """The names on the way to a leaf of a tree: of modules, their parameters, entries of dictionaries."""
+    names = (str(getattr(key, "name", getattr(key, "key", ""))) for key in path)
+    return [name for name in names if name not in ("", "value")]
 
 
 Leaf = Callable[[str, ParamSpec], Any]

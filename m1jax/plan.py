@@ -47,6 +47,7 @@ def parser() -> Parser:
     add("--chunk", type=int, default=8192, metavar="T", help="tokens of a prompt read at once in prefill (8192)")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="compute in (bfloat16)")
     add("--quantize", choices=("int8", "int4"), help="what the experts are stored in")
+    add("--lora-rank", type=int, default=0, metavar="R", help="train factors of this rank beside the model ([lora])")
     add("--compile", choices=("cpu", "cuda", "tpu"), help="ask this compiler for its memory; needs no device")
     add("--sweep", action="store_true", help="the best mesh for each number of such devices")
     add("--json", action="store_true", help="print one JSON object")
@@ -57,7 +58,12 @@ def parser() -> Parser:
 def check(args: argparse.Namespace) -> None:
     """Raises `UserError` for values that contradict each other."""
     wrong = [
-        (args.mode == "train" and args.quantize, "--quantize is for serving: training keeps float32 weights"),
+        (
+            args.mode == "train" and args.quantize and not args.lora_rank,
+            "--quantize is for serving, and for factors beside a model (--lora-rank): training keeps float32 weights",
+        ),
+        (args.mode != "train" and args.lora_rank, "--lora-rank goes with --mode train"),
+        (args.lora_rank < 0, f"lora-rank must be 1 or more, or 0, not {args.lora_rank}"),
         (args.sweep and args.mesh, "--sweep chooses the mesh: drop --mesh"),
         (args.sweep and args.compile, "--sweep compiles nothing: drop --compile"),
         (args.batch is not None and args.batch < 1, f"batch must be 1 or more, not {args.batch}"),
@@ -90,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     context = args.context or min(CONTEXT[args.mode], config.max_position_embeddings)
     if context > config.max_position_embeddings:
         raise UserError(f"context {context} exceeds the model's {config.max_position_embeddings} tokens")
-    work = Workload(args.mode, args.batch, context, args.chunk, args.dtype, args.quantize)
+    work = Workload(args.mode, args.batch, context, args.chunk, args.dtype, args.quantize, args.lora_rank)
     if args.sweep:
         plans = {n: best(config, work, n, device) for n in sorted({*COUNTS, count}) if n <= count}
         values = [{"devices": n} | (describe(plan) if plan else {"fits": False}) for n, plan in plans.items()]
@@ -171,7 +177,10 @@ def report(plan: "Plan", name: str) -> str:
     work, roof = plan.work, plan.roofline
     stored = f"{work.dtype}, experts {work.quantize}" if work.quantize else work.dtype
     size = f"{work.batch} rows of {work.context} tokens" + f", {work.tokens} at once" * (work.mode == "prefill")
-    what = "float32 with Adam, computing in " * (work.mode == "train") + stored
+    what = stored
+    if work.mode == "train":
+        what = f"factors of rank {work.lora_rank} beside " if work.lora_rank else "float32 with Adam, computing in "
+        what += stored
     how = f"by estimates in proportion to the {plan.memory.compiled} compiler's figure" if plan.memory.compiled else ""
     lines = [
         f"{name} on {plan.mesh.size} × {plan.device.name}, mesh {plan.mesh}: {work.mode}, {size}, {what}",

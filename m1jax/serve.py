@@ -37,6 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--name", metavar="MODEL", help="what clients call it (the folder's name)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute in (float32)")
     add("--quantize", choices=("int8", "int4"), help="hold the experts' weights in int8 or int4")
+    add("--adapter", type=Path, metavar="DIR", help="add a LoRA adapter, m1jax's or PEFT's, to the weights")
     add("--mesh", metavar="AXIS=N,…", help="lay the model out on this process's devices, e.g. expert=8; auto chooses")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines too (127.0.0.1)")
     add("--port", type=int, default=8000, metavar="P", help="port to listen on (8000)")
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer = Tokenizer.load(folder)
         _ = Prompter(tokenizer).template  # complains before the weights are read
         use_compilation_cache()
-        model = load(folder, args.dtype, args.quantize, mesh=args.mesh)
+        model = load(folder, args.dtype, args.quantize, mesh=args.mesh, adapter=args.adapter)
         limits = args.batch_size, args.max_waiting, args.context, args.cache_tokens, args.prefix_cache
         service = Service(model, tokenizer, *limits)
         service.engine.check_room(args.batch_size)  # now, and not when someone asks

@@ -87,13 +87,14 @@ def body(
     routes: jax.Array | None = None,
     recurrent: bool = False,
     pages: jax.Array | None = None,
+    parameters: tuple[jax.Array | int, jax.Array | int] = (0, 0),
 ) -> Carry:
     """All layers; `tokens_seen` int32 `[B]` is the position of the first token, `lengths` int32 `[B]` as in `step`.
 
     `decays` float32 `[L, H]` is log λ where the layers are a part of a larger model, whose numbering counts.
     `segments` int32 `[B, T]` as in `M1.__call__`, where nothing was read before. `capacity` as in `layers.MoE`,
     and `routes` `[L, B, T, k]`: its `route` in every layer. `recurrent` as in `M1.step`, `pages`
-    as in `M1State`.
+    as in `M1State`. `parameters` is where those of the first layer lie in the stacks of all layers, and of its kind.
     With `last_only`, which goes with caches alone, the output is undefined but for each row's last valid token: of the
     last layer the states, keys and values of all tokens are made, the rest for that one.
     """
@@ -120,7 +121,8 @@ def body(
     last_only = last_only and T > 1 and ways("sequence") == 1
 
     def layer(run: Run, carry: Carry, i: jax.Array, n: jax.Array) -> Carry:
-        h = layers.rms_norm(carry.x, model.block.attn_norm[...][i], cfg.rms_norm_eps)
+        own_i, n = i + parameters[0], n + parameters[1]
+        h = layers.rms_norm(carry.x, model.block.attn_norm[...][own_i], cfg.rms_norm_eps)
         y, attend = None, None
         if run.kind == LIGHTNING:
             y, s = model.lightning(h, n, decays[i], carry.s, lengths, segments, recurrent)
@@ -131,7 +133,7 @@ def body(
             attend = functools.partial(model.softmax.attend, n=n, **given)
             if carry.k is not None:
                 carry = carry._replace(k=keys_values[0], v=keys_values[1])
-        rest = functools.partial(_rest, model, i, capacity, None if routes is None else routes[i], attend)
+        rest = functools.partial(_rest, model, own_i, capacity, None if routes is None else routes[i], attend)
         inputs = Inputs(None if cfg.postnorm else carry.x, h, y, valid, rope)
         if last_only and run is one_period[-1]:
             of_last = functools.partial(_only_at, at, rest)

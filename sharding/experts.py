@@ -15,6 +15,7 @@ nothing is left: the buffers are A + R rows whatever the number of devices n, wh
 need n · A.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import CustomVJPPrimal
 
 from m1jax.kernels import experts as kernel
 from m1jax.kernels.experts.order import by_bucket
@@ -203,23 +205,32 @@ def _all_rounds(places: Places, rows: jax.Array, stacks: Stacks, *rest: jax.Arra
     return _sum_rounds(places, rows.shape[0], rest[-1], lambda step: _one_round(places, step, rows, stacks, *rest))
 
 
-def _all_rounds_fwd(
-    places: Places, rows: jax.Array, stacks: Stacks, *rest: jax.Array
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    return _all_rounds(places, rows, stacks, *rest), (rows, stacks, rest)
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Constant:
+    """Which stacks have no gradient: those that are quantised, and those that nobody trains."""
+
+    stacks: tuple[bool, ...]
+
+
+def _all_rounds_fwd(places: Places, rows: Any, stacks: Any, *rest: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    constant = _Constant(tuple(not (isinstance(w, CustomVJPPrimal) and w.perturbed) for w in stacks))
+    rows, stacks, *rest = jax.tree.map(lambda x: x.value, (rows, stacks, *rest))
+    return _all_rounds(places, rows, stacks, *rest), (rows, stacks, rest, constant)
 
 
 def _all_rounds_bwd(places: Places, residuals: tuple[Any, ...], d_y: jax.Array) -> tuple[Any, ...]:
-    """Each round once more, with its gradient; of the weights only this layer's take part."""
-    rows, stacks, (layer, *rest) = residuals
-    one = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, keepdims=True), stacks)
-    constant = [not isinstance(w, jax.Array) for w in stacks]  # quantised
+    """Each round once more, with its gradient; of weights that have one only this layer's take part."""
+    rows, stacks, (layer, *rest), constants = residuals
+    constant, one, at = constants.stacks, stacks, layer
+    if not all(constant):
+        one, at = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, keepdims=True), stacks), 0
 
     def part(step: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         def run(rows: jax.Array, trained: list[jax.Array]) -> jax.Array:
             left = iter(trained)
             whole: Any = tuple(w if fixed else next(left) for w, fixed in zip(one, constant, strict=True))
-            return _one_round(places, step, rows, whole, 0, *rest)
+            return _one_round(places, step, rows, whole, at, *rest)
 
         trained = [w for w, fixed in zip(one, constant, strict=True) if not fixed]
         d_rows, d_trained = jax.vjp(run, rows, trained)[1](d_y)
@@ -234,7 +245,7 @@ def _all_rounds_bwd(places: Places, residuals: tuple[Any, ...], d_y: jax.Array) 
     return d_rows, d_stacks, *(None for _ in (layer, *rest))
 
 
-_all_rounds.defvjp(_all_rounds_fwd, _all_rounds_bwd)
+_all_rounds.defvjp(_all_rounds_fwd, _all_rounds_bwd, symbolic_zeros=True)
 
 
 def _routes(counts: jax.Array, rounds: jax.Array, me: jax.Array | int, step: jax.Array) -> tuple[Route, Route]:

@@ -25,7 +25,7 @@ from m1jax.sharding.machines import Device
 from m1jax.sharding.mesh import AXES, MeshShape, abstract_mesh, factorings
 from m1jax.sharding.rules import check, shards
 from m1jax.sharding.sizes import tree_bytes
-from m1jax.sharding.steps import Workload, make_step
+from m1jax.sharding.steps import Workload, make_step, trained
 
 TOP_BATCH = 1 << 20  # no plan goes beyond
 # What compilers have needed of temporaries, as multiples of the estimate, least and most: for an H200 0.36 (training
@@ -317,8 +317,10 @@ def arguments(config: M1Config, work: Workload, mesh: MeshShape, temporary: int)
     """Bytes on each device, with so many of temporaries."""
     axes = abstract_mesh(mesh, work.use)
     if work.mode == "train":
-        parameters = sum(tree_bytes(config, axes, abstract(config, "float32")).values())
-        return Memory(parameters, 2 * parameters, 0, 0, temporary)
+        updated, base, _ = trained(config, work)
+        own = sum(tree_bytes(config, axes, updated).values())
+        held = 0 if base is None else sum(tree_bytes(config, axes, base.model).values())
+        return Memory(held + own, 2 * own, 0, 0, temporary)
     model = abstract(config, work.dtype, work.quantize)
     parameters = sum(tree_bytes(config, axes, model).values())
     state = tree_bytes(config, axes, jax.eval_shape(lambda m: m.init_state(work.rows, work.context), model))
@@ -327,7 +329,10 @@ def arguments(config: M1Config, work: Workload, mesh: MeshShape, temporary: int)
 
 
 def model_flops(config: M1Config, work: Workload) -> float:
-    """FLOPs of a step on all devices; of a training step forward, backward, and forward again (remat)."""
+    """FLOPs of a step on all devices; of a training step forward, backward, and forward again (remat).
+
+    Where factors are trained the weights have no gradient, which is half of backward; the factors are left out.
+    """
     model = abstract(config, "float32")
 
     def one(context: int) -> float:
@@ -345,7 +350,8 @@ def model_flops(config: M1Config, work: Workload) -> float:
             spared += 2 * config.hidden_size * config.num_attention_heads * config.head_dim
             rows -= (T - 1) * slope * (N - T / 2) / len(config.softmax_layers)
         rows -= (T - 1) * 2 * spared
-    return work.rows * rows * (4 if work.mode == "train" else 1)
+    passes = {"train": 3 if work.lora_rank else 4}.get(work.mode, 1)
+    return work.rows * rows * passes
 
 
 def bytes_read(config: M1Config, work: Workload, mesh: MeshShape, memory: Memory) -> float:
@@ -355,8 +361,8 @@ def bytes_read(config: M1Config, work: Workload, mesh: MeshShape, memory: Memory
     each all wait for the device with the most of these. Activations are left out.
     """
     if work.mode == "train":
-        # Forward, remat and backward read the weights; the update reads and writes weights and moments.
-        return 3 * memory.parameters + 3 * (memory.parameters + memory.optimizer)
+        # Forward, remat and backward read the weights; the update reads and writes what is trained, and two moments.
+        return 3 * memory.parameters + 3 * 1.5 * memory.optimizer
     sizes = tree_bytes(config, abstract_mesh(mesh, work.use), abstract(config, work.dtype, work.quantize))
     experts = sum(size for path, size in sizes.items() if path.startswith(("moe.gate_up", "moe.down")))
     tokens = work.rows * work.tokens / mesh.data

@@ -21,6 +21,8 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from m1jax.config import M1Config
+from m1jax.kernels.experts import Quantized
+from m1jax.lora.adapted import Adapted
 from m1jax.sharding.mesh import AXES, mesh_of
 from m1jax.sharding.rules import rules_of, shardings, spec
 
@@ -168,11 +170,13 @@ GATHERED = ("hidden", "expert_hidden")  # axes of parameters that are split to s
 
 def matrix(param: nnx.Param, layer: jax.Array | int) -> tuple[Any, jax.Array | int]:
     """A stacked parameter and the layer's index in it, with whatever is split by FSDP gathered, for this layer only."""
-    dims = [dim for dim, axis in enumerate(param.axes) if axis in GATHERED and split_over(axis)]
-    if not dims:
-        return param[...], layer
-    one = lax.dynamic_index_in_dim(param[...], layer, keepdims=True)
-    return whole(one, param.axes), 0
+    value, axes = param[...], param.axes
+    if not any(axis in GATHERED and split_over(axis) for axis in axes):
+        return value, layer
+    if isinstance(value, Quantized | Adapted):  # several arrays
+        axes = value.axes(axes)
+    one = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, keepdims=True), value)
+    return jax.tree.map(whole, one, axes), 0
 
 
 def whole(x: jax.Array, axes: Axes) -> jax.Array:

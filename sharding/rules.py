@@ -15,13 +15,17 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.kernels.experts.quantized import Quantization, group_of
-from m1jax.params import STATE_AXES, ParamSpec, param_table
+from m1jax.lora.adapted import IN_AXES, factor_axes
+from m1jax.params import STATE_AXES, ParamSpec, names_of, param_table
 from m1jax.sharding.mesh import AXES
 
 Rules = Mapping[str, tuple[str, ...]]
 AnyMesh = Mesh | AbstractMesh
 
-_WHOLE = ("layer", "page", "qkv", "gate_up", "head_dim", "value_dim", "router", "channel", "hidden", "expert_hidden")
+_WHOLE = (
+    *("layer", "page", "qkv", "gate_up", "head_dim", "value_dim", "router", "rank", "channel", "hidden"),
+    "expert_hidden",
+)
 
 # Rows over data and expert: attention of different rows, then an exchange between the experts' devices.
 _SERVE: Rules = {
@@ -163,10 +167,13 @@ def shardings(config: M1Config, mesh: AnyMesh, tree: Any) -> Any:
     table = param_table(config)
 
     def leaf(path: tuple[Any, ...], x: Any) -> NamedSharding:
-        names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
-        where = ".".join(name for name in names if name not in ("", "value"))
+        names = names_of(path)
+        where = ".".join(names)
         found = _find(names, table)
         if found is not None:
+            axes = factor_axes(table[found].axes, IN_AXES[found]).get(names[-1]) if found in IN_AXES else None
+            if axes is not None:
+                return NamedSharding(mesh, spec(mesh, where, axes, x.shape))
             return NamedSharding(mesh, _aligned(mesh, where, table[found], x.shape))
         state = _find(names, STATE_AXES)
         if state is not None and len(STATE_AXES[state]) == len(x.shape):

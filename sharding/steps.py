@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from m1jax.config import M1Config
 from m1jax.kernels.experts import Quantization
+from m1jax.lora.factors import Base, Lora
 from m1jax.model import M1, abstract
 from m1jax.sharding.mesh import Use
 from m1jax.sharding.rules import rules_of, shardings, shards
@@ -29,6 +30,7 @@ class Workload:
       chunk: tokens of each row read at once.
       dtype: of parameters and computation; training keeps parameters and Adam's moments in float32.
       quantize: what experts are stored in.
+      lora_rank: of the factors that are trained beside a model in `dtype`; 0 trains the whole model.
     """
 
     mode: Mode
@@ -37,6 +39,7 @@ class Workload:
     chunk: int = 8192
     dtype: str = "bfloat16"
     quantize: Quantization | None = None
+    lora_rank: int = 0
 
     @property
     def rows(self) -> int:
@@ -101,6 +104,17 @@ def _rows(mesh: Mesh | AbstractMesh, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, spec))
 
 
+def trained(config: M1Config, work: Workload) -> tuple[Any, Base | None, Lora | None]:
+    """What a training step updates, the model that it is beside if it is factors, and which factors these are."""
+    if not work.lora_rank:
+        return abstract(config, "float32"), None, None
+    from m1jax.train.settings import LoraSettings  # the trainer builds on this package
+
+    settings = LoraSettings()
+    lora = Lora.of(config, work.lora_rank, settings.alpha, settings.targets)
+    return lora.abstract(config), Base(abstract(config, work.dtype, work.quantize), lora.scale), lora
+
+
 def _train(config: M1Config, work: Workload, mesh: Mesh | AbstractMesh) -> Step:
     """The trainer's step: AdamW on float32 weights, in `work.dtype`, layers computed twice."""
     # The trainer builds on this package.
@@ -108,8 +122,9 @@ def _train(config: M1Config, work: Workload, mesh: Mesh | AbstractMesh) -> Step:
     from m1jax.train.settings import GuardSettings, OptimizerSettings
     from m1jax.train.step import adamw, cross_entropy, init_state, make_step
 
-    optimizer = adamw(config, OptimizerSettings(), steps=1000)
-    state = jax.eval_shape(lambda model: init_state(model, optimizer), abstract(config, "float32"))
+    updated, base, lora = trained(config, work)
+    optimizer = adamw(config, OptimizerSettings(), 1000, lora)
+    state = jax.eval_shape(lambda model: init_state(model, optimizer), updated)
     spec = PartitionSpec(None, *(rules_of(mesh)[axis] or None for axis in ("batch", "sequence")))
 
     def rows(dtype: str) -> jax.ShapeDtypeStruct:  # one batch, nothing to accumulate
@@ -119,4 +134,10 @@ def _train(config: M1Config, work: Workload, mesh: Mesh | AbstractMesh) -> Step:
     batch = {name: rows("int32") for name in ("tokens", "targets", "segments")} | {"weights": rows("float32")}
     loss = cross_entropy(work.dtype, "layer", Balance(config.router_aux_loss_coef))
     step = make_step(loss, optimizer, GuardSettings())
-    return Step(step, (_placed(config, mesh, state), batch), (0,))
+    if base is None:
+        return Step(step, (_placed(config, mesh, state), batch), (0,))
+
+    def beside(state: Any, batch: Any, base: Base) -> Any:
+        return step(state, batch, base=base)
+
+    return Step(beside, (_placed(config, mesh, state), batch, _placed(config, mesh, base)), (0,))

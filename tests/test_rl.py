@@ -215,10 +215,10 @@ def test_a_run_goes_on_bit_by_bit_after_it_was_broken_off(tmp_path: Path, monkey
 
     real = Learner.step
 
-    def dies(self: Learner, state: TrainState, number: int, *functions: Any) -> Any:
+    def dies(self: Learner, model: M1, state: TrainState, number: int, *functions: Any) -> Any:
         if number == 1:
             raise KeyboardInterrupt
-        return real(self, state, number, *functions)
+        return real(self, model, state, number, *functions)
 
     broken = settings(tmp_path / "broken")
     with monkeypatch.context() as patch:

@@ -43,7 +43,7 @@ def toml(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "guard": {},
     }
     for name, value in changes.items():
-        table[name] = table[name] | value if isinstance(value, dict) else value
+        table[name] = table.get(name, {}) | value if isinstance(value, dict) else value
     return table
 
 
@@ -94,4 +94,4 @@ def interrupted(*_: Any) -> Any:
 
 def on_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes runs of this process take its first two devices for all there are."""
-    monkeypatch.setattr(loop, "mesh_of", lambda text, _: make_mesh(MeshShape.parse(text), "train", jax.devices()[:2]))
+    monkeypatch.setattr(loop, "mesh_of", lambda text, *_: make_mesh(MeshShape.parse(text), "train", jax.devices()[:2]))

@@ -54,6 +54,10 @@ class Quantized:
         """In-channels that share a scale: I for int8, G for int4."""
         return self.shape[-1] if self.kind == "int8" else self.shape[-1] // self.scales.shape[-1]
 
+    def axes(self, axes: tuple[str, ...]) -> "Quantized":
+        """The logical axes of both arrays, where those of the weights are `axes`."""
+        return Quantized(axes, axes[: self.scales.ndim])  # pyright: ignore[reportArgumentType]
+
     def __getitem__(self, index: EllipsisType) -> "Quantized":
         """`q[...]` is q, as an `nnx.Param` asks for its value."""
         if index is not Ellipsis:

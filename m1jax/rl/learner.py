@@ -101,11 +101,11 @@ class Learner:
         return [self.prompter.plain(problem.question, Options()).tokens for problem in problems]
 
     def step(
-        self, state: TrainState, number: int, update: UpdateFunction, measure: MeasureFunction
+        self, model: M1, state: TrainState, number: int, update: UpdateFunction, measure: MeasureFunction
     ) -> tuple[TrainState, Metrics]:
-        """Generates a batch with the current policy and updates it; `update` is one optimizer update."""
+        """Generates a batch with the model of a state and updates that; `update` is one optimizer update."""
         start = time.perf_counter()
-        groups, metrics, last = self.collect(computing(state.model, self.dtype), number)
+        groups, metrics, last = self.collect(computing(model, self.dtype), number)
         seconds = time.perf_counter() - start
         metrics |= {"rollout_seconds": seconds, "rollout_tokens_per_second": metrics["rollout_tokens"] / seconds}
         if groups:

@@ -67,7 +67,7 @@ class Reinforced:
         self._step = make_step(loss, parts.optimizer, settings.guard, settings.optimizer.rates)
         self._measure = measuring(loss)
         self._rate = schedule(settings.optimizer, settings.steps * rl.updates)
-        self._guard = Guard(settings, loss)
+        self._guard = Guard(parts, loss)
         self._idle = 0  # batches from which nothing was learnt
         self._learner = Learner(
             rl,
@@ -104,16 +104,16 @@ class Reinforced:
         def update(state: TrainState, batch: Mapping[str, Any], at: int) -> tuple[TrainState, Mapping[str, Any]]:
             arrays = to_devices(batch, self._parts.mesh)
             places.append(at)
-            state, metrics = self._step(state, arrays, at)
+            state, metrics = self._step(state, arrays, at, self._parts.base)
             values = fetched(metrics)
             sizes.append(size(values))
             self._guard.look(number, state, arrays, values, report)
             return state, figures(values)
 
         def measure(state: TrainState, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-            return fetched(self._measure(state.model, to_devices(batch, self._parts.mesh)))
+            return fetched(self._measure(self._parts.model(state), to_devices(batch, self._parts.mesh)))
 
-        state, values = self._learner.step(state, number, update, measure)
+        state, values = self._learner.step(self._parts.model(state), state, number, update, measure)
         tokens = sum(count for count, _ in sizes)
         context = sum(count * seen for count, seen in sizes) / max(tokens, 1)
         rate = float(np.asarray(self._rate(places[0] if places else number * self._rl.updates)))
@@ -134,7 +134,7 @@ class Reinforced:
 
     def evaluate(self, state: TrainState) -> Mapping[str, float]:
         """Accuracy on held-out problems."""
-        return self._learner.evaluate(state.model)
+        return self._learner.evaluate(self._parts.model(state))
 
     def close(self) -> None:
         """Does nothing: no file is open."""

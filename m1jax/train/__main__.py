@@ -4,8 +4,9 @@
 
 FILE.toml names the stage (pretrain, sft, rl), model, data and all the rest; m1jax/train/settings.py lists the keys,
 scripts/configs/ has examples. Killed at any moment, the same command goes on from the last checkpoint. The trained
-model is in OUT/model. On several machines every process runs the same command, with --coordinator, and mesh splits the
-run; OUT and the data are seen by all. Exit code 2 is bad input or a step that was stopped, 130 Ctrl-C.
+model is in OUT/model; factors trained beside one ([lora]) are in OUT/adapter. On several machines every process runs
+the same command, with --coordinator, and mesh splits the run; OUT and the data are seen by all. Exit code 2 is bad
+input or a step that was stopped, 130 Ctrl-C.
 """
 
 import dataclasses
@@ -43,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         from m1jax.train.supervised import run
     run(settings, profile=args.profile)
-    print(f"{settings.out}/model: complete. Try: python -m m1jax.generate --model {settings.out}/model --prompt …")
+    made, use = f"{settings.out}/model", f"{settings.out}/model"
+    if settings.lora.rank:
+        made, use = f"{settings.out}/adapter", f"{settings.model.path} --adapter {settings.out}/adapter"
+    print(f"{made}: complete. Try: python -m m1jax.generate --model {use} --prompt …")
     return 0
 
 

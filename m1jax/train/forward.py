@@ -1,7 +1,8 @@
 """The forward pass in the form that gradients want: every layer's weights come to the loop as its input.
 
 So the gradient of a stack of weights is written layer by layer, where indexing in the loop, which inference does, would
-add up one zero-padded stack per layer. Letters as in `m1jax.model`.
+add up one zero-padded stack per layer. Weights that are not trained, with factors beside them, are read where they lie,
+as in inference: what comes to a loop as its input is copied for the gradient. Letters as in `m1jax.model`.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from m1jax.config import LIGHTNING, M1Config
+from m1jax.lora.adapted import has_factors
 from m1jax.model import M1, TOKENS, embed, final_norm, stretched
 from m1jax.sharding.capacity import within_capacity
 from m1jax.sharding.region import block, on_mesh, start, total
@@ -86,25 +88,28 @@ def _layers(
     cfg = model.config
     p = period(cfg.layer_types)
     one_period = runs(cfg.layer_types[:p])
-    # What each kind of layer reads, [L/p, layers of it in a period, ...].
-    of_layers = (model.block, model.moe, model.shared, block(all_decays(cfg), 1, "heads"), routes)
-    common = _by_period(of_layers, cfg, p)
-    mixers = {
-        kind: _by_period(model.lightning if kind == LIGHTNING else model.softmax, cfg, p)
-        for kind in dict.fromkeys(cfg.layer_types)
-    }
-    step = functools.partial(_layer, model, lengths, segments, capacity, recurrent)
+    held = has_factors(model)
 
-    def one(x: jax.Array, stacks: Any) -> tuple[jax.Array, Routing]:
-        common, mixers = stacks
+    def of_run(run: Run) -> tuple[Any, Any]:
+        """What the layers of a run read, [L/p, layers of it in a period, ...]: decays and routes, and weights."""
+        mixer = model.lightning if run.kind == LIGHTNING else model.softmax
+        of_all: Any = (model.block, model.moe, model.shared)
+        if held:  # their places
+            of_all, mixer = jnp.arange(cfg.num_hidden_layers), jnp.arange(cfg.layer_types.count(run.kind))
+        given = _cut((block(all_decays(cfg), 1, "heads"), routes), cfg, p, run.layer, run.layers)
+        weights = _cut(of_all, cfg, p, run.layer, run.layers), _cut(mixer, cfg, p, run.among_kind, run.layers)
+        return given, weights
+
+    step = functools.partial(_layer, model, lengths, segments, capacity, recurrent, held)
+
+    def one(x: jax.Array, of_runs: Any) -> tuple[jax.Array, Routing]:
         parts = []
-        for run in one_period:
-            inputs = (_cut(common, run.layer, run.layers), _cut(mixers[run.kind], run.among_kind, run.layers))
+        for run, inputs in zip(one_period, of_runs, strict=True):
             x, routing = _run(step, run, x, inputs, remat)
             parts.append(routing)
         return x, jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
-    x, routing = lax.scan(one, x, (common, mixers))
+    x, routing = lax.scan(one, x, [of_run(run) for run in one_period])
     return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), routing)
 
 
@@ -132,29 +137,29 @@ def _layer(
     segments: jax.Array | None,
     capacity: float | None,
     recurrent: bool,
+    held: bool,
     kind: str,
     x: jax.Array,
     inputs: Any,
 ) -> tuple[jax.Array, Routing]:
-    """One layer: the body of a model that has no other."""
-    (norms, moe, shared, decay, routes), mixer = jax.tree.map(lambda a: a[None], inputs)
+    """One layer: the body of a model that has no other, or reads no other's weights."""
+    (decay, routes), weights = inputs
+    decay, routes = jax.tree.map(lambda a: a[None], (decay, routes))
     cfg = dataclasses.replace(model.config, num_hidden_layers=1, layer_types=(kind,))
-    parts = {"lightning" if kind == LIGHTNING else "softmax": mixer}
-    one = M1(
-        config=cfg,
-        embed=model.embed,
-        block=norms,
-        lightning=parts.get("lightning", model.lightning),
-        softmax=parts.get("softmax", model.softmax),
-        moe=moe,
-        norm=model.norm,
-        shared=shared,
-    )
+    at: Any = (0, 0)
+    if held:
+        one, at = dataclasses.replace(model, config=cfg), weights
+    else:
+        (norms, moe, shared), mixer = jax.tree.map(lambda a: a[None], weights)
+        parts = {"block": norms, "moe": moe, "shared": shared, "lightning" if kind == LIGHTNING else "softmax": mixer}
+        one = dataclasses.replace(model, config=cfg, lm_head=None, **parts)
     B, T = x.shape[:2]
     logits = jnp.zeros((1, B, T, cfg.num_local_experts), jnp.float32)
     carry = Carry(x, None, None, None, None, logits)
     seen = jnp.zeros((B,), jnp.int32)
-    carry = body(one, carry, seen, lengths, decay, segments, capacity, routes=routes, recurrent=recurrent)
+    carry = body(
+        one, carry, seen, lengths, decay, segments, capacity, routes=routes, recurrent=recurrent, parameters=at
+    )
     assert carry.router_logits is not None
     valid = start("sequence", T) + jnp.arange(T) < lengths[:, None]
     if segments is not None:
@@ -183,11 +188,7 @@ def _routing(logits: jax.Array, valid: jax.Array, config: M1Config, capacity: fl
     )
 
 
-def _by_period(tree: Any, config: M1Config, p: int) -> Any:
-    """Stacks `[n, ...]` as `[L/p, n·p/L, ...]`."""
+def _cut(tree: Any, config: M1Config, p: int, first: int, count: int) -> Any:
+    """Of stacks `[n, ...]` some layers of every period: `[L/p, count, ...]`."""
     periods = config.num_hidden_layers // p
-    return jax.tree.map(lambda a: a.reshape(periods, -1, *a.shape[1:]), tree)
-
-
-def _cut(tree: Any, first: int, count: int) -> Any:
-    return jax.tree.map(lambda a: a[first : first + count], tree)
+    return jax.tree.map(lambda a: a.reshape(periods, -1, *a.shape[1:])[:, first : first + count], tree)

@@ -28,10 +28,11 @@ RECENT = 20  # steps that the time left is estimated from
 SPARSE = 3  # points of a curve at most that are marked: of one alone there is no line
 
 
-def flops_per_token(config: M1Config, context: float) -> float:
+def flops_per_token(config: M1Config, context: float, passes: int = 3) -> float:
     """FLOPs of a training step per token: three forward passes of what a token uses, nothing computed twice.
 
-    `context` is the mean number of tokens that a query of softmax attention sees.
+    `context` is the mean number of tokens that a query of softmax attention sees. `passes` are two where no weight has
+    a gradient, but for small factors.
     """
     H, D, k = config.num_attention_heads, config.head_dim, config.num_experts_per_tok
     used = 0
@@ -39,7 +40,7 @@ def flops_per_token(config: M1Config, context: float) -> float:
         share = k / config.num_local_experts if "experts" in spec.axes else 1.0
         used += spec.size * share * (path != "embed" or config.tie_word_embeddings)
     attention = len(config.lightning_layers) * 4 * H * D * D + len(config.softmax_layers) * 4 * H * D * context
-    return 3 * (2 * used + attention)
+    return passes * (2 * used + attention)
 
 
 class Report:
@@ -57,7 +58,7 @@ class Report:
 
     def __init__(self, settings: Settings, config: M1Config, devices: int, first: int) -> None:
         self._settings, self._config, self._out = settings, config, Path(settings.out)
-        self._devices = devices
+        self._devices, self._passes = devices, 2 if settings.lora.rank else 3
         self._file = self._out / METRICS
         self._stream = self._board = None
         self._row: dict[str, Any] = {"step": first}  # of the last step, and where its line starts in the file
@@ -89,7 +90,7 @@ class Report:
         training = seconds - aside
         figures = {name: float(value) for name, value in values.items() if np.ndim(value) == 0}
         figures |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / training}
-        tflops = flops_per_token(self._config, context) * tokens / training / 1e12 / self._devices
+        tflops = flops_per_token(self._config, context, self._passes) * tokens / training / 1e12 / self._devices
         figures["tflops_per_device"] = tflops
         if self._peak:
             figures["utilisation"] = tflops / self._peak

@@ -25,6 +25,7 @@ LATER = {
     "tokenizer": None,
     "data.streams": 1,
     "model.weights": None,
+    "lora": "",
     "rl.own_tasks": None,
     "rl.mean_over": None,
     "rl.even_updates": False,

@@ -31,6 +31,20 @@ class ModelSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """`[lora]`: of the model nothing is trained but small factors beside matrices of attention, `out/adapter`.
+
+    The model is then held in `model.dtype`, once, and needs neither gradients nor moments.
+    """
+
+    rank: int = 0  # of the factors; 0: no factors, the whole model is trained
+    alpha: float = 32.0  # their product counts alpha / rank
+    targets: tuple[str, ...] = ("lightning.*", "softmax.*")  # names or patterns, as in `m1jax.params.param_table`
+    path: str = ""  # an adapter of such factors to go on from
+    quantize: Literal["", "int8", "int4"] = ""  # what the experts are held in, if not in `model.dtype`
+
+
+@dataclasses.dataclass(frozen=True)
 class DataSettings:
     """`[data]`: documents, and how they fill rows. Stage rl has no documents: only `accumulate` counts there."""
 
@@ -110,6 +124,7 @@ class Settings:
     seed: int = 0
     mesh: str = ""  # such as "data=2,expert=4"; "auto": one for all devices present; empty: the first device alone
     model: ModelSettings = ModelSettings()
+    lora: LoraSettings = LoraSettings()
     data: DataSettings = DataSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -139,6 +154,8 @@ class Settings:
             "optimizer.decay": (o.decay, o.decay >= 0, "0 or more"),
             "optimizer.weight_decay": (o.weight_decay, o.weight_decay >= 0, "0 or more"),
             "checkpoint.every": (self.checkpoint.every, self.checkpoint.every >= 0, "0 (the stage's own) or more"),
+            "lora.rank": (self.lora.rank, self.lora.rank >= 0, "0 (no factors, the whole model is trained) or more"),
+            "lora.alpha": (self.lora.alpha, self.lora.alpha > 0, "more than 0"),
             "log.peak_tflops": (self.log.peak_tflops, self.log.peak_tflops >= 0, "0 (that of the device) or more"),
             "seed": (self.seed, 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
             "guard.spike": (self.guard.spike, self.guard.spike >= 0, "0 (no limit) or more"),
@@ -155,6 +172,17 @@ class Settings:
             raise UserError(f"[rl] has no meaning in stage {self.stage}: leave it out")
         if bool(self.model.path) == bool(self.model.config):
             raise UserError("[model] needs either path (a model to go on from) or config (for random weights)")
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        """Raises `UserError` for factors beside a model that is trained, or random."""
+        for field in dataclasses.fields(self.lora):
+            if not self.lora.rank and getattr(self.lora, field.name) != field.default:
+                raise UserError(f"lora.{field.name} has no meaning without factors: set lora.rank, such as 16")
+        if self.lora.rank and not self.model.path:
+            raise UserError("lora.rank: factors are trained beside a model: set model.path instead of config")
+        if self.lora.rank and self.model.save_dtype != "float32":
+            raise UserError("model.save_dtype has no meaning with [lora], whose adapter is float32: leave it out")
 
     def _check_rl(self) -> None:
         """Raises `UserError` for what other stages read and this one does not."""

@@ -4,7 +4,7 @@ import dataclasses
 import fnmatch
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,14 +15,16 @@ from jax import lax
 from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.kernels.segments import positions
+from m1jax.lora.factors import Base, Lora
 from m1jax.model import M1, build
-from m1jax.params import ParamSpec, flatten, param_table
+from m1jax.params import flatten, param_table
 from m1jax.train.forward import Remat, hidden_states
 from m1jax.train.loss import Balance, head_weight, token_log_probs
 from m1jax.train.settings import GuardSettings, OptimizerSettings
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Trained = Any  # a float32 model, or factors beside one
 # (float32 model, batch [B, T], total of each weight) -> loss, and metrics that add up over batches
 Loss = Callable[[M1, Batch, Metrics], tuple[jax.Array, Metrics]]
 
@@ -38,7 +40,7 @@ KEPT = functools.lru_cache(maxsize=8)  # runs of one process that are set alike 
 class TrainState:
     """All that a step reads and writes, float32: what a checkpoint holds."""
 
-    model: M1
+    model: Trained
     optimizer: Any
     step: jax.Array  # int32 [], steps tried
     accepted: jax.Array  # int32 [], steps taken
@@ -46,8 +48,8 @@ class TrainState:
     variance: jax.Array  # float32 []
 
 
-def init_state(model: M1, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step of a float32 model."""
+def init_state(model: Trained, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step of a float32 model, or of factors."""
     # Buffers of their own: the step gives each of them away.
     counts, figures = ([jnp.zeros((), kind) for _ in range(2)] for kind in (jnp.int32, jnp.float32))
     return TrainState(model, optimizer.init(model), *counts, *figures)  # pyright: ignore[reportArgumentType]
@@ -74,13 +76,13 @@ def schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
     return lambda count: joined(count + 1)  # the first step counts, and the last one has arrived
 
 
-def rate_factors(config: M1Config, text: str) -> dict[str, float]:
+def rate_factors(parameters: Iterable[str], text: str) -> dict[str, float]:
     """Factor of the learning rate by parameter, from a setting such as "softmax.*=5,moe.router=0".
 
     Raises:
       UserError: it is written otherwise, a factor is negative, all are 0, or a pattern fits no parameter.
     """
-    factors = dict.fromkeys(param_table(config), 1.0)
+    factors = dict.fromkeys(parameters, 1.0)
     for part in filter(None, text.split(",")):
         pattern, _, number = (word.strip() for word in part.partition("="))
         try:
@@ -98,20 +100,27 @@ def rate_factors(config: M1Config, text: str) -> dict[str, float]:
     return factors
 
 
-def adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.GradientTransformationExtraArgs:
+def adamw(
+    config: M1Config, settings: OptimizerSettings, steps: int, lora: Lora | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Clipping, AdamW without decay of norms, schedule, each parameter's own rate. Raises `UserError`.
 
-    An update is at step `at` of the schedule; without one, at that after the update before.
+    An update is at step `at` of the schedule; without one, at that after the update before. With `lora` the parameters
+    are its factors.
     """
-    return _adamw(config, settings, steps if settings.decay else 0)  # without a way down their number is of no matter
+    steps = steps if settings.decay else 0  # without a way down their number is of no matter
+    return _adamw(config, settings, steps, lora)
 
 
 @KEPT
-def _adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.GradientTransformationExtraArgs:
-    decayed = build(config, lambda _, spec: spec.init is not None)
+def _adamw(
+    config: M1Config, settings: OptimizerSettings, steps: int, lora: Lora | None
+) -> optax.GradientTransformationExtraArgs:
+    table, tree = (param_table, build) if lora is None else (lora.table, lora.build)
+    decayed = tree(config, lambda _, spec: spec.init is not None)
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
-    rate, factor = optax.scale_by_learning_rate(schedule(settings, steps)), rate_factors(config, settings.rates)
-    factors = build(config, lambda path, _: factor[path])
+    rate, factor = optax.scale_by_learning_rate(schedule(settings, steps)), rate_factors(table(config), settings.rates)
+    factors = tree(config, lambda path, _: factor[path])
 
     def scaled(updates: Any, state: Any, params: Any = None, *, at: Any = None, **_: Any) -> tuple[Any, Any]:
         state = state if at is None else state._replace(count=jnp.asarray(at, state.count.dtype))
@@ -127,13 +136,10 @@ def _adamw(config: M1Config, settings: OptimizerSettings, steps: int) -> optax.G
 
 
 def computing(model: M1, dtype: str) -> M1:
-    """The float32 model as it computes: in `dtype`, but for what is always float32, and the head."""
-
-    def leaf(path: str, spec: ParamSpec) -> jax.Array:
-        return arrays[path] if path == "lm_head" else arrays[path].astype(spec.dtype or dtype)
-
-    arrays = flatten(model)
-    return build(model.config, leaf)
+    """The float32 model as it computes: in `dtype`, but for what is always float32, integers, and the head."""
+    kept = {"lm_head", *(path for path, spec in param_table(model.config, "int8").items() if spec.dtype is not None)}
+    leaves = [leaf if path in kept else leaf.astype(dtype) for path, leaf in flatten(model).items()]
+    return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
 
 @KEPT
@@ -184,13 +190,21 @@ def measuring(loss: Loss) -> Callable[[M1, Batch], Metrics]:
     return jax.jit(measure)
 
 
-def _of_trained(loss: Loss, setting: str) -> Loss:
+def beside(loss: Loss, base: Base | None) -> Any:
+    """The loss of a model as a function of factors beside it; without `base` the loss itself."""
+    if base is None:
+        return loss
+    return lambda factors, batch, total: loss(base.with_factors(factors), batch, total)
+
+
+def _of_trained(loss: Any, setting: str) -> Any:
     """The loss as a function of the parameters alone whose rate is not 0: others cost no gradient, nor are clipped."""
 
-    def of_trained(model: M1, batch: Batch, total: Metrics) -> tuple[jax.Array, Metrics]:
-        factor, arrays = rate_factors(model.config, setting), flatten(model)
-        held = build(model.config, lambda p, _: arrays[p] if factor[p] else lax.stop_gradient(arrays[p]))
-        return loss(held, batch, total)
+    def of_trained(model: Trained, batch: Batch, total: Metrics) -> tuple[jax.Array, Metrics]:
+        arrays = flatten(model)
+        factor = rate_factors(arrays, setting)
+        held = [x if factor[path] else lax.stop_gradient(x) for path, x in arrays.items()]
+        return loss(jax.tree.unflatten(jax.tree.structure(model), held), batch, total)
 
     return of_trained if setting else loss
 
@@ -204,12 +218,13 @@ def make_step(
     It takes a batch with a leading axis of batches to accumulate, `[A, B, T]`, and `at` as `adamw` does. A step whose
     loss or gradient is not finite, or whose loss is a spike, above metric `loss_limit`, changes no weight: metric
     `good` is then false. `rates` as in `OptimizerSettings`. Metrics are those of the loss and what else a report wants;
-    those of `_size` are sums.
+    those of `_size` are sums. Where factors are trained, `base` is what they are beside.
     """
-    loss = _of_trained(loss, rates)
 
-    def step(state: TrainState, batch: Batch, at: int | None = None) -> tuple[TrainState, Metrics]:
-        gradient, metrics = accumulated(loss, state.model, batch)
+    def step(
+        state: TrainState, batch: Batch, at: int | None = None, base: Base | None = None
+    ) -> tuple[TrainState, Metrics]:
+        gradient, metrics = accumulated(_of_trained(beside(loss, base), rates), state.model, batch)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         deviation = jnp.maximum(jnp.sqrt(state.variance), _least(state.mean))
         limit = state.mean + guard.spike * deviation
@@ -255,12 +270,12 @@ def _noted(state: TrainState, loss: jax.Array) -> tuple[jax.Array, jax.Array]:
     return mean, variance
 
 
-def accumulated(loss: Loss, model: M1, batch: Batch) -> tuple[M1, Metrics]:
-    """Gradient and metrics, `loss` among them, of batches `[A, B, T]` as of one."""
+def accumulated(loss: Any, model: Trained, batch: Batch) -> tuple[Trained, Metrics]:
+    """Gradient and metrics, `loss` of `model` among them, of batches `[A, B, T]` as of one."""
     total = totals(batch)
 
     @functools.partial(jax.jit, inline=True)  # traced once, though asked for its shapes first
-    def one(model: M1, total: Metrics, some: Batch) -> tuple[M1, Metrics]:
+    def one(model: Trained, total: Metrics, some: Batch) -> tuple[Trained, Metrics]:
         (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(model, some, total)
         return gradient, {"loss": value, **metrics}
 

@@ -81,7 +81,7 @@ class Supervised:
         self._step = make_step(loss, parts.optimizer, settings.guard, settings.optimizer.rates)
         self._measure = measuring(loss)
         self._rate = schedule(settings.optimizer, settings.steps)
-        self._guard = Guard(settings, loss)
+        self._guard = Guard(parts, loss)
 
     def _check(self, sets: Sequence[Documents], note: Path) -> None:
         """Raises `UserError` for a document that is not as it should be, unless a note says that these were checked."""
@@ -109,7 +109,7 @@ class Supervised:
         """Does and reports one update."""
         batch = to_devices(next(self._source), self._parts.mesh)
         rate = float(np.asarray(self._rate(int(state.accepted))))
-        state, metrics = self._step(state, batch)
+        state, metrics = self._step(state, batch, base=self._parts.base)
         metrics = fetched(metrics)
         values = figures(metrics)
         report.step(number, values | {"learning_rate": rate}, *size(metrics))
@@ -131,7 +131,7 @@ class Supervised:
         assert self._validation is not None
         total = weight = 0.0
         for rows in data.one_pass(self._validation, self._encoder, self._parts.settings.data):
-            found = fetched(self._measure(state.model, to_devices(rows, self._parts.mesh)))
+            found = fetched(self._measure(self._parts.model(state), to_devices(rows, self._parts.mesh)))
             total += float(found["cross_entropy"]) * float(found["weights"])
             weight += float(found["weights"])
         return {self.judged_by: total / max(weight, 1e-9)}
