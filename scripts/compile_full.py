@@ -5,7 +5,8 @@
     python scripts/compile_full.py --platform cuda --write    # puts today's bytes on record
 
 A case is a decode step (128k of context), a chunk of a prompt (8192 tokens) or a training step, on 8, 64 and 512
-devices. CPU checks the bytes of arguments, which are exact; an H200 those of temporaries as well.
+devices; on 8 also a step that trains factors beside int8 experts. CPU checks the bytes of arguments, which are exact;
+an H200 those of temporaries as well.
 """
 
 import argparse
@@ -36,6 +37,7 @@ def cases() -> dict[str, tuple[Workload, MeshShape]]:
         out[f"decode {n}"] = Workload("serve", n, 131072, quantize=experts), SERVE[n]
         out[f"prefill {n}"] = Workload("prefill", max(1, n // 8), 8192, quantize=experts), SERVE[n]
         out[f"train {n}"] = Workload("train", min(n, 64), 4096), TRAIN[n]
+    out["factors 8"] = Workload("train", 8, 8192, quantize="int8", lora_rank=16), TRAIN[8]
     return out
 
 

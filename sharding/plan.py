@@ -28,9 +28,9 @@ from m1jax.sharding.sizes import tree_bytes
 from m1jax.sharding.steps import Workload, make_step, trained
 
 TOP_BATCH = 1 << 20  # no plan goes beyond
-# What compilers have needed of temporaries, as multiples of the estimate, least and most: for an H200 0.36 (training
-# on 8 devices) to 1.05 (on 512), but next to nothing of a decode step, whose kernels copy nothing; for TPUs, which lay
-# arrays out in tiles, up to 7 (a prompt on a mesh with `seq`).
+# What compilers have needed of temporaries, as multiples of the estimate, least and most: for an H200 0.35 (training
+# on 8 devices) to 1.1 (factors on 8), but next to nothing of a decode step, whose kernels copy nothing; for TPUs, which
+# lay arrays out in tiles, up to 7 (a prompt on a mesh with `seq`).
 OFF = {"cuda": (0.35, 1.1), "tpu": (0.35, 7.0)}
 
 

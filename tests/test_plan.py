@@ -62,6 +62,10 @@ def test_known_bytes_of_the_released_model() -> None:
     train = arguments(FULL, Workload("train", 64, 4096), MeshShape(fsdp=8, expert=8, tensor=8), 0)
     assert train.arguments == pytest.approx(10.89e9, abs=5e6)
     assert train.optimizer == 2 * train.parameters
+    # As when serving, and float32 factors of all attention's matrices with their moments, a part of which is split.
+    beside = arguments(FULL, Workload("train", 8, 8192, quantize="int8", lora_rank=16), MeshShape(expert=8), 0)
+    assert int8.parameters < beside.parameters < int8.parameters + 0.3e9
+    assert beside.parameters + beside.optimizer == pytest.approx(60.38e9, abs=5e6)
 
 
 def test_flops_of_a_step() -> None:
@@ -72,7 +76,9 @@ def test_flops_of_a_step() -> None:
     steps = sum(model_flops(FULL, Workload("serve", 1, n)) for n in (1, 2, 3, 4))
     assert prefill == pytest.approx(steps - 3 * 2 * 6144 * (200_064 + 2 * 8192 + 2 * 3 * 9216), rel=1e-5)
     # 45.9 B active parameters, and the head.
+    factors = model_flops(FULL, Workload("train", 1, 1024, quantize="int8", lora_rank=16))
     train = model_flops(FULL, Workload("train", 1, 1024))
+    assert factors == 0.75 * train  # weights have no gradient
     assert train == pytest.approx(4 * 2 * (45.9e9 + 200_064 * 6144) * 1024, rel=0.05)
 
 

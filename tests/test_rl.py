@@ -230,6 +230,17 @@ def test_a_run_goes_on_bit_by_bit_after_it_was_broken_off(tmp_path: Path, monkey
     assert rows(tmp_path / "broken") == whole
 
 
+def test_factors_are_reinforced_beside_quantised_experts(tmp_path: Path) -> None:
+    """The rollout's policy is the model with its factors, as that of the updates is."""
+    lora = {"rank": 2, "alpha": 4.0, "quantize": "int8"}
+    stage.run(parse(Settings, table(tmp_path / "out", 2) | {"lora": lora}))
+    found = rows(tmp_path / "out")
+    assert all(row["correlation_logp"] > 0.9999 and row["updates"] == 4 and row["good"] == 1 for row in found)
+    tokens = np.arange(12)[None]
+    plain, trained = (load(HELLO, quantize="int8", adapter=a) for a in (None, tmp_path / "out" / "adapter"))
+    assert 0 < float(jnp.abs(trained(tokens) - plain(tokens)).max()) < 1
+
+
 def test_killed_while_it_is_evaluated_it_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint is written before, and what says only how the run is done may be changed."""
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 import m1jax
+from m1jax.lora.adapter import open_adapter, save_adapter
+from m1jax.lora.factors import Base, Lora
 from m1jax.params import flatten
 from m1jax.train.loss import Balance
 from m1jax.train.step import accumulated, cross_entropy
@@ -115,3 +117,32 @@ def test_loss_and_gradients_with_the_balancing_loss(folder: Path) -> None:
     for name, slot in slots.items():
         mine = np.asarray(found[slot.target])[slot.index].reshape(slot.shape)
         assert rms_error(mine, theirs_by_name[name]) < 1e-5, name
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers for it
+def test_an_adapter_is_pefts(folder: Path, tmp_path: Path) -> None:
+    """One that PEFT made gives the logits that it gives there, added to the weights or beside them; and back."""
+    peft = pytest.importorskip("peft", reason="the extra `parity` is not installed")
+    names = ["qkv_proj", "output_gate", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
+    given = peft.LoraConfig(r=3, lora_alpha=5, target_modules=names, init_lora_weights=False)
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(official_decay(transformers.MiniMaxForCausalLM.from_pretrained(folder).eval()), given)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ids = np.random.default_rng(0).integers(0, 96, (2, 70))
+
+    def logits(model: Any) -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.tensor(ids)).logits.numpy()
+
+    want, plain = logits(theirs), m1jax.load(folder)
+    assert rms_error(plain(ids), want) > 0.1
+    assert rms_error(m1jax.load(folder, adapter=tmp_path / "theirs")(ids), want) < 3e-6
+    # Beside the weights, as it is trained; saved by us, read by PEFT.
+    config, lora = plain.config, Lora.of(plain.config, 3, 5.0, ("*",))
+    adapter, here = open_adapter(tmp_path / "theirs", config), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    adapter.check(lora, config)
+    factors = lora.build(config, functools.partial(adapter.factor, dict.fromkeys(lora.table(config), here)))
+    assert rms_error(Base(plain, lora.scale).with_factors(factors)(ids), want) < 3e-6
+    save_adapter(factors, tmp_path / "ours", lora, config, str(folder))
+    again = official_decay(transformers.MiniMaxForCausalLM.from_pretrained(folder).eval())
+    assert rms_error(logits(peft.PeftModel.from_pretrained(again, tmp_path / "ours").eval()), want) < 1e-6
