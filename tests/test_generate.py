@@ -160,7 +160,7 @@ def test_dtype_reaches_the_loader(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     asked: list[Any] = []
     monkeypatch.setattr(modes, "load", lambda path, *how, **where: asked.append((*how, where)) or load(path))
     assert run("--prompt", "Hello", "--max-tokens", 2, "--dtype", "bfloat16", "--quantize", "int8").code == 0
-    assert asked == [("bfloat16", "int8", {"mesh": None})]
+    assert asked == [("bfloat16", "int8", {"mesh": None, "adapter": None})]
 
 
 def test_stop(run: Run) -> None:

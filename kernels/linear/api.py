@@ -12,6 +12,8 @@ from m1jax.kernels.varying import alike
 
 Implementation = Literal["reference", "xla", "triton", "triton_interpreted"]
 
+NARROW = 64  # channels, such as a factor's of LoRA, below which copying the matrix is as nothing
+
 
 def linear(
     x: jax.Array, stack: jax.Array, layer: jax.Array | int, *, implementation: Implementation | None = None
@@ -49,7 +51,8 @@ def linear(
 def _choose(implementation: str | None, x: jax.Array, stack: jax.Array) -> str:
     unfit = gpu.refusal(x, stack)
     if implementation is None:
-        return "xla" if unfit or refusal() else "triton"
+        narrow = min(stack.shape[1:]) < NARROW
+        return "xla" if narrow or unfit or refusal() else "triton"
     reason = None
     if implementation in ("triton", "triton_interpreted"):
         reason = unfit or (refusal() if implementation == "triton" else None)
