@@ -33,6 +33,7 @@ from m1jax.safetensors import listing
 WEIGHTS = "weights"
 FORMAT = 1
 _KEYS = {"format", "dtype", "quantize", "dtypes", "arrays"}
+_MAY = {"adapter"}  # the folder of one that was added to the weights
 
 _CHUNK = 16 << 20  # bytes; small enough that a shard of a mesh reads little more than its own
 # The axes along which tensors are usually sharded are cut before the others.
@@ -52,7 +53,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / MARKER} cannot be read ({error}): convert the model again") from None
-    if not isinstance(marker, dict) or marker.keys() != _KEYS or marker["format"] != FORMAT:
+    if not isinstance(marker, dict) or marker.keys() - _MAY != _KEYS or marker["format"] != FORMAT:
         raise UserError(f"{folder} was converted by another version of m1jax: convert the model again")
     return marker
 

@@ -153,6 +153,8 @@ class M1Config:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
+            if path.is_dir():
+                check_model_folder(path)
             raise UserError(f"{file} does not exist: give a folder with a model's config.json") from None
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}") from None
@@ -346,3 +348,11 @@ def _check_values(config: M1Config) -> None:
 
 
 _FIELD_NAMES = tuple(field.name for field in dataclasses.fields(M1Config) if field.name != "layer_types")
+
+
+def check_model_folder(path: Path) -> None:
+    """Raises `UserError` if a path is no folder, or that of an adapter."""
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder: give one with a model's config.json")
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise UserError(f"{path} is an adapter, not a model: give the model, and this as its adapter")

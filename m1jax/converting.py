@@ -22,6 +22,7 @@ from m1jax.errors import UserError
 from m1jax.kernels.experts.quantized import Quantization, quantize_on_host
 from m1jax.loading import MARKER, check_quantization, open_source
 from m1jax.lora.adapter import Adapter, Pair, open_adapter
+from m1jax.lora.adapter import digest as adapter_digest
 from m1jax.params import ParamSpec
 from m1jax.safetensors import Tensor
 from m1jax.weights import Piece, Slot, expected
@@ -103,6 +104,8 @@ def convert(
                 "dtypes": dtypes,
                 "arrays": sorted(table),
             }
+            if low is not None:
+                marker["adapter"] = str(low.folder)
             (place.path / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
 
 
@@ -152,7 +155,7 @@ def _identity(
     for file in sorted({tensor.file for tensor in tensors.values()}):
         digest.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
     if adapter is not None:
-        digest.update(adapter.digest.encode())
+        digest.update(adapter_digest(adapter.folder).encode())
     return {"convert": checkpoint.FORMAT, "dtype": dtype, "quantize": quantize, "source": digest.hexdigest()}
 
 

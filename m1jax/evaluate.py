@@ -166,13 +166,13 @@ def open_local(
     adapter: Path | None = None,
 ) -> Local:
     """Loads a model; `quantize`, `mesh` and `adapter` as for `m1jax.load`. Raises `UserError`."""
+    from m1jax.config import check_model_folder
     from m1jax.loading import load
     from m1jax.prompt import Prompter
     from m1jax.runtime import use_compilation_cache
     from m1jax.tokenizer import Tokenizer
 
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give one with a model's config.json")
+    check_model_folder(folder)
     prompter = Prompter(Tokenizer.load(folder))
     _ = prompter.template
     use_compilation_cache()

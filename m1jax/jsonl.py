@@ -26,6 +26,7 @@ from m1jax.engine import Engine
 from m1jax.errors import UserError
 from m1jax.kernels.experts import Quantized
 from m1jax.loading import MARKER
+from m1jax.lora.adapter import digest as adapter_digest
 from m1jax.model import M1
 from m1jax.prompt import OPTIONS, Options, Prompter
 from m1jax.reply import Reply, Request, check_context
@@ -55,7 +56,7 @@ class Line(NamedTuple):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, adapter: Path | None = None) -> str:
     """Changes with what a model folder computes, not with where or when it was copied to. Raises `UserError`.
 
     It is of config.json and of the files of weights: their names, sizes, and some of what they hold.
@@ -74,6 +75,8 @@ def fingerprint(folder: Path) -> str:
                         digest.update(stream.read(_SAMPLE))
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    if adapter is not None:
+        digest.update(adapter_digest(adapter).encode())
     return digest.hexdigest()
 
 
@@ -88,8 +91,10 @@ def named_precision(dtype: str, quantize: str | None) -> str:
     return dtype if quantize is None else f"{dtype}, {quantize} experts"
 
 
-def read_lines(file: Path, options: Options, prompter: Prompter, context: int) -> list[Line]:
-    """The requests of a JSONL file; blank lines are skipped.
+def read_lines(
+    file: Path, options: Options, prompter: Prompter, context: int, adapter: Path | None = None
+) -> list[Line]:
+    """The requests of a JSONL file to a model, maybe with an adapter; blank lines are skipped.
 
     Raises:
       UserError: the file cannot be read, or a line is malformed (its number is named).
@@ -100,7 +105,7 @@ def read_lines(file: Path, options: Options, prompter: Prompter, context: int) -
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not valid UTF-8 (byte {error.start}): save it as UTF-8") from None
-    out, model = [], fingerprint(prompter.tokenizer.folder)
+    out, model = [], fingerprint(prompter.tokenizer.folder, adapter)
     # Not splitlines(): U+2028 and its like may stand inside JSON strings.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from m1jax.config import M1Config
+from m1jax.config import M1Config, check_model_folder
 from m1jax.errors import UserError
 from m1jax.kernels.experts.quantized import Quantization, quantize_on_host, stored_shapes
 from m1jax.model import M1, build
@@ -33,6 +33,7 @@ from m1jax.sharding.sizes import require_room
 from m1jax.weights import Piece, plan
 
 MARKER = "m1jax.json"  # the last file that a conversion writes
+ADAPTER_MARKER = "m1jax_adapter.json"  # that of an adapter that m1jax has trained
 PROGRESS = "m1jax.progress.jsonl"  # lies in unfinished conversions and exports
 
 _ALIGNMENT = 64  # bytes; XLA:CPU takes over a host buffer that starts on this boundary
@@ -137,8 +138,6 @@ def check_quantization(quantize: str | None) -> None:
 
 
 def _open(path: Path) -> Source:
-    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise UserError(f"{path} is an adapter: give its model, and this as adapter")
     if (path / MARKER).exists():
         from m1jax import checkpoint  # it builds on this module
 
@@ -217,6 +216,7 @@ def open_source(path: Path) -> tuple[M1Config, dict[str, Tensor], dict[str, list
     if (path / PROGRESS).exists():
         raise UserError(f"{path} is unfinished: run the command that was writing it again")
     if path.is_dir() and not (path / "config.json").exists():
+        check_model_folder(path)
         raise UserError(f"{path} is not a model: it has no config.json")
     config = M1Config.from_file(path)
     tensors = read_folder(path)

@@ -103,7 +103,7 @@ def batch(
     args: argparse.Namespace, options: Options, prompter: Prompter, config: M1Config, interrupts: Interrupts
 ) -> int:
     """Generates for each line of `--input` what `--output` lacks."""
-    lines = read_lines(args.input, options, prompter, config.max_position_embeddings)
+    lines = read_lines(args.input, options, prompter, config.max_position_embeddings, args.adapter)
     total = sum(line.request.n for line in lines)
     with open_output(args.output, lines) as output:
         if len(output.done) < total:

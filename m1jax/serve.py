@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from m1jax.server.app import Server
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}: pip install 'm1jax[serve]'") from None
-    from m1jax.config import M1Config
+    from m1jax.config import M1Config, check_model_folder
     from m1jax.engine import check_cache_tokens, check_own_context
     from m1jax.loading import load
     from m1jax.nano import default_model
@@ -116,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from m1jax.tokenizer import Tokenizer
 
     folder = args.model or default_model()
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give one with a model's config.json")
+    check_model_folder(folder)
     name = args.name or (folder.resolve().name if args.model else "m1-nano")
     with _bound(args.host, args.port) as bound, memory_errors():
         if args.context is not None:

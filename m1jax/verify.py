@@ -51,6 +51,8 @@ def verify(src: Path, dst: Path, mesh: str | None = None) -> bool:
     quantising costs is a second table, of `dst` against `src` as it is, and decides nothing. `mesh` as in `m1jax.load`.
     """
     marker = read_marker(dst) if (dst / MARKER).exists() else {"dtype": "keep", "quantize": None}
+    if "adapter" in marker:
+        raise UserError(f"{dst} has an adapter in its weights, {marker['adapter']}: {src} has other ones")
     rounded, quantize = marker["dtype"] == "bfloat16", marker["quantize"]
     # Both are opened before the first is computed, which may take long.
     source, other = open_parameters(src, quantize), open_parameters(dst)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from m1jax.errors import UserError
-from m1jax.loading import MARKER, PROGRESS
+from m1jax.loading import ADAPTER_MARKER, MARKER, PROGRESS
 from m1jax.safetensors import INDEX_NAME, is_ours
 
 LOCK = "m1jax.lock"
@@ -62,7 +62,7 @@ def check_folder(dst: Path, overwrite: bool, remedy: str = "choose another name 
         return
     if not overwrite:
         raise UserError(f"{dst} exists and is not empty: {remedy}")
-    if not (dst / MARKER).exists() and not is_ours(dst):
+    if not any((dst / name).exists() for name in (MARKER, ADAPTER_MARKER)) and not is_ours(dst):
         raise UserError(f"{dst} was not made by m1jax, which therefore does not replace it: choose another name")
     old = _replaced(dst)
     if os.path.lexists(old) and not (old / LOCK).exists():

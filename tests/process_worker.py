@@ -1,8 +1,10 @@
 """One process of several: `python -m tests.process_worker TASK COORDINATOR COUNT INDEX DEVICES ARGS…`."""
 
 import argparse
+import functools
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,9 +15,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 import m1jax
 from m1jax import distributed, loading
 from m1jax.errors import main_guard
+from m1jax.lora.adapter import save_adapter
+from m1jax.lora.factors import Lora
 from m1jax.params import flatten
 from m1jax.saving import save
 from m1jax.sharding.mesh import MeshShape, make_mesh
+from m1jax.sharding.rules import shardings
+from tests.tools import SMALL
 
 
 def copy(source: str, target: str, mesh: str, dtype: str) -> None:
@@ -41,6 +47,14 @@ def copy(source: str, target: str, mesh: str, dtype: str) -> None:
     assert read["moe.gate_up"] == flatten(model)["moe.gate_up"].size // jax.process_count()
     save(model, target)
     print(f"process {jax.process_index()} of {jax.process_count()} has saved", flush=True)
+
+
+def adapt(folder: str) -> None:
+    """Saves factors that are split over the processes, outside any mesh."""
+    mesh, lora = make_mesh(MeshShape(fsdp=jax.device_count()), "train"), Lora.of(SMALL, 2, 2.0, ("*",))
+    places = shardings(SMALL, mesh, lora.abstract(SMALL))
+    factors = jax.jit(functools.partial(lora.init, SMALL), out_shardings=places)(jax.random.key(0))
+    save_adapter(factors, Path(folder), lora, SMALL, "")
 
 
 def die(victim: str) -> None:
@@ -69,7 +83,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", int(devices))
     distributed.start(argparse.Namespace(coordinator=coordinator, num_processes=int(count), process_id=int(index)))
-    {"copy": copy, "die": die, "bad": bad}[task](*args)
+    {"copy": copy, "adapt": adapt, "die": die, "bad": bad}[task](*args)
 
 
 if __name__ == "__main__":

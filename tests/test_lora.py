@@ -1,8 +1,10 @@
 """Factors beside a model: what it computes with them, their gradients, runs that train them, and their folders."""
 
 import dataclasses
+import errno
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ import m1jax
 from m1jax.config import M1Config
 from m1jax.converting import convert
 from m1jax.errors import UserError
+from m1jax.generate import main as generate
 from m1jax.kernels.experts import quantize
 from m1jax.loading import open_parameters
+from m1jax.lora import adapter as adapter_module
 from m1jax.lora.adapted import IN_AXES, A, B, has_factors
 from m1jax.lora.adapter import PREFIX, WEIGHTS, open_adapter, save_adapter
 from m1jax.lora.factors import Base, Factors, Lora
@@ -29,11 +33,12 @@ from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.sharding.rules import shardings
 from m1jax.train import guard, loop, supervised
 from m1jax.train.loss import Balance
-from m1jax.train.step import accumulated, beside, computing, cross_entropy
+from m1jax.train.step import accumulated, beside, cross_entropy
+from m1jax.verify import verify
 from m1jax.weights import expected
 from tests.checkpoints import write_checkpoint
 from tests.tools import HELLO, random_model, rms_error, variant
-from tests.training import interrupted, losses, rows, settings, write_corpus
+from tests.training import losses, rows, settings, write_corpus
 
 CONFIG = variant(vocab_size=64, layer_types=("lightning", "lightning", "softmax"), num_hidden_layers=3)
 LORA = Lora.of(CONFIG, 4, 8.0, ("lightning.*", "softmax.*"))
@@ -190,15 +195,14 @@ def test_a_run_leaves_an_adapter_of_its_model(folder: Path, whole: Path, tmp_pat
     lora = Lora.of(config, 2, 4.0, ("*",))
     adapter = open_adapter(whole / "adapter", config)
     adapter.check(lora, config)
-    places = flatten(jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), lora.abstract(config)))
-    factors = lora.build(config, lambda path, spec: adapter.factor(places, path, spec))
+    factors = adapter.factors(lora, config)
     assert rms_error(Base(plain, lora.scale).with_factors(factors)(tokens), trained(tokens)) < 2e-6
     # Written and read back: the same bits.
     save_adapter(factors, tmp_path / "again", lora, config, "somewhere")
     first, second = (load_file(p / WEIGHTS) for p in (whole / "adapter", tmp_path / "again"))
     assert first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
     given = json.loads((whole / "adapter" / "adapter_config.json").read_text())
-    assert given["target_modules"] == sorted({p.split(".")[1] for p in IN_AXES}) and given["lora_alpha"] == 4.0
+    assert given["target_modules"] == [path.split(".")[1] for path in IN_AXES] and given["lora_alpha"] == 4.0
 
 
 def test_interrupted_it_goes_on_bit_by_bit(folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,9 +222,11 @@ def test_interrupted_it_goes_on_bit_by_bit(folder: Path, whole: Path, monkeypatc
     assert steps[-1] == 5 and losses(out) == losses(whole)
     first, second = (load_file(p / "adapter" / WEIGHTS) for p in (whole, out))
     assert all(np.array_equal(first[name], second[name]) for name in first)
-    with pytest.raises(UserError, match=r"written with lora .*rank=2.*int8.*: choose another out"):
+    with pytest.raises(
+        UserError, match=r"written with lora 'rank 2, alpha 4.0, experts in int8, beside .*: choose another"
+    ):
         run(folder, out, lora={"quantize": ""})
-    with pytest.raises(UserError, match=r"written with lora .*rank=2"):
+    with pytest.raises(UserError, match=r"written with lora 'rank 2"):
         supervised.run(settings(folder, out, model={"config": "", "path": str(folder / "model"), "tokenizer": ""}))
 
 
@@ -247,16 +253,83 @@ def test_rates_name_factors(folder: Path, whole: Path, tmp_path: Path) -> None:
         run(folder, tmp_path / "no", optimizer={"rates": "moe.router=0"})
 
 
-def test_a_bad_step_names_the_factor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_step_names_the_layer(folder: Path, whole: Path, tmp_path: Path) -> None:
+    """With the factors that are in it, which an adapter brings along."""
+    shutil.copytree(whole / "adapter", tmp_path / "bad")
+    given = load_file(whole / "adapter" / WEIGHTS)
+    given[f"{PREFIX}model.layers.1.self_attn.o_proj.lora_B.weight"][3] = np.nan
+    save_file(given, tmp_path / "bad" / WEIGHTS)
+    with pytest.raises(UserError, match=r"step 1: NaN or infinity first appears in layer 1 \(softmax\); the weights"):
+        run(folder, tmp_path / "out", lora={"path": str(tmp_path / "bad")})
+
+
+def test_a_bad_gradient_names_the_factor() -> None:
     base, factors = Base(random_model(CONFIG), LORA.scale), random_factors()
     factors["softmax"]["o_proj"][B] = factors["softmax"]["o_proj"][B].at[0, 0, 0].set(jnp.nan)
     assert guard.bad_gradients(LOSS, factors, BATCH, base).startswith("lightning.out_proj.lora_a[0]")
-    place = computing(base.with_factors(factors), "float32").first_bad_layer(BATCH["tokens"][0])
-    assert place == "layer 2 (softmax)"
+
+
+def test_a_full_disk_leaves_no_adapter(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's last checkpoint is there: the same command writes it."""
+    real = adapter_module.write_file
+
+    def full(file: Path, entries: Any) -> None:
+        real(file, entries[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_module, "write_file", full)
+        with pytest.raises(UserError, match="No space left on device: make room, then run again"):
+            run(folder, tmp_path / "out", steps=1, optimizer={"warmup": 0, "decay": 0})
+    assert not (tmp_path / "out" / "adapter").exists()
+    run(folder, tmp_path / "out", steps=1, optimizer={"warmup": 0, "decay": 0})
+    m1jax.load(folder / "model", adapter=tmp_path / "out" / "adapter")
+    (tmp_path / "out" / "adapter" / "m1jax_adapter.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        run(folder, tmp_path / "out", steps=1, optimizer={"warmup": 0, "decay": 0})
+
+
+def test_texts_of_other_adapters_are_not_mixed(folder: Path, whole: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "1 + 1"}\n')
+    flags = [
+        "--model",
+        str(folder / "model"),
+        "--raw",
+        "--max-tokens",
+        "2",
+        "--input",
+        str(source),
+        "--output",
+        str(output),
+    ]
+
+    def code(*more: object) -> object:
+        with pytest.raises(SystemExit) as ended:
+            generate([*flags, *map(str, more)])
+        return ended.value.code
+
+    assert code() == 0
+    text = output.read_text()
+    assert code("--adapter", whole / "adapter") == code("--adapter", tmp_path) == 2
+    assert output.read_text() == text
+
+
+def test_models_of_one_kind_of_attention() -> None:
+    for kind, other in (("lightning", "softmax"), ("softmax", "lightning")):
+        config = variant(vocab_size=64, layer_types=(kind,) * 2)
+        lora = Lora.of(config, 2, 2.0, ("lightning.*", "softmax.*"))
+        assert lora.targets and all(path.startswith(kind) for path in lora.targets)
+        with pytest.raises(UserError, match=r"lora.targets = .*are none of this model's"):
+            Lora.of(config, 2, 2.0, (f"{other}.*",))
+        base, tokens = Base(random_model(config), 1.0), BATCH["tokens"][0]
+        assert rms_error(base.with_factors(lora.init(config, jax.random.key(0)))(tokens), base.model(tokens)) < 1e-6
 
 
 def test_what_a_run_cannot_do_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for change, message in (
+        ({"lora": {"targets": []}}, r"lora.targets = \[\] are none of this model's"),
         ({"lora": {"targets": ["moe.*"]}}, r"'moe.\*' names no matrix that can have factors: lightning.qkv_proj"),
         ({"lora": {"rank": -1}}, "lora.rank = -1 must be 0"),
         ({"lora": {"rank": 0}}, "lora.alpha has no meaning without factors: set lora.rank"),
@@ -273,8 +346,6 @@ def test_what_a_run_cannot_do_is_refused(folder: Path, tmp_path: Path, monkeypat
     model = {"config": "", "path": str(folder / "model"), "tokenizer": ""}
     with pytest.raises(UserError, match=r"or factors beside this one \(\[lora\]"):
         supervised.run(settings(folder, tmp_path / "out", model=model))
-    monkeypatch.setattr(supervised.Supervised, "step", interrupted)
-    assert not (tmp_path / "out" / "adapter").exists()
 
 
 # --- folders
@@ -355,20 +426,27 @@ def test_adapters_that_are_more_than_a_product_are_refused(official: Path, tmp_p
             m1jax.load(official, adapter=folder)
 
     refused("use_dora = True is not supported", use_dora=True)
-    refused("peft_type = 'LOHA' is not supported", peft_type="LOHA")
+    refused("is not of LoRA: peft_type must be LORA", peft_type="LOHA")
+    refused("init_lora_weights = 'pissa' is not supported", init_lora_weights="pissa")
+    refused("use_qalora = True is not supported", use_qalora=True)
+    refused("use_rslora = 'false' is not supported", use_rslora="false")
+    refused("target_parameters = .*is not supported", target_parameters=["mlp.experts.gate_up_proj"])
     refused("bias = 'all' is not supported", bias="all")
     refused("modules_to_save = .'lm_head'. is not supported", modules_to_save=["lm_head"])
     refused("rank_pattern = .* is not supported", rank_pattern={"qkv_proj": 5})
-    refused("r = 'x' and lora_alpha = 2 must be numbers above 0", r="x")
+    for bad in ("x", True, 0, 10**400, None):
+        refused("r = .* must be an integer from 1 to", r=bad)
+    for bad in ("x", True, 0, -1.0, 10**400, float("nan"), float("inf")):
+        refused("lora_alpha = .* must be a number above 0", lora_alpha=bad)
     refused(r"misshapen: .*qkv_proj.lora_A.weight is \[3, 32\], not \[5, 32\]", r=5)
     refused("has no adapter_model.safetensors", lambda folder: (folder / WEIGHTS).unlink())
     refused("is truncated", lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4]))
-    refused("adapter_config.json cannot be read", lambda folder: (folder / "adapter_config.json").write_text("{"))
+    refused("adapter_config.json is not valid JSON", lambda folder: (folder / "adapter_config.json").write_text("{"))
 
-    def with_more(name: str) -> Any:
+    def with_more(name: str, kind: str = "float32") -> Any:
         def change(folder: Path) -> None:
             tensors = load_file(folder / WEIGHTS)
-            save_file({**tensors, name: np.zeros((3, 4), np.float32)}, folder / WEIGHTS)
+            save_file({**tensors, name: np.zeros((3, 32), kind)}, folder / WEIGHTS)
 
         return change
 
@@ -379,11 +457,24 @@ def test_adapters_that_are_more_than_a_product_are_refused(official: Path, tmp_p
     refused("of no matrix of this model: .*norm.lora_A.weight", with_more(PREFIX + "model.norm.lora_A.weight"))
     alone = PREFIX + "model.layers.1.self_attn.qkv_proj.lora_B.weight"
     refused("lora_A without lora_B or the other way round: model.layers.1.self_attn.qkv_proj", with_more(alone))
+    first = "model.layers.0.self_attn.qkv_proj.lora_A.weight"
+    refused("there twice: model.layers.0.self_attn.qkv_proj.lora_A", with_more(first))
+    refused(
+        "not float32, float16 or bfloat16: .*layers.0.self_attn.qkv_proj.lora_A", with_more(PREFIX + first, "int32")
+    )
     refused("has no factors", lambda folder: save_file({}, folder / WEIGHTS))
     folder = peft(tmp_path / "experts", CONFIG, [r"0.*experts.0.w1"])
     convert(official, tmp_path / "int8", quantize="int8")
     with pytest.raises(UserError, match="adapts experts, which are stored in int8: use it with the model they are of"):
         m1jax.load(tmp_path / "int8", adapter=folder)
     m1jax.load(tmp_path / "int8", adapter=peft(tmp_path / "attention", CONFIG, names))
-    with pytest.raises(UserError, match="is an adapter: give its model, and this as adapter"):
+    with pytest.raises(UserError, match="is an adapter, not a model: give the model, and this as its adapter"):
         m1jax.load(folder)
+    convert(official, tmp_path / "with", adapter=folder)
+    with pytest.raises(UserError, match="has an adapter in its weights"):
+        verify(official, tmp_path / "with")
+    # What PEFT saves beside the factors of a head is passed over.
+    head = peft(tmp_path / "head", CONFIG, ["lm_head"])
+    with_more(PREFIX + "lm_head.base_layer.weight")(head)
+    heads = [flatten(m1jax.load(official, adapter=a))["lm_head"] for a in (None, head)]
+    assert not np.array_equal(*heads)

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -22,6 +23,8 @@ import m1jax
 from m1jax import distributed
 from m1jax.errors import UserError
 from m1jax.generate import main as generate
+from m1jax.lora.adapter import open_adapter
+from m1jax.lora.factors import Lora
 from m1jax.params import flatten
 from m1jax.rendezvous import meet
 from m1jax.rl import stage
@@ -30,7 +33,7 @@ from m1jax.train.__main__ import main as train
 from tests import test_rl, training
 from tests.checkpoints import random_tensors, write_checkpoint
 from tests.generation_fixtures import tiny_config, write_model
-from tests.tools import DATA, rms_error, variant
+from tests.tools import DATA, SMALL, rms_error, variant
 
 CONFIG = variant(vocab_size=64, num_key_value_heads=4, num_local_experts=8)
 ROOT = Path(__file__).parents[1]
@@ -102,6 +105,15 @@ def test_saved_by_four_processes_loaded_by_two_and_by_one(folder: Path, tmp_path
     source, copy = flatten(m1jax.load(folder)), flatten(m1jax.load(second, mesh="data=2,expert=2,tensor=2"))
     for name, value in source.items():
         np.testing.assert_array_equal(np.asarray(copy[name]), np.asarray(value), err_msg=name)
+
+
+def test_an_adapter_that_two_processes_hold(tmp_path: Path, address: str) -> None:
+    ended = work(address, 2, 1, "adapt", tmp_path / "adapter")
+    assert [e.code for e in ended] == [0] * 2, ended
+    lora = Lora.of(SMALL, 2, 2.0, ("*",))
+    found = flatten(open_adapter(tmp_path / "adapter", SMALL).factors(lora, SMALL))
+    for path, value in flatten(lora.init(SMALL, jax.random.key(0))).items():
+        np.testing.assert_allclose(found[path], value, rtol=1e-6, err_msg=path)
 
 
 @pytest.mark.parametrize("victim", [2, 0])

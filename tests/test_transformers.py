@@ -139,9 +139,9 @@ def test_an_adapter_is_pefts(folder: Path, tmp_path: Path) -> None:
     assert rms_error(m1jax.load(folder, adapter=tmp_path / "theirs")(ids), want) < 3e-6
     # Beside the weights, as it is trained; saved by us, read by PEFT.
     config, lora = plain.config, Lora.of(plain.config, 3, 5.0, ("*",))
-    adapter, here = open_adapter(tmp_path / "theirs", config), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    adapter = open_adapter(tmp_path / "theirs", config)
     adapter.check(lora, config)
-    factors = lora.build(config, functools.partial(adapter.factor, dict.fromkeys(lora.table(config), here)))
+    factors = adapter.factors(lora, config)
     assert rms_error(Base(plain, lora.scale).with_factors(factors)(ids), want) < 3e-6
     save_adapter(factors, tmp_path / "ours", lora, config, str(folder))
     again = official_decay(transformers.MiniMaxForCausalLM.from_pretrained(folder).eval())

@@ -6,6 +6,7 @@ them, those of experts, too.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -14,41 +15,42 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from m1jax.config import M1Config
 from m1jax.distributed import wait
 from m1jax.errors import UserError
-from m1jax.loading import MARKER, Source, aligned_empty
+from m1jax.loading import ADAPTER_MARKER, Source, aligned_empty
 from m1jax.lora.adapted import A, B
 from m1jax.lora.factors import Factors, Lora
-from m1jax.params import QUANTIZED, ParamSpec, flatten, nest
-from m1jax.safetensors import Tensor, listing, read_file
+from m1jax.params import QUANTIZED, ParamSpec, flatten
+from m1jax.safetensors import Entry, Tensor, listing, read_file, write_file
 from m1jax.sharding.placing import place
-from m1jax.sharding.region import everywhere
-from m1jax.weights import Slot, expected
+from m1jax.sharding.region import everywhere, on_mesh_of
+from m1jax.weights import FLOATS, Slot, expected
 from m1jax.workplace import check_folder, check_space, disk_errors, open_workplace
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = 1
 PREFIX = "base_model.model."
 ENDS = {A: ".lora_A.weight", B: ".lora_B.weight"}
-# What would make of the same factors another model: fields of adapter_config.json, and what they may be here.
+BASE = ".base_layer.weight"  # what PEFT saves beside the factors of an embedding or a head: the matrix as it was
+OFF = (None, False, [], {})
+# What would make of the same factors another model: fields of adapter_config.json, and what they may be here. Some ways
+# to begin (PiSSA, OLoRA, LoftQ and others) change the weights, too.
 ONLY: Mapping[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
     "bias": ("none", None),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "alora_invocation_tokens": (None, []),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    **dict.fromkeys(("use_rslora",), (True, False, None)),
+    **dict.fromkeys(("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save"), OFF),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "layer_replication", "target_parameters", "loftq_config"), OFF),
+    **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config"), OFF),
+    **dict.fromkeys(("velora_config", "monteclora_config"), OFF),
 }
+MOST_RANK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,22 +81,16 @@ class Adapter:
     scale: float
     pairs: Mapping[str, Pair]
 
-    @property
-    def digest(self) -> str:
-        """Changes with what is in the folder."""
-        stat = (self.folder / WEIGHTS).stat()
-        return f"{(self.folder / CONFIG).read_text(encoding='utf-8')} {stat.st_size} {stat.st_mtime_ns}"
-
     def by_place(self) -> dict[tuple[str, tuple[int, ...]], Pair]:
         """The factors by parameter and index in it."""
         return {(pair.slot.target, pair.slot.index): pair for pair in self.pairs.values()}
 
     def check(self, lora: Lora, config: M1Config) -> None:
         """Raises `UserError` unless these are the factors that `lora` trains, of every layer."""
-        if (self.rank, self.scale) != (lora.rank, lora.scale):
+        if self.rank != lora.rank or not math.isclose(self.scale, lora.scale, rel_tol=1e-6):
             raise UserError(
-                f"{self.folder} has rank {self.rank} and alpha {self.scale * self.rank:g}, [lora] rank {lora.rank} and "
-                f"alpha {lora.alpha:g}: make them agree"
+                f"{self.folder} has rank {self.rank} and alpha {self.scale * self.rank:.9g}, [lora] rank {lora.rank} "
+                f"and alpha {lora.alpha:.9g}: make them agree"
             )
         wanted = {name for name, slot in expected(config).items() if slot.target in lora.targets}
         if wanted != set(self.pairs):
@@ -102,18 +98,31 @@ class Adapter:
                 f"{self.folder} does not fit lora.targets: they differ in {listing(sorted(wanted ^ set(self.pairs)))}"
             )
 
-    def factor(self, places: Mapping[str, Any], path: str, spec: ParamSpec) -> jax.Array:
-        """A factor of all layers, such as "softmax.q_proj.lora_a", where it is to lie."""
-        parameter, _, part = path.rpartition(".")
-        layers = {p.slot.index[0]: p.a if part == A else p.b for p in self.pairs.values() if p.slot.target == parameter}
-        whole = np.stack([layers[i].view().astype(np.float32).reshape(spec.shape[1:]) for i in range(len(layers))])
+    def factors(self, lora: Lora, config: M1Config, places: Mapping[str, Sharding] | None = None) -> Factors:
+        """The factors to be trained further, float32, where they are to lie by path: without `places` anywhere."""
+        layers: dict[str, dict[int, Pair]] = {}
+        for pair in self.pairs.values():
+            layers.setdefault(pair.slot.target, {})[pair.slot.index[0]] = pair
 
-        def read(block: tuple[slice, ...]) -> NDArray[Any]:
-            out = aligned_empty(whole[block].shape, whole.dtype)
-            out[...] = whole[block]
-            return out
+        def leaf(path: str, spec: ParamSpec) -> jax.Array:
+            parameter, _, part = path.rpartition(".")
+            whole = np.empty(spec.shape, np.float32)
+            for layer, pair in layers[parameter].items():
+                whole[layer] = (pair.a if part == A else pair.b).view().reshape(spec.shape[1:])
+            if places is None:
+                return jnp.asarray(whole)
+            return place(lambda block: np.ascontiguousarray(whole[block]), spec.shape, whole.dtype, places[path])
 
-        return place(read, spec.shape, whole.dtype, places[path])
+        return lora.build(config, leaf)
+
+
+def digest(folder: Path) -> str:
+    """Changes with what an adapter adds, not with where or when it was copied to. Raises `UserError`."""
+    try:
+        with (folder / CONFIG).open("rb") as config, (folder / WEIGHTS).open("rb") as weights:
+            return " ".join(hashlib.file_digest(file, "sha256").hexdigest() for file in (config, weights))
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}: give an adapter's folder") from None
 
 
 def open_adapter(folder: Path, config: M1Config) -> Adapter:
@@ -122,20 +131,25 @@ def open_adapter(folder: Path, config: M1Config) -> Adapter:
     Raises:
       UserError: it is none, damaged, of another model, or of a kind that is more than W + scale · B A.
     """
+    folder = folder.expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give one with {CONFIG}")
     try:
-        given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder} is not an adapter, {CONFIG} cannot be read ({error})") from None
-    if not isinstance(given, dict):
-        raise UserError(f"{folder / CONFIG} is not a JSON object")
+        given = json.loads((folder / CONFIG).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{folder} is not an adapter, {CONFIG} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder / CONFIG} is not valid JSON ({error}): save the adapter again") from None
+    if not isinstance(given, dict) or given.get("peft_type") != "LORA":
+        raise UserError(f"{folder / CONFIG} is not of LoRA: peft_type must be LORA")
     for name, allowed in ONLY.items():
-        if name in given and given[name] not in allowed:
+        if not any(type(given.get(name)) is type(value) and given.get(name) == value for value in allowed):
             raise UserError(f"{folder}: {name} = {given[name]!r} is not supported: only W + scale · B A is")
     rank, alpha = given.get("r"), given.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1 or not 0 < alpha < math.inf:
-        raise UserError(f"{folder / CONFIG}: r = {rank!r} and lora_alpha = {alpha!r} must be numbers above 0")
+    if type(rank) is not int or not 1 <= rank <= MOST_RANK:
+        raise UserError(f"{folder / CONFIG}: r = {rank!r} must be an integer from 1 to {MOST_RANK}")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < 1e30:
+        raise UserError(f"{folder / CONFIG}: lora_alpha = {alpha!r} must be a number above 0")
     scale = alpha / (math.sqrt(rank) if given.get("use_rslora") else rank)
     if not (folder / WEIGHTS).exists():
         raise UserError(f"{folder} has no {WEIGHTS}: save the adapter as safetensors")
@@ -144,32 +158,36 @@ def open_adapter(folder: Path, config: M1Config) -> Adapter:
 
 def _pairs(folder: Path, tensors: Mapping[str, Tensor], config: M1Config, rank: int, scale: float) -> dict[str, Pair]:
     """The factors by matrix. Raises `UserError` that names all that do not fit."""
-    places = {name.removesuffix(".weight"): (name, slot) for name, slot in expected(config).items()}
+    places = {
+        name.removesuffix(".weight"): (name, slot) for name, slot in expected(config).items() if len(slot.shape) == 2
+    }
     found: dict[str, dict[str, Tensor]] = {}
-    unknown = []
+    problems: dict[str, list[str]] = {"of no matrix of this model": [], "there twice": []}
     for name, tensor in tensors.items():
-        part = next((part for part, end in ENDS.items() if name.endswith(end)), None)
-        module = name.removeprefix(PREFIX).removesuffix(ENDS.get(part or "", ""))
-        if part is None or module not in places or len(places[module][1].shape) != 2:
-            unknown.append(name)
+        whole = name.removeprefix(PREFIX)
+        part = next((part for part, end in ENDS.items() if whole.endswith(end)), None)
+        module = whole.removesuffix(BASE if part is None else ENDS[part])
+        if part is None and module in places and whole.endswith(BASE):
+            continue
+        if part is None or module not in places:
+            problems["of no matrix of this model"].append(name)
+        elif part in found.setdefault(module, {}):
+            problems["there twice"].append(name)
         else:
-            found.setdefault(module, {})[part] = tensor
-    problems = []
-    if unknown:
-        problems.append(f"of no matrix of this model: {listing(unknown)}")
-    alone = [module for module, parts in found.items() if len(parts) != 2]
-    if alone:
-        problems.append(f"lora_A without lora_B or the other way round: {listing(alone)}")
-    wrong = [
+            found[module][part] = tensor
+    problems["lora_A without lora_B or the other way round"] = [m for m, parts in found.items() if len(parts) != 2]
+    problems["not float32, float16 or bfloat16"] = [
+        tensor.name for parts in found.values() for tensor in parts.values() if tensor.dtype.name not in FLOATS
+    ]
+    problems["misshapen"] = [
         f"{tensor.name} is {list(tensor.shape)}, not {list(shape)}"
         for module, parts in found.items()
         for part, shape in ((A, (rank, places[module][1].shape[1])), (B, (places[module][1].shape[0], rank)))
         if (tensor := parts.get(part)) is not None and tensor.shape != shape
     ]
-    if wrong:
-        problems.append(f"misshapen: {listing(wrong)}")
-    if problems:
-        raise UserError(f"{folder} does not fit the model: {'; '.join(problems)}")
+    listed = [f"{what}: {listing(names)}" for what, names in problems.items() if names]
+    if listed:
+        raise UserError(f"{folder} does not fit the model: {'; '.join(listed)}")
     if not found:
         raise UserError(f"{folder} has no factors: it changes nothing")
     return {places[m][0]: Pair(places[m][1], parts[A], parts[B], scale) for m, parts in found.items()}
@@ -211,10 +229,11 @@ def save_adapter(factors: Factors, folder: Path, lora: Lora, config: M1Config, m
 
     Every process of the factors' mesh calls this, the first one writes. Raises `UserError`.
     """
-    arrays = {path: np.asarray(everywhere(x)) for path, x in flatten(factors).items()}
+    with on_mesh_of(jax.tree.leaves(factors)[0]):
+        arrays = {path: np.asarray(everywhere(x)) for path, x in flatten(factors).items()}
     if jax.process_index() == 0:
         check_folder(folder, overwrite=True)
-        tensors = _tensors(nest(arrays), config, lora)
+        entries = _entries(arrays, config, lora)
         given = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -224,26 +243,25 @@ def save_adapter(factors: Factors, folder: Path, lora: Lora, config: M1Config, m
             "lora_dropout": 0.0,
             "bias": "none",
             "inference_mode": True,
-            "target_modules": sorted({name.split(".")[-3] for name in tensors}),
+            "target_modules": [path.rpartition(".")[2] for path in lora.targets],
         }
         with disk_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with open_workplace(folder, {"adapter": FORMAT}, overwrite=True) as workplace:
-                check_space(workplace.path, sum(x.nbytes for x in tensors.values()) + (1 << 20))
-                save_file(tensors, workplace.path / WEIGHTS)
+                check_space(workplace.path, sum(entry.nbytes for entry in entries) + (1 << 20))
+                write_file(workplace.path / WEIGHTS, entries)
                 (workplace.path / CONFIG).write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
-                (workplace.path / MARKER).write_text(json.dumps({"adapter": FORMAT}) + "\n", encoding="utf-8")
+                (workplace.path / ADAPTER_MARKER).write_text(json.dumps({"format": FORMAT}) + "\n", encoding="utf-8")
     wait("save: the adapter is whole")
 
 
-def _tensors(factors: Factors, config: M1Config, lora: Lora) -> dict[str, NDArray[Any]]:
+def _entries(arrays: Mapping[str, NDArray[Any]], config: M1Config, lora: Lora) -> list[Entry]:
     """Every factor of every layer as PEFT names it."""
-    out = {}
+    out = []
     for name, slot in expected(config).items():
         if slot.target in lora.targets:
-            group, _, matrix = slot.target.partition(".")
-            shapes = {A: (lora.rank, slot.shape[1]), B: (slot.shape[0], lora.rank)}
-            for part, shape in shapes.items():
-                value = factors[group][matrix][part][slot.index[0]]
-                out[PREFIX + name.removesuffix(".weight") + ENDS[part]] = np.ascontiguousarray(value.reshape(shape))
+            for part, shape in ((A, (lora.rank, slot.shape[1])), (B, (slot.shape[0], lora.rank))):
+                value = arrays[f"{slot.target}.{part}"][slot.index[0]].reshape(shape)
+                module = PREFIX + name.removesuffix(".weight")
+                out.append(Entry(module + ENDS[part], value.dtype, shape, lambda value=value: [value]))
     return out

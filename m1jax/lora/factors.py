@@ -37,12 +37,20 @@ class Lora:
 
     @classmethod
     def of(cls, config: M1Config, rank: int, alpha: float, patterns: Sequence[str]) -> "Lora":
-        """Factors of the matrices that patterns such as "softmax.*" name. Raises `UserError` if one names none."""
-        there = [path for path in IN_AXES if 0 not in param_table(config)[path].shape]
+        """Factors of the matrices that patterns such as "softmax.*" name, as far as the model has them.
+
+        Raises `UserError` if a pattern names no matrix that could have factors, or the model has none of them.
+        """
         for pattern in patterns:
-            if not fnmatch.filter(there, pattern):
-                raise UserError(f"lora.targets: {pattern!r} names no matrix that can have factors: {', '.join(there)}")
-        return cls(rank, alpha, tuple(p for p in there if any(fnmatch.fnmatch(p, pattern) for pattern in patterns)))
+            if not fnmatch.filter(IN_AXES, pattern):
+                raise UserError(
+                    f"lora.targets: {pattern!r} names no matrix that can have factors: {', '.join(IN_AXES)}"
+                )
+        there = [path for path in IN_AXES if 0 not in param_table(config)[path].shape]
+        targets = tuple(path for path in there if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns))
+        if not targets:
+            raise UserError(f"lora.targets = {list(patterns)} are none of this model's: {', '.join(there)}")
+        return cls(rank, alpha, targets)
 
     def table(self, config: M1Config) -> dict[str, ParamSpec]:
         """Every factor by its path, e.g. "softmax.q_proj.lora_a"; at first B is 0, and A as large as PEFT's."""

@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     run(settings, profile=args.profile)
     made, use = f"{settings.out}/model", f"{settings.out}/model"
     if settings.lora.rank:
-        made, use = f"{settings.out}/adapter", f"{settings.model.path} --adapter {settings.out}/adapter"
+        made, quantize = f"{settings.out}/adapter", settings.lora.quantize
+        use = f"{settings.model.path} --adapter {made} --dtype {settings.model.dtype}"
+        use += f" --quantize {quantize}" if quantize else ""
     print(f"{made}: complete. Try: python -m m1jax.generate --model {use} --prompt …")
     return 0
 

@@ -18,6 +18,7 @@ from m1jax.errors import UserError
 from m1jax.kernels.experts import Quantization
 from m1jax.loading import Source, open_parameters
 from m1jax.lora.adapter import Adapter, open_adapter, save_adapter
+from m1jax.lora.adapter import digest as adapter_digest
 from m1jax.lora.factors import Base, Lora
 from m1jax.model import M1, abstract, build, init_params
 from m1jax.params import ParamSpec, flatten, param_table
@@ -67,6 +68,15 @@ class Parts:
         table = flatten(shardings(self.config, self.mesh, abstract(self.config, dtype, source.quantize)))
         leaf = functools.partial(_read, source, table, dtype)
         return Base(build(self.config, leaf, source.quantize), self.lora.scale)
+
+    @property
+    def beside(self) -> str:
+        """What is trained beside what, for the identity of checkpoints; empty without `lora`."""
+        if self.lora is None or self.source is None:
+            return ""
+        experts = self.source.quantize or self.settings.model.dtype
+        how = f"rank {self.lora.rank}, alpha {self.lora.alpha}, experts in {experts}"
+        return f"{how}, beside {', '.join(self.lora.targets)}"
 
     def model(self, state: TrainState) -> M1:
         """The model of a state, with its factors."""
@@ -148,7 +158,7 @@ def mesh_of(text: str, config: M1Config, quantize: Quantization | None = None) -
     """The mesh of a setting such as "data=2,expert=4" or "auto"; one device if it is empty. Raises `UserError`."""
     if not text and jax.process_count() > 1:
         raise UserError(f"mesh is missing: {jax.process_count()} processes share a run by one, such as mesh = 'fsdp=8'")
-    mesh = parsed_mesh(text, config, "train") if text else make_mesh(MeshShape(), "train", jax.devices()[:1])
+    mesh = parsed_mesh(text, config, "train", quantize) if text else make_mesh(MeshShape(), "train", jax.devices()[:1])
     check(config, mesh, quantize)
     return mesh
 
@@ -185,7 +195,9 @@ def _remedy(parts: Parts, room: float) -> str:
         less += ", or factors beside this one ([lora], where experts may be int8)"
     while count <= MOST_DEVICES:
         with contextlib.suppress(UserError):
-            shape = choose(parts.config, count, "train")
+            shape = choose(
+                parts.config, count, "train", quantize=None if parts.source is None else parts.source.quantize
+            )
             if _bytes(parts, abstract_mesh(shape, "train")) <= room:
                 where = "" if count == present else f" of {count} devices"
                 return f"try mesh = '{shape}'{where}, or {less}"
@@ -219,7 +231,7 @@ def fresh(parts: Parts) -> TrainState:
     places = jax.tree.map(lambda x: x.sharding, parts.shapes)
     known, lies = None, flatten(places.model)
     if lora is not None and parts.adapter is not None:
-        known = lora.build(config, functools.partial(parts.adapter.factor, lies))
+        known = parts.adapter.factors(lora, config, lies)
     elif lora is None and parts.source is not None:
         known = build(config, functools.partial(_read, parts.source, lies, "float32"))
     if known is not None:
@@ -240,10 +252,10 @@ def drive(parts: Parts, stage: Stage, profile: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             stack.enter_context(alone(out, out / LOCK))
-        lora = "" if parts.lora is None else f"{parts.lora}, experts {parts.source and parts.source.quantize}"
-        own = {"model.weights": _some_of(parts.source), "lora": lora}
+        own = {"model.weights": _some_of(parts.source), "lora": parts.beside}
         identity = saving.identity(parts.config, {**stage.identity, **own})
-        check_same("settings or data", (settings, identity))
+        begun = None if parts.adapter is None else adapter_digest(parts.adapter.folder)
+        check_same("settings or data", (settings, identity, begun))
         checkpoints = saving.Checkpoints(out, settings.checkpoint.keep, identity)
         if jax.process_count() == 1:  # of several, one that fails ends without waiting for the others
             stack.callback(checkpoints.close)
