@@ -31,7 +31,7 @@ from m1jax.params import flatten, param_table
 from m1jax.saving import save
 from m1jax.sharding.mesh import MeshShape, make_mesh
 from m1jax.sharding.rules import shardings
-from m1jax.train import guard, loop, supervised
+from m1jax.train import guard, parts, supervised
 from m1jax.train.loss import Balance
 from m1jax.train.step import accumulated, beside, cross_entropy
 from m1jax.verify import verify
@@ -340,7 +340,7 @@ def test_what_a_run_cannot_do_is_refused(folder: Path, tmp_path: Path, monkeypat
     ):
         with pytest.raises(UserError, match=message):
             run(folder, tmp_path / "out", **change)
-    monkeypatch.setattr(loop.sizes, "free_memory", lambda _: 1000)
+    monkeypatch.setattr(parts.sizes, "free_memory", lambda _: 1000)
     with pytest.raises(UserError, match=r"for the model and what is trained beside it, 0.0 GB are free"):
         run(folder, tmp_path / "out")
     model = {"config": "", "path": str(folder / "model"), "tokenizer": ""}

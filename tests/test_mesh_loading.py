@@ -25,7 +25,7 @@ from m1jax.sharding import sizes
 from m1jax.sharding.mesh import MeshShape, abstract_mesh, make_mesh
 from m1jax.sharding.placing import Block, pieces, place
 from m1jax.sharding.rules import shardings
-from m1jax.train import loop
+from m1jax.train.parts import fresh, prepare
 from m1jax.train.settings import ModelSettings, Settings
 from m1jax.weights import expected
 from tests.checkpoints import random_tensors, write_checkpoint
@@ -90,7 +90,7 @@ def test_only_the_shards_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_training_reads_each_block_once(folder: Path) -> None:
     """Also what several devices hold alike."""
     model = ModelSettings(path=str(folder))
-    parts = loop.prepare(Settings("pretrain", "out", 1, mesh="data=2,fsdp=2,expert=2", model=model))
+    parts = prepare(Settings("pretrain", "out", 1, mesh="data=2,fsdp=2,expert=2", model=model))
     read: dict[str, int] = {}
     assert parts.source is not None
     reader = parts.source.read
@@ -100,7 +100,7 @@ def test_training_reads_each_block_once(folder: Path) -> None:
         read[name] = read.get(name, 0) + out.size
         return out
 
-    loop.fresh(dataclasses.replace(parts, source=parts.source._replace(read=counting)))
+    fresh(dataclasses.replace(parts, source=parts.source._replace(read=counting)))
     assert read == {name: spec.size for name, spec in param_table(CONFIG).items()}
 
 

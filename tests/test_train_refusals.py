@@ -14,6 +14,7 @@ from m1jax.params import count
 from m1jax.sharding import sizes
 from m1jax.train import __main__ as command
 from m1jax.train import data, loop, supervised
+from m1jax.train.parts import fresh, prepare
 from tests.checkpoints import run as run_command
 from tests.training import CONFIG, ENVIRONMENT, settings, toml, write_corpus, write_toml
 
@@ -77,7 +78,7 @@ def test_a_bad_document_is_found_before_the_training(
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = {"files": [str(tmp_path / "chat.jsonl")], "length": 64}
     with pytest.raises(UserError, match=f"line 61: {message}"):
-        supervised.Supervised(loop.prepare(settings(folder, tmp_path / "out", stage=stage, data=data)))
+        supervised.Supervised(prepare(settings(folder, tmp_path / "out", stage=stage, data=data)))
 
 
 def test_data_is_looked_at_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +88,7 @@ def test_data_is_looked_at_once(folder: Path, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "held.jsonl").write_text('{"text": "This one is fine."}\n')
     held = {"data": {"validation": [str(tmp_path / "held.jsonl")]}}
     for changes, times in (({}, 1), ({}, 1), ({"data": {"length": 20}}, 2), (held, 4)):
-        supervised.Supervised(loop.prepare(settings(folder, tmp_path / "out", **changes))).close()
+        supervised.Supervised(prepare(settings(folder, tmp_path / "out", **changes))).close()
         assert len(looked) == times
     assert looked[-1] == "data.validation"
 
@@ -97,20 +98,20 @@ def test_a_model_larger_than_memory_is_refused(folder: Path, tmp_path: Path, mon
     needed = 3 * 4 * count(CONFIG) + 6 * 4
     split = settings(folder, tmp_path, mesh="data=2,expert=4", data={"rows": 8})
     monkeypatch.setattr(sizes, "host_memory", lambda: needed)
-    parts = loop.prepare(settings(folder, tmp_path))
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(loop.fresh(parts))) == needed
+    parts = prepare(settings(folder, tmp_path))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(fresh(parts))) == needed
     with pytest.raises(UserError, match=r"config.json needs .* GB of memory on this machine for weights and moments"):
-        loop.prepare(split)
+        prepare(split)
     monkeypatch.setattr(sizes, "host_memory", lambda: needed - 1)
     with pytest.raises(UserError, match=r"try mesh = 'data=1,.*' of \d+ devices, or train a smaller model"):
-        loop.prepare(settings(folder, tmp_path))
+        prepare(settings(folder, tmp_path))
     monkeypatch.setattr(sizes, "host_memory", lambda: 4 * needed)
     with pytest.raises(UserError, match="try mesh = '") as refused:
-        loop.prepare(settings(folder, tmp_path, mesh="data=8", data={"rows": 8}))
-    loop.prepare(settings(folder, tmp_path, mesh=str(refused.value).split("'")[1], data={"rows": 8}))
+        prepare(settings(folder, tmp_path, mesh="data=8", data={"rows": 8}))
+    prepare(settings(folder, tmp_path, mesh=str(refused.value).split("'")[1], data={"rows": 8}))
     monkeypatch.setattr(sizes, "host_memory", lambda: 8)
     with pytest.raises(UserError, match="are free: train a smaller model"):
-        loop.prepare(settings(folder, tmp_path))
+        prepare(settings(folder, tmp_path))
 
 
 def test_without_grain_there_is_one_line(folder: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from m1jax.params import flatten
 from m1jax.saving import save
 from m1jax.tokenizer import Tokenizer
 from m1jax.train import guard, loop, saving, step, supervised
+from m1jax.train.parts import fresh, prepare
 from m1jax.workplace import LOCK, alone
 from tests.tools import HELLO, rms_error
 from tests.training import (
@@ -141,7 +142,7 @@ def test_the_validation_loss_is_that_of_every_document_once(folder: Path, whole:
 
 
 def test_auto_takes_all_devices(folder: Path, tmp_path: Path) -> None:
-    parts = loop.prepare(settings(folder, tmp_path / "out", mesh="auto"))
+    parts = prepare(settings(folder, tmp_path / "out", mesh="auto"))
     assert parts.mesh.size == jax.device_count() > 1
 
 
@@ -203,10 +204,10 @@ def test_the_guard_leaves_a_checkpoint_of_the_state_before_the_bad_step(
     def spoil(stage: supervised.Supervised) -> None:
         step = stage._step
 
-        def bad(state: Any, batch: Any) -> Any:
+        def bad(state: Any, batch: Any, **beside: Any) -> Any:
             stage._step = step
             weights = batch["weights"]
-            return step(state, batch | {"weights": jax.device_put(weights * jnp.nan, weights.sharding)})
+            return step(state, batch | {"weights": jax.device_put(weights * jnp.nan, weights.sharding)}, **beside)
 
         stage._step = bad
 
@@ -375,7 +376,7 @@ def test_profile_writes_a_trace(folder: Path, whole: Path, tmp_path: Path, capsy
 
 
 def test_the_gradient_that_is_not_finite_is_named(folder: Path) -> None:
-    model = loop.fresh(loop.prepare(settings(folder, folder / "unused"))).model
+    model = fresh(prepare(settings(folder, folder / "unused"))).model
 
     def loss(model: Any, batch: Any, total: Any) -> Any:
         return jnp.sum(jnp.sqrt(jnp.abs(model.softmax.o_proj[...] - model.softmax.o_proj[...]))), {}

@@ -11,7 +11,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from m1jax.sharding.mesh import MeshShape, make_mesh
-from m1jax.train import loop
+from m1jax.train import parts
 from m1jax.train import settings as s
 from tests.tools import HELLO, variant
 
@@ -94,4 +94,4 @@ def interrupted(*_: Any) -> Any:
 
 def on_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes runs of this process take its first two devices for all there are."""
-    monkeypatch.setattr(loop, "mesh_of", lambda text, *_: make_mesh(MeshShape.parse(text), "train", jax.devices()[:2]))
+    monkeypatch.setattr(parts, "mesh_of", lambda text, *_: make_mesh(MeshShape.parse(text), "train", jax.devices()[:2]))

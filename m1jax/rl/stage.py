@@ -17,8 +17,9 @@ from m1jax.sharding.rules import shards
 from m1jax.train.documents import digest
 from m1jax.train.encoder import fingerprint
 from m1jax.train.guard import Guard
-from m1jax.train.loop import Parts, drive, fetched, figures, prepare, size, to_devices
+from m1jax.train.loop import drive, fetched, figures, size, to_devices
 from m1jax.train.loss import Balance
+from m1jax.train.parts import Parts, prepare
 from m1jax.train.report import Report
 from m1jax.train.settings import Settings, parse
 from m1jax.train.step import TrainState, make_step, measuring, schedule

@@ -1,7 +1,7 @@
 """What becomes of a run after a bad step."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,9 @@ from m1jax.errors import UserError
 from m1jax.lora.factors import Base
 from m1jax.params import flatten
 from m1jax.sharding.region import everywhere
+from m1jax.train.parts import Parts
 from m1jax.train.report import Report
 from m1jax.train.step import Trained, TrainState, accumulated, beside, computing
-
-if TYPE_CHECKING:
-    from m1jax.train.loop import Parts
 
 
 class Stopped(UserError):
@@ -31,7 +29,7 @@ class Stopped(UserError):
 class Guard:
     """Says what was wrong with a step that changed nothing, and stops the run if it should."""
 
-    def __init__(self, parts: "Parts", loss: Any) -> None:
+    def __init__(self, parts: Parts, loss: Any) -> None:
         self._parts, self._settings, self._loss = parts, parts.settings, loss
         self._bad = 0
 

@@ -16,8 +16,9 @@ from m1jax.train import data
 from m1jax.train.documents import Documents, digest
 from m1jax.train.encoder import Encoder, fingerprint
 from m1jax.train.guard import Guard, Stopped
-from m1jax.train.loop import Parts, by_rows, drive, fetched, figures, prepare, size, to_devices
+from m1jax.train.loop import by_rows, drive, fetched, figures, size, to_devices
 from m1jax.train.loss import Balance
+from m1jax.train.parts import Parts, prepare
 from m1jax.train.report import Report
 from m1jax.train.settings import Settings
 from m1jax.train.step import TrainState, cross_entropy, make_step, measuring, schedule
