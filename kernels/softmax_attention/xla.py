@@ -6,7 +6,7 @@ diagonal and, in packed rows, blocks before every query's segment are skipped.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +70,6 @@ def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, packed: Packed | None, q_block: int, k_block: int
 ) -> tuple[jax.Array, jax.Array]:
     """As `api.over_part`, of the keys `[B, K, N, D]` of one layer."""
-    # In the gradient of a loop over layers JAX computes ahead what does not hang on the layer. Of the loops in here
-    # that would be every block's mask, all at once. So masks are made to hang on the queries.
-    q, k, v, offset, packed = lax.optimization_barrier((q, k, v, offset, packed))
     n = _sizes(q, k, q_block, k_block)
     k, v = _pad_keys(k, n), _pad_keys(v, n)
 
@@ -149,15 +146,26 @@ def _forward(
     return _from_blocks(out, n)[:, :T], _from_blocks(log_sum[..., None], n)[:, :T, :, 0]
 
 
+def at_once(*arrays: Any) -> Any:
+    """The arrays, none of them before all are there, for what is differentiated in a loop over layers.
+
+    In such a gradient JAX computes ahead of the loop what does not hang on the layer: of the loops in here every
+    block's mask, all of them at once. So masks are made to hang on the queries.
+    """
+    return lax.optimization_barrier(arrays)
+
+
 Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array]
 
 
 def _blocked_fwd(
     q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, segments: jax.Array | None, q_block: int, k_block: int
 ) -> tuple[jax.Array, Residuals]:
+    given = (q, k, v, offset, segments)
+    q, k, v, offset, segments = at_once(*given)
     out, log_sum = forward(q, k, v, offset, _pack(q, offset, segments), q_block, k_block)
     out = rounded(out, v.dtype)
-    return out, (q, k, v, offset, segments, out, log_sum)
+    return out, (*given, out, log_sum)
 
 
 def _blocked_bwd(
