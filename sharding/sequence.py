@@ -236,7 +236,7 @@ Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, 
 def _ring_fwd(
     q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, segments: jax.Array | None, over: Axes
 ) -> tuple[jax.Array, Residuals]:
-    out, log_sum = _ring_forward(*xla.at_once(q, k, v, offset, segments), over)
+    out, log_sum = _ring_forward(*xla.tied(q, k, v, offset, segments), over)
     return rounded(out, v.dtype), (q, k, v, offset, segments, out, log_sum)
 
 

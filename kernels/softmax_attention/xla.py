@@ -146,7 +146,7 @@ def _forward(
     return _from_blocks(out, n)[:, :T], _from_blocks(log_sum[..., None], n)[:, :T, :, 0]
 
 
-def at_once(*arrays: Any) -> Any:
+def tied(*arrays: Any) -> Any:
     """The arrays, none of them before all are there, for what is differentiated in a loop over layers.
 
     In such a gradient JAX computes ahead of the loop what does not hang on the layer: of the loops in here every
@@ -162,7 +162,7 @@ def _blocked_fwd(
     q: jax.Array, k: jax.Array, v: jax.Array, offset: jax.Array, segments: jax.Array | None, q_block: int, k_block: int
 ) -> tuple[jax.Array, Residuals]:
     given = (q, k, v, offset, segments)
-    q, k, v, offset, segments = at_once(*given)
+    q, k, v, offset, segments = tied(*given)
     out, log_sum = forward(q, k, v, offset, _pack(q, offset, segments), q_block, k_block)
     out = rounded(out, v.dtype)
     return out, (*given, out, log_sum)
