@@ -45,6 +45,8 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     distributed.add_arguments(parser)
     args = parser.parse_args(argv)
     _check_modes(args)
+    if args.json_schema is not None and not args.json_schema.lstrip().startswith("{"):
+        args.json_schema = _read(Path(args.json_schema))
     return args
 
 
@@ -91,6 +93,7 @@ def _add_generation_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="K",
         help="tell each token's log-probability, and the K likeliest tokens (0 to 20; with --json or --output)",
     )
+    add("--json-schema", metavar="SCHEMA", help="hold the answer to a JSON Schema: the schema, or a file with it")
     add("--json", action="store_true", help="print one JSON object with text and figures")
 
 
@@ -125,12 +128,16 @@ def read_prompt(args: argparse.Namespace) -> str:
     """The prompt that `--prompt` or `--prompt-file` gives. Raises `UserError` if it cannot be read."""
     if args.prompt is not None and args.prompt != "-":
         return args.prompt
-    name = "stdin" if args.prompt_file is None else str(args.prompt_file)
+    return _read(args.prompt_file).removesuffix("\n").removesuffix("\r")
+
+
+def _read(file: Path | None) -> str:
+    """The text of a file, or of stdin. Raises `UserError` if it cannot be read."""
+    name = "stdin" if file is None else str(file)
     try:
-        data = sys.stdin.buffer.read() if args.prompt_file is None else args.prompt_file.read_bytes()
-        text = data.decode("utf-8-sig")
+        data = sys.stdin.buffer.read() if file is None else file.read_bytes()
+        return data.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not valid UTF-8 (byte {error.start}): save it as UTF-8") from None
-    return text.removesuffix("\n").removesuffix("\r")

@@ -23,6 +23,7 @@ from m1jax import rows as device
 from m1jax.config import M1Config
 from m1jax.errors import UserError
 from m1jax.generation import Cancelled, Generation, Prior
+from m1jax.grammar import Grammars
 from m1jax.model import M1
 from m1jax.pool import Pool, bucket
 from m1jax.reply import Reply, Request, check_context
@@ -111,6 +112,7 @@ class Engine:
         if cache_tokens is not None:
             check_cache_tokens(cache_tokens, context, self.parts)
         self.prefix_cache = -(-prefix_cache // self.parts) if self.fixed and not self.splits_sequences else 0
+        self._grammars = Grammars(tokenizer, self.eos_ids, config.vocab_size)
         self._compiled: dict[Hashable, Any] = {}
 
     def generate(
@@ -181,7 +183,10 @@ class Engine:
 
     def slot(self, index: int, request: Request, sample: int) -> Slot:
         """A text that has not begun, of the request of this index."""
-        return Slot(index, Reply(request, sample, self.tokenizer, self.eos_ids, self.context))
+        schema, matcher = request.json_schema, None
+        if schema is not None:
+            matcher = self._grammars.matcher(schema, request.thinking, request.may_think)
+        return Slot(index, Reply(request, sample, self.tokenizer, self.eos_ids, self.context, matcher))
 
     def run(self, function: Any, *args: Any, **static: int) -> Any:
         """Calls a jitted function of `m1jax.rows`, compiling it (once per shape) outside the measured time."""

@@ -26,7 +26,7 @@ from m1jax.rows import Chosen, Left, Read, Rows
 from m1jax.sampling import Sampling, SamplingRows
 from m1jax.sharding.mesh import mesh_of
 from m1jax.sharding.rules import shards
-from m1jax.slots import Prompt, Slot, forced_tokens, laid_out, told, wants_logprobs
+from m1jax.slots import Prompt, Slot, allowed_tokens, forced_tokens, laid_out, told, wants_logprobs
 
 if TYPE_CHECKING:
     from m1jax.engine import Engine
@@ -467,7 +467,9 @@ class Generation:
                 slot.chosen = len(slot.reply.tokens) + 1
                 slot.turn = next(self._turns) if slot.turn < 0 else slot.turn
         sampling, logprobs = SamplingRows.of(settings), wants_logprobs(slot for slot in layout if slot is not None)
-        return engine.run(device.begin, read, seen, sampling, forced_tokens(layout), logprobs=logprobs)
+        return engine.run(
+            device.begin, read, seen, sampling, forced_tokens(layout), allowed_tokens(layout), logprobs=logprobs
+        )
 
     def _join(self, live: list[Slot], layout: Sequence[Slot | None], rows: Rows) -> None:
         """Puts the texts of a new batch beside those that live."""
@@ -557,7 +559,7 @@ class Generation:
         active = np.asarray([slot is not None for slot in rows])
         if self._table is None or self._table[0] != (pool.changes, self._width):
             self._table = (pool.changes, self._width), pool.table(self._slots, self._width)
-        args = engine.model, self._rows, pool.cache, self._table[1], active, forced_tokens(rows)
+        args = engine.model, self._rows, pool.cache, self._table[1], active, forced_tokens(rows), allowed_tokens(rows)
         chosen, self._rows, pool.cache = engine.run(device.decode, *args, logprobs=wants_logprobs(going))
         for x in jax.tree.leaves(chosen):
             x.copy_to_host_async()

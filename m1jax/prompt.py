@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import json
 import reprlib
 import secrets
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "n": (int,),
     "thinking_budget": (int,),
     "logprobs": (int,),
+    "json_schema": (dict,),
     "no_thinking": (bool,),
 }
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -51,6 +53,7 @@ class Options:
     stop: tuple[str, ...] = ()
     thinking_budget: int | None = None
     logprobs: int | None = None
+    json_schema: str | None = None
     no_thinking: bool = False
     raw: bool = False
     system: str | None = None
@@ -82,6 +85,7 @@ class Options:
             stop=tuple(args.stop),
             thinking_budget=args.thinking_budget,
             logprobs=args.logprobs,
+            json_schema=args.json_schema,
             no_thinking=args.no_thinking,
             raw=args.raw,
             system=args.system,
@@ -116,6 +120,8 @@ class Options:
             given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
             if not all(isinstance(item, str) for item in given["stop"]):
                 raise UserError("stop must be a string or a list of strings")
+        if "json_schema" in given:
+            given["json_schema"] = json.dumps(given["json_schema"])
         sampling = {key: given.pop(key) for key in _SAMPLING if key in given}
         # A line that switches to one of two contradicting options switches the other off.
         if given.get("raw"):
@@ -137,6 +143,7 @@ class Options:
             stop=self.stop,
             thinking_budget=self.thinking_budget,
             logprobs=self.logprobs,
+            json_schema=self.json_schema,
             thinking=thinking,
             may_think=not self.no_thinking,
         )

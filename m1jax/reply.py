@@ -12,12 +12,13 @@ from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from m1jax.errors import UserError
+from m1jax.grammar import CLOSE, OPEN, Matcher, check_schema
 from m1jax.sampling import ALTERNATIVES, DEFAULT_SAMPLING, MAX_SEED, Sampling
 from m1jax.tokenizer import Detokeniser, Tokenizer
 
-OPEN, CLOSE = "<think>", "</think>"
 FORCED_CLOSE = f"\n{CLOSE}\n"  # as M1 closes its thinking
 EMPTY_THINKING = f"{OPEN}\n\n{CLOSE}\n"
 
@@ -48,6 +49,7 @@ class Request:
       thinking: whether the prompt ends inside `<think>`.
       logprobs: None, or how many of the most probable tokens are told, beside each token chosen, with the logarithms of
         their probabilities by the model: those of its logits, before temperature, penalty and filters.
+      json_schema: None, or the JSON Schema, as JSON, that the text after thinking is held to.
       may_think: False if thinking is over before the text starts, so that a `<think>` in it is plain text.
 
     Raises:
@@ -62,6 +64,7 @@ class Request:
     stop: tuple[str, ...] = ()
     thinking_budget: int | None = None
     logprobs: int | None = None
+    json_schema: str | None = None
     thinking: bool = False
     may_think: bool = True
 
@@ -89,6 +92,8 @@ class Request:
             raise UserError(f"thinking-budget must be 0 or more, not {self.thinking_budget}")
         if self.logprobs is not None and not 0 <= self.logprobs <= ALTERNATIVES:
             raise UserError(f"logprobs must be from 0 to {ALTERNATIVES}, not {self.logprobs}")
+        if self.json_schema is not None:
+            check_schema(self.json_schema)
 
 
 def check_context(prompt: int, context: int) -> None:
@@ -201,6 +206,7 @@ class Reply:
       tokenizer: turns tokens into text.
       eos_ids: tokens that end the text.
       context: the most tokens, prompt included, that the model can read.
+      matcher: follows the request's `json_schema`.
 
     Attributes:
       tokenizer: that one.
@@ -212,7 +218,13 @@ class Reply:
     """
 
     def __init__(
-        self, request: Request, sample: int, tokenizer: Tokenizer, eos_ids: Collection[int], context: int
+        self,
+        request: Request,
+        sample: int,
+        tokenizer: Tokenizer,
+        eos_ids: Collection[int],
+        context: int,
+        matcher: Matcher | None = None,
     ) -> None:
         self.request, self.sample = request, sample
         self.tokens: list[int] = []
@@ -221,7 +233,7 @@ class Reply:
         self.cached_tokens = 0
         self.finish: Finish | None = None
         self.limit = min(request.max_tokens, context - len(request.tokens))
-        self.tokenizer, self._eos_ids = tokenizer, eos_ids
+        self.tokenizer, self._eos_ids, self._matcher = tokenizer, eos_ids, matcher
         phase = Phase.THINKING if request.thinking else Phase.START if request.may_think else Phase.ANSWER
         self._detokeniser = Detokeniser(tokenizer, keep=(OPEN, CLOSE))
         self._stops = StopFilter(request.stop)
@@ -258,12 +270,19 @@ class Reply:
             self.logprobs.append(logprob._replace(best=logprob.best[: self.request.logprobs]))
         if token in self._eos_ids:
             return self.end("eos")
+        if self._matcher is not None:
+            self._matcher.push(token)
         text = self._detokeniser.push(token)
         self._count(text)
         segments = self._show(self._stops.feed(text))
-        if self._stops.stopped or len(self.tokens) >= self.limit:
-            length = "length" if self.limit == self.request.max_tokens else "context"
-            segments += self.end("stop" if self._stops.stopped else length)
+        if self._stops.stopped:
+            segments += self.end("stop")
+        elif self._matcher is not None and self._matcher.failed:
+            segments += self.end("length")
+        elif self._matcher is not None and self._matcher.over:
+            segments += self.end("eos")
+        elif len(self.tokens) >= self.limit:
+            segments += self.end("length" if self.limit == self.request.max_tokens else "context")
         return segments
 
     def end(self, reason: Finish) -> list[Segment]:
@@ -278,9 +297,15 @@ class Reply:
         """The token that must come next instead of a sampled one, if any."""
         return self._forced.popleft() if self._forced else None
 
+    def allowed(self) -> NDArray[np.int32] | None:
+        """The tokens that may come next, as `Matcher.allowed` has them; None if all may."""
+        return None if self._matcher is None else self._matcher.allowed()
+
     @property
     def must_be_current(self) -> bool:
         """Whether the next token can only be chosen once every token before it has been pushed."""
+        if self._matcher is not None:
+            return True
         budget = self.request.thinking_budget
         if budget is None or self._forced is not None or self._thought.phase is Phase.ANSWER:
             return False

@@ -17,7 +17,7 @@ from jax import lax
 
 from m1jax.model import M1
 from m1jax.params import STATE_AXES
-from m1jax.sampling import ALTERNATIVES, SamplingRows, sample
+from m1jax.sampling import ALTERNATIVES, SamplingRows, only, sample
 from m1jax.sharding.region import everywhere, laid_out, on_mesh, on_mesh_of, ways
 from m1jax.state import KVCache, LightningState, M1State
 from m1jax.state import empty as empty_state
@@ -125,16 +125,23 @@ def keep(kept: Read, read: Read, source: jax.Array, target: jax.Array) -> Read:
 
 @functools.partial(jax.jit, donate_argnames="read", static_argnames="logprobs")
 def begin(
-    read: Read, seen: jax.Array, sampling: SamplingRows, forced: jax.Array, logprobs: bool
+    read: Read, seen: jax.Array, sampling: SamplingRows, forced: jax.Array, allowed: jax.Array | None, logprobs: bool
 ) -> tuple[Chosen, Rows]:
     """A batch that continues prompts, and the first token of each row; the rest as in `decode`."""
     token = jnp.zeros(read.logits.shape[:1], jnp.int32)
-    return _choose(read.logits, Rows(read.left, token, seen, sampling), forced, logprobs)
+    return _choose(read.logits, Rows(read.left, token, seen, sampling), forced, allowed, logprobs)
 
 
 @functools.partial(jax.jit, donate_argnames=("rows", "cache"), static_argnames="logprobs")
 def decode(
-    model: M1, rows: Rows, cache: KVCache, pages: jax.Array, active: jax.Array, forced: jax.Array, logprobs: bool
+    model: M1,
+    rows: Rows,
+    cache: KVCache,
+    pages: jax.Array,
+    active: jax.Array,
+    forced: jax.Array,
+    allowed: jax.Array | None,
+    logprobs: bool,
 ) -> tuple[Chosen, Rows, KVCache]:
     """Feeds each active row's last token and chooses the next.
 
@@ -145,17 +152,20 @@ def decode(
       pages: int32 `[B, n]`, where each row's are; with room for the token that is fed.
       active: bool `[B]`; what other rows have left stays as it is.
       forced: int32 `[B]`, the token to take instead of a sampled one, or `FREE`.
+      allowed: None, or int32 `[B, V // 32 + 1]`, a bit for each token that may be sampled, the lowest first.
       logprobs: whether to tell probabilities.
 
     Returns:
       What was chosen, the batch, and the keys and values.
     """
     logits, left, cache = _step(model, rows.token[:, None], active.astype(jnp.int32), rows.left, cache, pages)
-    return *_choose(logits, dataclasses.replace(rows, left=left), forced, logprobs), cache
+    return *_choose(logits, dataclasses.replace(rows, left=left), forced, allowed, logprobs), cache
 
 
-def _choose(logits: jax.Array, rows: Rows, forced: jax.Array, logprobs: bool) -> tuple[Chosen, Rows]:
-    token = sample(logits, rows.sampling, rows.left.length, rows.seen)
+def _choose(
+    logits: jax.Array, rows: Rows, forced: jax.Array, allowed: jax.Array | None, logprobs: bool
+) -> tuple[Chosen, Rows]:
+    token = sample(logits if allowed is None else only(logits, allowed), rows.sampling, rows.left.length, rows.seen)
     token = jnp.where(forced == FREE, token, forced)
     seen = rows.seen.at[jnp.arange(token.shape[0]), token].set(True)
     finite = jnp.all(jnp.isfinite(logits), axis=-1)

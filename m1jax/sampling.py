@@ -105,6 +105,12 @@ class SamplingRows:
         )
 
 
+def only(logits: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Tokens without a bit become -inf; logits `[B, V]`, allowed int32 `[B, V // 32 + 1]`, the lowest bit first."""
+    bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1
+    return jnp.where(bits.reshape(len(bits), -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
+
+
 def penalise_repetition(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
     """logits float32 `[B, V]`, seen bool `[B, V]`, penalty `[B]`."""
     penalty = penalty[:, None]

@@ -106,6 +106,17 @@ def forced_tokens(rows: Sequence[Slot | None]) -> np.ndarray:
     return forced
 
 
+def allowed_tokens(rows: Sequence[Slot | None]) -> NDArray[np.int32] | None:
+    """The tokens that rows may take, int32 `[B, V // 32 + 1]`, a bit each; None if all may take any."""
+    allowed = {b: bits for b, slot in enumerate(rows) if slot and (bits := slot.reply.allowed()) is not None}
+    if not allowed:
+        return None
+    out = np.full((len(rows), len(next(iter(allowed.values())))), -1, np.int32)
+    for b, bits in allowed.items():
+        out[b] = bits
+    return out
+
+
 def wants_logprobs(slots: Iterable[Slot]) -> bool:
     """Whether probabilities are to be told for any of these texts."""
     return any(slot.reply.request.logprobs is not None for slot in slots)

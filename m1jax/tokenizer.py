@@ -69,6 +69,11 @@ class Tokenizer:
         return cls(backend, folder, special, _template(folder, config), eos)
 
     @property
+    def json(self) -> str:
+        """The content of its `tokenizer.json`."""
+        return self._backend.to_str()
+
+    @property
     def size(self) -> int:
         """One more than the largest token id."""
         return max(self._backend.get_vocab_size(), max(self._added, default=-1) + 1)

@@ -48,10 +48,15 @@ def run(generation: Generation) -> dict[tuple[int, int], list[int]]:
 def test_who_has_no_page_goes_on_later_the_same(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, pages: int, eager: bool
 ) -> None:
-    """Five texts of which one and a bit, or two, have room when they are long; a budget of thinking is kept, too."""
+    """Five texts of which one and a bit, or two, have room when they are long.
+
+    A budget of thinking is kept, too, and the place in a grammar.
+    """
     lengths = [(3, 50), (20, 44), (1, 63), (33, 20), (16, 40)]
     requests = [Request((5 + i,) * n, seed=i, max_tokens=most) for i, (n, most) in enumerate(lengths)]
     requests[2] = Request((7,), seed=2, max_tokens=63, thinking=True, thinking_budget=30)
+    schema = '{"type": "array", "items": {"enum": [1, 22]}, "minItems": 30}'
+    requests[4] = Request((9,) * 16, seed=4, max_tokens=40, json_schema=schema, may_think=False)
     want = tokens(replies(engine, requests, 5))
     small = limited(engine, pages)
     displaced = calls_of(monkeypatch, "_displace")

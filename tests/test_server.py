@@ -25,7 +25,7 @@ from m1jax.server.app import Server
 from m1jax.server.service import Busy, Closing, Service
 from m1jax.tokenizer import Tokenizer
 from tests.generation_fixtures import CONTEXT, counted_chunks, random_model, small_tokenizer
-from tests.test_server_protocol import OPTIONS, USER, read
+from tests.test_server_protocol import OPTIONS, USER, form, read
 
 ROWS, WAITING = 2, 4
 
@@ -326,6 +326,24 @@ def test_logprobs_over_http(port: int, alone: Engine, tokenizer: Tokenizer, chat
             assert told["text_offset"] == [sum(map(len, texts[:i])) for i in range(9)]
             assert [max(best.values()) for best in told["top_logprobs"]] == [one.best[0][1] for one in own]
     assert "logprobs" not in ask(port, {"prompt": "hi", "logprobs": False}, "/v1/completions")[1]["choices"][0]
+
+
+def test_answers_of_a_form_over_http(port: int) -> None:
+    """Beside a text that may say anything, whole and streamed."""
+    schema = {"type": "object", "properties": {"city": {"enum": ["Zürich", "Rom"]}}, "required": ["city"]}
+    held = {"response_format": form(schema | {"additionalProperties": False}), "temperature": 2, "seed": 1}
+    body = {"messages": USER, "max_tokens": 60, "chat_template_kwargs": {"enable_thinking": False}}
+    with asking(port, body | {"stream": True}) as other:
+        status, whole = ask(port, body | held)
+        (choice,) = whole["choices"]
+        assert status == 200 and choice["finish_reason"] == "stop"
+        assert json.loads(choice["message"]["content"]) in ({"city": "Zürich"}, {"city": "Rom"})
+        other.read()
+    with asking(port, body | held | {"stream": True}) as response:
+        events = [line.removeprefix("data: ") for line in response.read().decode().split("\n\n") if line]
+    pieces = [json.loads(event)["choices"][0] for event in events[:-1]]
+    assert "".join(piece["delta"].get("content", "") for piece in pieces) == choice["message"]["content"]
+    assert pieces[-1]["finish_reason"] == "stop"
 
 
 def test_several_prompts_over_http(port: int, alone: Engine, tokenizer: Tokenizer) -> None:

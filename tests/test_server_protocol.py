@@ -29,6 +29,11 @@ USER = [{"role": "user", "content": "hi"}]
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 
 
+def form(schema: Any) -> dict[str, Any]:
+    """As OpenAI's clients ask for it."""
+    return {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": schema}}
+
+
 def read(tokenizer: Tokenizer, body: Any, chat: bool = True) -> Asked:
     return protocol.read(body, chat, Prompter(tokenizer), OPTIONS)
 
@@ -54,6 +59,11 @@ def test_a_body_with_everything(tokenizer: Tokenizer) -> None:
     asked = read(tokenizer, other | {"messages": [{"role": "developer", "content": "be brief"}, *USER]}).request
     system = [{"role": "system", "content": "be brief"}, *USER]
     assert asked == dataclasses.replace(read(tokenizer, {"messages": system}).request, seed=MAX_SEED)
+    schema = {"type": "integer"}
+    held = {"response_format": form(schema), "tools": TOOLS, "tool_choice": "none"}
+    assert json.loads(read(tokenizer, {"messages": USER, **held}).request.json_schema or "") == schema
+    held = {"response_format": {"type": "json_object"}}
+    assert read(tokenizer, {"prompt": "hi", **held}, False).request.json_schema == '{"type": "object"}'
     quick = read(tokenizer, {"messages": USER, "chat_template_kwargs": {"enable_thinking": False}})
     assert not quick.request.may_think and len(quick.request.tokens) > len(no_tools.request.tokens)
 
@@ -87,7 +97,11 @@ def test_texts_and_tokens_to_go_on_from(tokenizer: Tokenizer) -> None:
         ({"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs must be from 0 to 20, not 21"),
         ({"messages": USER, "top_logprobs": 2}, "top_logprobs goes with messages and logprobs = true"),
         ({"messages": USER, "echo": True}, "echo = true is not done here"),
-        ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format = .* is not done here"),
+        ({"messages": USER, "response_format": "json"}, "response_format must be of type dict, not str"),
+        ({"messages": USER, "response_format": {"type": "xml"}}, "response_format = .* is not known here"),
+        ({"messages": USER, "response_format": {"type": "json_schema"}}, "response_format = .* is not known here"),
+        ({"messages": USER, "response_format": form({"type": "nothing"})}, "Invalid type: nothing"),
+        ({"messages": USER, "response_format": form({}), "tools": TOOLS}, "response_format and tools contradict"),
         ({"messages": USER, "tool_choice": "required"}, "tool_choice"),
         ({"messages": USER, "tools": [{"type": "function"}]}, "has no name"),
         ({"messages": USER, "n": 129}, "n must be at most 128"),

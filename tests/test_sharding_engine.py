@@ -30,7 +30,9 @@ def generated(capsys: pytest.CaptureFixture[str], *args: object) -> Any:
 
 
 def test_the_same_text_on_a_mesh(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ("--greedy", "--max-tokens", 24), ("--seed", 5, "--max-tokens", 12, "-n", 3)
+    schema = '{"type": "array", "items": {"enum": [1, 22]}, "minItems": 2, "maxItems": 4}'
+    held = ("--temperature", 2, "--seed", 1, "--no-thinking", "--json-schema", schema)
+    asked = ("--greedy", "--max-tokens", 24), ("--seed", 5, "--max-tokens", 12, "-n", 3), held
     want = [[sample["text"] for sample in generated(capsys, *args)["samples"]] for args in asked]
     devices = jax.devices()
     for text, count in (("data=1,expert=2,tensor=1", 2), ("data=2,expert=2,tensor=2", 8)):

@@ -29,7 +29,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("auto", "none"),
     "best_of": (1,),
     "echo": (False,),
@@ -47,8 +46,9 @@ _OWN = (
     "max_completion_tokens",
     "chat_template_kwargs",
     "top_logprobs",
+    "response_format",
 )
-_KNOWN = {*IGNORED, *NEUTRAL, *OPTIONS, *_OWN} - {"system", "raw", "greedy", "no_thinking"}
+_KNOWN = {*IGNORED, *NEUTRAL, *OPTIONS, *_OWN} - {"system", "raw", "greedy", "no_thinking", "json_schema"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +107,13 @@ def read(body: Any, chat: bool, prompter: Prompter, options: Options) -> Asked:
         values["top_k"] = 0
     if given.get("chat_template_kwargs", {}).get("enable_thinking") is False:
         values["no_thinking"] = True
+    values["json_schema"] = _schema(given.get("response_format", {"type": "text"}))
     if not chat:
         options = dataclasses.replace(options, raw=True, max_tokens=PLAIN_TOKENS)
     options = options.changed(values)
     tools = given.get("tools") if given.get("tool_choice") != "none" else None
+    if tools and values["json_schema"] is not None:
+        raise UserError('response_format and tools contradict each other here: drop one, or send tool_choice = "none"')
     if chat:
         messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in given["messages"]]
         requests = (prompter.chat(messages, options, tools or None),)
@@ -129,6 +132,7 @@ _TYPES: dict[str, type] = {
     "tools": list,
     "stream": bool,
     "stream_options": dict,
+    "response_format": dict,
     "chat_template_kwargs": dict,
     "max_completion_tokens": int,
     "top_logprobs": int,
@@ -175,6 +179,21 @@ def _check_template(given: Mapping[str, Any]) -> None:
             raise UserError(f"chat_template_kwargs: {key} = {json.dumps(value)[:60]} is not known here: drop it")
         if not value and "thinking_budget" in given:
             raise UserError("thinking_budget and enable_thinking = false contradict each other: drop one")
+
+
+def _schema(form: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The JSON Schema that `response_format` holds the reply to; None for any text."""
+    match form:
+        case {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return {"type": "object"}
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return schema
+    raise UserError(
+        f"response_format = {json.dumps(form)[:60]} is not known here: its type is text, json_object, or json_schema "
+        "with json_schema.schema"
+    )
 
 
 def _prompts(prompt: Any) -> list[Any]:
