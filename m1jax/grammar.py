@@ -26,6 +26,7 @@ OPEN, CLOSE = "<think>", "</think>"
 SPACE = {"x-guidance": {"whitespace_pattern": r" |\n[ \t]{0,24}"}}
 
 
+@functools.lru_cache(maxsize=64)  # options are checked more often than they are made
 def check_schema(schema: str) -> None:
     """Raises `UserError` if this is no JSON Schema that an answer can be held to, or llguidance is missing."""
     try:

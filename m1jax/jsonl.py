@@ -50,8 +50,9 @@ class Line(NamedTuple):
     def digest(self) -> str:
         """Fingerprint of request and model, by which a later run recognises its own output."""
         request = dataclasses.asdict(self.request)
-        if request["logprobs"] is None:  # so that what was written before there were any is known
-            del request["logprobs"]
+        for later in ("logprobs", "json_schema"):
+            if request[later] is None:  # so that what was written before there were any is known
+                del request[later]
         text = json.dumps([request, self.model], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from machine import processor
 
 import m1jax
 from m1jax.params import flatten, param_table
@@ -166,13 +166,6 @@ def row(dtype: str, what: str, rate: dict[str, float], share: float) -> dict[str
     cells = (dtype, what, f"{rate['transformers']:.1f}", f"{rate['m1jax']:.1f}", f"{ratio:.2f}×", f"{share:.0%}")
     print(f"| {' | '.join(cells)} |", flush=True)
     return {"dtype": dtype, "what": what, **rate, "ratio": ratio, "share": share}
-
-
-def processor() -> str:
-    """Name of the processor and how many cores may be used."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def main() -> None:

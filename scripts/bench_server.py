@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import torch
 import transformers
-from bench_cpu import processor
+from machine import processor
 
 from m1jax.nano import default_model
 

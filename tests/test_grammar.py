@@ -1,5 +1,6 @@
 """Answers held to a JSON Schema: whatever a model would like to say."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from m1jax import UserError
 from m1jax.engine import Engine
 from m1jax.generate import main
 from m1jax.grammar import Grammars, Matcher
+from m1jax.jsonl import Line
 from m1jax.prompt import Options, Prompter
 from m1jax.reply import CLOSE, OPEN, Reply, Request
 from m1jax.sampling import Sampling, only
@@ -168,7 +170,7 @@ def test_bad_schemas(schema: str, message: str) -> None:
 def test_without_llguidance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(UserError, match="json-schema needs llguidance: pip install llguidance"):
-        Request((1,), json_schema="{}")
+        Request((1,), json_schema='{"const": "without"}')
 
 
 def test_options(engine: Engine) -> None:
@@ -177,6 +179,12 @@ def test_options(engine: Engine) -> None:
     assert prompter.plain("Hi", changed).json_schema == '{"type": "integer"}'
     with pytest.raises(UserError, match="json_schema must be of type dict"):
         Options().changed({"json_schema": "integer"})
+
+
+def test_output_of_before_there_were_schemas_is_continued() -> None:
+    request = Request((1, 2, 3), seed=7)
+    assert Line(1, request, {}, "model").digest == "e00fa56f6378bf45"
+    assert Line(1, dataclasses.replace(request, json_schema="{}"), {}, "model").digest != "e00fa56f6378bf45"
 
 
 def generated(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[Any, str]:
