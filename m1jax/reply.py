@@ -31,7 +31,8 @@ class TokenLogprob(NamedTuple):
     best: tuple[tuple[int, float], ...]
 
 
-Finish = Literal["eos", "stop", "length", "context", "interrupted"]
+# "complete": nothing can follow in the form that the answer is held to.
+Finish = Literal["eos", "stop", "complete", "length", "context", "interrupted"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +281,7 @@ class Reply:
         elif self._matcher is not None and self._matcher.failed:
             segments += self.end("length")
         elif self._matcher is not None and self._matcher.over:
-            segments += self.end("eos")
+            segments += self.end("complete")
         elif len(self.tokens) >= self.limit:
             segments += self.end("length" if self.limit == self.request.max_tokens else "context")
         return segments

@@ -16,6 +16,7 @@ _VISIBLE = (
 )
 _ENDS = {
     "eos": "",
+    "complete": "",
     "stop": "ended by a stop string",
     "length": "cut off by --max-tokens",
     "context": "cut off by the model's context",

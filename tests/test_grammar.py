@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 
 from m1jax import UserError
+from m1jax.chat import Chat
 from m1jax.engine import Engine
 from m1jax.generate import main
 from m1jax.grammar import Grammars, Matcher
@@ -80,7 +81,7 @@ def test_every_answer_is_of_the_schema(engine: Engine) -> None:
             assert reply.tokens == one(engine, requests[index]).tokens
             continue
         check(json.loads(reply.answer))
-        assert reply.finish == "eos"
+        assert reply.finish == "complete"
         assert sample or reply.tokens == replies(engine, [requests[index]])[0, 0].tokens
     assert len({reply.answer for reply in out.values()}) == len(out)
 
@@ -101,6 +102,17 @@ def test_a_text_that_is_cut_off_or_stopped(engine: Engine) -> None:
     assert one(engine, asked(engine, 1, max_tokens=4)).finish == "length"
     stopped = one(engine, asked(engine, 1, stop=('"kind"',)))
     assert stopped.finish == "stop" and stopped.answer.lstrip(" \n\t{").startswith('"name"')
+
+
+def test_a_conversation_keeps_whole_answers(engine: Engine) -> None:
+    """What ends an answer is its last brace, not a token to be left out of the conversation."""
+    chat = Chat(engine, Options(Sampling(temperature=0), json_schema='{"enum": [{"a": 1}, "b"]}', no_thinking=True))
+    for message in ("Hi", "fox?"):
+        before = list(chat.tokens)
+        reply = list(chat.send(message))[-1].reply
+        assert chat.tokens[: len(before)] == before
+        assert json.loads(reply.answer) in ({"a": 1}, "b") and reply.finish == "complete"
+        assert chat._messages[-1]["content"].endswith(reply.answer)
 
 
 def test_only_allowed_tokens_are_left() -> None:

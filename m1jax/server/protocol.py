@@ -35,7 +35,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "modalities": (["text"],),
 }
-FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
+FINISH = {"eos": "stop", "stop": "stop", "complete": "stop", "length": "length", "context": "length"}
 _OWN = (
     "model",
     "messages",
