@@ -183,9 +183,7 @@ class Engine:
 
     def slot(self, index: int, request: Request, sample: int) -> Slot:
         """A text that has not begun, of the request of this index."""
-        schema, matcher = request.json_schema, None
-        if schema is not None:
-            matcher = self._grammars.matcher(schema, request.thinking, request.may_think)
+        matcher = self._grammars.matcher(request)
         return Slot(index, Reply(request, sample, self.tokenizer, self.eos_ids, self.context, matcher))
 
     def run(self, function: Any, *args: Any, **static: int) -> Any:

@@ -1,4 +1,4 @@
-"""Answers of a form that is asked for, a JSON Schema: which tokens may come next.
+"""Answers of a form that is asked for, a JSON Schema or tool calls: which tokens may come next.
 
 By llguidance (https://github.com/guidance-ai/llguidance), which follows a grammar token by token. The grammar is that
 of the whole reply: thinking may be any text, so a token that ends it cannot begin the answer wrongly.
@@ -21,30 +21,37 @@ from m1jax.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+    from m1jax.reply import Request
+
 OPEN, CLOSE = "<think>", "</think>"
+CALLS, CALLS_END = "<tool_calls>", "</tool_calls>"
 # Between the parts of a JSON text, on one line or indented: without a bound a model can go on with it for ever.
 SPACE = {"x-guidance": {"whitespace_pattern": r" |\n[ \t]{0,24}"}}
 
 
+Tools = tuple[tuple[str, str], ...]  # of each its name, and the JSON Schema of its arguments, as JSON
+
+
 @functools.lru_cache(maxsize=64)  # options are checked more often than they are made
-def check_schema(schema: str) -> None:
-    """Raises `UserError` if this is no JSON Schema that an answer can be held to, or llguidance is missing."""
-    try:
-        tree = json.loads(schema)
-    except ValueError as error:
-        raise UserError(f"json-schema is not JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"json-schema must be a JSON object, not {json.dumps(tree)[:60]}")
-    error = _library().LLMatcher.validate_grammar(_grammar(schema, False, False, False))
-    if error:
-        raise UserError(f"json-schema cannot be followed: {_brief(error)}")
+def check_form(schema: str | None, calls: Tools) -> None:
+    """Raises `UserError` if an answer cannot be held to these, as in `Request`, or llguidance is missing."""
+    for what, text in [*([] if schema is None else [("json-schema", schema)]), *calls]:
+        try:
+            tree = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{what} is not JSON: {error}") from None
+        if not isinstance(tree, dict):
+            raise UserError(f"{what} must be a JSON object, not {json.dumps(tree)[:60]}")
+        error = _library().LLMatcher.validate_grammar(_grammar(text, ()))
+        if error:
+            raise UserError(f"{what} cannot be followed: {_brief(error)}")
 
 
 def _library() -> ModuleType:
     try:
         import llguidance
     except ImportError:
-        raise UserError("json-schema needs llguidance: pip install llguidance") from None
+        raise UserError("a JSON Schema needs llguidance: pip install llguidance") from None
     return llguidance
 
 
@@ -54,24 +61,29 @@ def _brief(error: str) -> str:
     return " ".join(said.split("JSON schema: ")[-1].split()) or "it is too complex"
 
 
-def _grammar(schema: str, thinking: bool, may_think: bool, marks: bool) -> str:
-    """In llguidance's dialect of Lark.
-
-    Args:
-      schema: JSON Schema of the answer.
-      thinking: whether the reply begins inside `<think>`.
-      may_think: whether it may begin with it.
-      marks: whether the tags are tokens of their own rather than text.
-    """
-    thought = f"thought: TEXT? {CLOSE}" if marks else f'thought[suffix="{CLOSE}"]: TEXT'
+def _grammar(
+    schema: str | None, calls: Tools, thinking: bool = False, may_think: bool = False, marks: bool = False
+) -> str:
+    """In llguidance's dialect of Lark; `marks` says that thinking's tags are tokens of their own rather than text."""
     opened = OPEN if marks else f'"{OPEN}"'
-    start = "thought" if thinking else f"(SPACE? {opened} thought)?" if may_think else ""
-    lines = [
-        f"start: {start} SPACE? json",
-        r"SPACE: / |\n{1,2}/",
-        f"json: %json {json.dumps(SPACE | json.loads(schema))}",
-    ]
-    return "\n".join([*lines, *([thought, r"TEXT: /(?s:.*)/"] if start else [])])
+    before = "thought" if thinking else f"(SPACE? {opened} thought)?" if may_think else ""
+    answer = f'"{CALLS}\\n" (call "\\n")+ "{CALLS_END}"' if calls else "json"
+    lines = [f"start: {before} SPACE? {answer}", r"SPACE: / |\n{1,2}/"]
+    if before:
+        lines += [f"thought: TEXT? {CLOSE}" if marks else f'thought[suffix="{CLOSE}"]: TEXT', r"TEXT: /(?s:.*)/"]
+    if calls:
+        lines.append("call: " + " | ".join(f"call{i}" for i in range(len(calls))))
+    elif schema is not None:
+        lines.append(_json("json", schema))
+    for i, (name, arguments) in enumerate(calls):
+        head = json.dumps(f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ', ensure_ascii=False)
+        lines += [f'call{i}: {head} arguments{i} "}}"', _json(f"arguments{i}", arguments)]
+    return "\n".join(lines)
+
+
+def _json(rule: str, schema: str) -> str:
+    """The rule for a JSON text."""
+    return f"{rule}: %json {json.dumps(SPACE | json.loads(schema))}"
 
 
 class Grammars:
@@ -93,16 +105,19 @@ class Grammars:
         try:
             return _library().LLTokenizer(self._tokenizer.json, n_vocab=self._size + 1, eos_token=eos)
         except ValueError as error:
-            raise UserError(f"json-schema cannot be followed with this tokenizer: {error}") from None
+            raise UserError(f"a JSON Schema cannot be followed with this tokenizer: {error}") from None
 
     @functools.cached_property
     def _marks(self) -> bool:
         ids = [self._tokenizer.id_of(tag) for tag in (OPEN, CLOSE)]
         return all(index is not None and self._tokenizer.is_special(index) for index in ids)
 
-    def matcher(self, schema: str, thinking: bool, may_think: bool) -> "Matcher":
-        """For a reply whose answer is to be of this form; the rest as in `m1jax.reply.Request`."""
-        grammar = _grammar(schema, thinking, may_think, self._marks)
+    def matcher(self, request: "Request") -> "Matcher | None":
+        """For a reply to a request; None if its answer may be any text."""
+        schema, calls = request.json_schema, request.calls
+        if schema is None and not calls:
+            return None
+        grammar = _grammar(schema, calls, request.thinking, request.may_think, self._marks)
         return Matcher(_library().LLMatcher(self._vocabulary, grammar, log_level=0), self._size)
 
 

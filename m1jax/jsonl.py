@@ -50,8 +50,8 @@ class Line(NamedTuple):
     def digest(self) -> str:
         """Fingerprint of request and model, by which a later run recognises its own output."""
         request = dataclasses.asdict(self.request)
-        for later in ("logprobs", "json_schema"):
-            if request[later] is None:  # so that what was written before there were any is known
+        for later, absent in {"logprobs": None, "json_schema": None, "calls": ()}.items():
+            if request[later] == absent:  # so that what was written before there were any is known
                 del request[later]
         text = json.dumps([request, self.model], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

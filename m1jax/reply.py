@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m1jax.errors import UserError
-from m1jax.grammar import CLOSE, OPEN, Matcher, check_schema
+from m1jax.grammar import CLOSE, OPEN, Matcher, Tools, check_form
 from m1jax.sampling import ALTERNATIVES, DEFAULT_SAMPLING, MAX_SEED, Sampling
 from m1jax.tokenizer import Detokeniser, Tokenizer
 
@@ -51,6 +51,7 @@ class Request:
       logprobs: None, or how many of the most probable tokens are told, beside each token chosen, with the logarithms of
         their probabilities by the model: those of its logits, before temperature, penalty and filters.
       json_schema: None, or the JSON Schema, as JSON, that the text after thinking is held to.
+      calls: or the tools, by name and JSON Schema of their arguments, of which that text is calls, one or more.
       may_think: False if thinking is over before the text starts, so that a `<think>` in it is plain text.
 
     Raises:
@@ -66,6 +67,7 @@ class Request:
     thinking_budget: int | None = None
     logprobs: int | None = None
     json_schema: str | None = None
+    calls: Tools = ()
     thinking: bool = False
     may_think: bool = True
 
@@ -93,8 +95,10 @@ class Request:
             raise UserError(f"thinking-budget must be 0 or more, not {self.thinking_budget}")
         if self.logprobs is not None and not 0 <= self.logprobs <= ALTERNATIVES:
             raise UserError(f"logprobs must be from 0 to {ALTERNATIVES}, not {self.logprobs}")
-        if self.json_schema is not None:
-            check_schema(self.json_schema)
+        if self.json_schema is not None and self.calls:
+            raise UserError("json-schema and calls contradict each other: drop one")
+        if self.json_schema is not None or self.calls:
+            check_form(self.json_schema, self.calls)
 
 
 def check_context(prompt: int, context: int) -> None:

@@ -15,11 +15,12 @@ from m1jax import UserError
 from m1jax.chat import Chat
 from m1jax.engine import Engine
 from m1jax.generate import main
-from m1jax.grammar import Grammars, Matcher
+from m1jax.grammar import CALLS, CALLS_END, Grammars, Matcher
 from m1jax.jsonl import Line
 from m1jax.prompt import Options, Prompter
 from m1jax.reply import CLOSE, OPEN, Reply, Request
 from m1jax.sampling import Sampling, only
+from m1jax.server import protocol
 from m1jax.tokenizer import Tokenizer
 from tests.generation_fixtures import one, random_engine, replies
 
@@ -98,6 +99,26 @@ def test_thinking_is_free_and_the_answer_is_not(engine: Engine) -> None:
         check(json.loads(reply.answer))
 
 
+def test_every_call_is_of_its_tool(engine: Engine) -> None:
+    """Of one tool or several, one call or more, with a schema that refers to its own definitions."""
+    day = {"type": "object", "properties": {"day": {"$ref": "#/$defs/day"}}, "required": ["day"]}
+    day |= {"additionalProperties": False, "$defs": {"day": {"enum": [1, 2]}}}
+    place = {"type": "object", "properties": {"é": {"const": "x"}}, "required": ["é"], "additionalProperties": False}
+    tools = ("weather", json.dumps(day)), ('a "b"', json.dumps(place))
+    called = set[str]()
+    for seed in range(4):
+        reply = one(engine, asked(engine, seed, json_schema=None, calls=tools))
+        calls = protocol._calls(reply.answer.partition(CALLS)[2])
+        assert not reply.answer.partition(CALLS)[0].strip()
+        if reply.finish == "complete":
+            assert calls and reply.answer.endswith(CALLS_END)
+        for call in calls or []:
+            name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
+            assert arguments in ([{"day": 1}, {"day": 2}] if name == "weather" else [{"é": "x"}])
+            called.add(name)
+    assert called == {"weather", 'a "b"'}
+
+
 def test_a_text_that_is_cut_off_or_stopped(engine: Engine) -> None:
     assert one(engine, asked(engine, 1, max_tokens=4)).finish == "length"
     stopped = one(engine, asked(engine, 1, stop=('"kind"',)))
@@ -127,7 +148,8 @@ def test_tags_that_are_tokens(engine: Engine) -> None:
     backend = tokenizers.Tokenizer.from_str(engine.tokenizer.json)
     backend.add_special_tokens([OPEN, CLOSE])
     tokenizer = Tokenizer(backend, engine.tokenizer.folder, {}, None, engine.eos_ids)
-    matcher = Grammars(tokenizer, {3}, 416).matcher('{"type": "integer"}', False, True)
+    matcher = Grammars(tokenizer, {3}, 416).matcher(Request((1,), json_schema='{"type": "integer"}'))
+    assert matcher is not None
     tokens = tokenizer.encode(f"{OPEN}\nany 7 {{ text\n{CLOSE}\n42")
     assert {tokenizer.id_of(OPEN), tokenizer.id_of(CLOSE)} < set(tokens)
     for token in tokens:
@@ -181,7 +203,7 @@ def test_bad_schemas(schema: str, message: str) -> None:
 
 def test_without_llguidance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(UserError, match="json-schema needs llguidance: pip install llguidance"):
+    with pytest.raises(UserError, match="a JSON Schema needs llguidance: pip install llguidance"):
         Request((1,), json_schema='{"const": "without"}')
 
 

@@ -34,6 +34,15 @@ def form(schema: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": schema}}
 
 
+def tool(name: str, parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def named(name: str) -> dict[str, Any]:
+    """The `tool_choice` for one tool."""
+    return {"type": "function", "function": {"name": name}}
+
+
 def read(tokenizer: Tokenizer, body: Any, chat: bool = True) -> Asked:
     return protocol.read(body, chat, Prompter(tokenizer), OPTIONS)
 
@@ -64,6 +73,14 @@ def test_a_body_with_everything(tokenizer: Tokenizer) -> None:
     assert json.loads(read(tokenizer, {"messages": USER, **held}).request.json_schema or "") == schema
     held = {"response_format": {"type": "json_object"}}
     assert read(tokenizer, {"prompt": "hi", **held}, False).request.json_schema == '{"type": "object"}'
+    tools = [*TOOLS, tool("time", {"type": "object", "properties": {"zone": {"type": "string"}}})]
+    calls = read(tokenizer, {"messages": USER, "tools": tools, "tool_choice": "required"}).request.calls
+    assert [(name, json.loads(arguments)) for name, arguments in calls] == [
+        ("weather", {"type": "object"}),
+        ("time", tools[1]["function"]["parameters"]),
+    ]
+    one = read(tokenizer, {"messages": USER, "tools": tools, "tool_choice": named("time")}).request
+    assert one.calls == calls[1:] and not read(tokenizer, {"messages": USER, "tools": tools}).request.calls
     quick = read(tokenizer, {"messages": USER, "chat_template_kwargs": {"enable_thinking": False}})
     assert not quick.request.may_think and len(quick.request.tokens) > len(no_tools.request.tokens)
 
@@ -102,7 +119,10 @@ def test_texts_and_tokens_to_go_on_from(tokenizer: Tokenizer) -> None:
         ({"messages": USER, "response_format": {"type": "json_schema"}}, "response_format = .* is not known here"),
         ({"messages": USER, "response_format": form({"type": "nothing"})}, "Invalid type: nothing"),
         ({"messages": USER, "response_format": form({}), "tools": TOOLS}, "response_format and tools contradict"),
-        ({"messages": USER, "tool_choice": "required"}, "tool_choice"),
+        ({"messages": USER, "tool_choice": "required"}, "wants a tool that is not among tools"),
+        ({"messages": USER, "tools": TOOLS, "tool_choice": named("time")}, "wants a tool that is not among tools"),
+        ({"messages": USER, "tools": TOOLS, "tool_choice": "always"}, 'tool_choice = "always" is not known here'),
+        ({"messages": USER, "tools": [tool("f", {"not": {}})], "tool_choice": "required"}, "f cannot be followed"),
         ({"messages": USER, "tools": [{"type": "function"}]}, "has no name"),
         ({"messages": USER, "n": 129}, "n must be at most 128"),
         ({"messages": USER, "n": True}, "n must be of type int"),
@@ -217,6 +237,8 @@ def test_thinking_and_tool_calls_have_their_places() -> None:
     called = [(function["name"], json.loads(function["arguments"])) for function in functions]
     assert called == [("weather", {"city": "Zürich"}), ("time", {})]
     assert len({call["id"] for call in message["tool_calls"]}) == 2
+    forced, _ = answered(CALLED, [], True, finish="complete")
+    assert forced["finish_reason"] == "tool_calls" and len(forced["message"]["tool_calls"]) == 2
     cut_off, _ = answered(CALLED.partition("\n{")[0], [], True, finish="length")
     assert cut_off["finish_reason"] == "length" and "tool_calls" not in cut_off["message"]
     plain = "<think>x</think> y"

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from m1jax.errors import UserError
+from m1jax.grammar import CALLS, CALLS_END, Tools
 from m1jax.prompt import OPTIONS, Options, Prompter, ends_inside_thinking
 from m1jax.reply import CLOSE, OPEN, Reply, Request, Segment, StopFilter
 from m1jax.sampling import ALTERNATIVES, MAX_SEED
@@ -21,7 +22,6 @@ from m1jax.sampling import ALTERNATIVES, MAX_SEED
 MOST = 128  # texts of one request
 MOST_STOPS = 64  # strings that end a text, for which every piece of text is searched
 PLAIN_TOKENS = 16  # of a text to go on from, where nothing is said of it, as OpenAI has it
-CALLS, CALLS_END = "<tool_calls>", "</tool_calls>"
 # Fields that change nothing here.
 IGNORED = ("user", "metadata", "store", "parallel_tool_calls", "service_tier", "prompt_cache_key", "safety_identifier")
 # Fields of which only the value that asks for nothing is taken.
@@ -29,7 +29,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
-    "tool_choice": ("auto", "none"),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -47,6 +46,7 @@ _OWN = (
     "chat_template_kwargs",
     "top_logprobs",
     "response_format",
+    "tool_choice",
 )
 _KNOWN = {*IGNORED, *NEUTRAL, *OPTIONS, *_OWN} - {"system", "raw", "greedy", "no_thinking", "json_schema"}
 
@@ -116,7 +116,9 @@ def read(body: Any, chat: bool, prompter: Prompter, options: Options) -> Asked:
         raise UserError('response_format and tools contradict each other here: drop one, or send tool_choice = "none"')
     if chat:
         messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in given["messages"]]
-        requests = (prompter.chat(messages, options, tools or None),)
+        request = prompter.chat(messages, options, tools or None)
+        calls = _forced_calls(tools or [], given.get("tool_choice", "auto"))
+        requests = (dataclasses.replace(request, calls=calls),)
     else:
         requests = tuple(_plain(prompt, prompter, options) for prompt in _prompts(given["prompt"]))
         if len(requests) * options.n > MOST:
@@ -165,7 +167,7 @@ def _check(given: Mapping[str, Any], chat: bool) -> None:
     wanted, other = ("messages", "prompt") if chat else ("prompt", "messages")
     if wanted not in given or other in given:
         raise UserError(f"give {wanted}, which this address takes, and not {other}")
-    for key in () if chat else ("tools", "chat_template_kwargs"):
+    for key in () if chat else ("tools", "tool_choice", "chat_template_kwargs"):
         if key in given:
             raise UserError(f"{key} goes with messages, not with a prompt: drop it")
     if not all(isinstance(message, dict) for message in given.get("messages", ())):
@@ -194,6 +196,34 @@ def _schema(form: Mapping[str, Any]) -> dict[str, Any] | None:
         f"response_format = {json.dumps(form)[:60]} is not known here: its type is text, json_object, or json_schema "
         "with json_schema.schema"
     )
+
+
+def _forced_calls(tools: Sequence[Any], choice: Any) -> Tools:
+    """The tools of which `tool_choice` asks for calls; none if the model may say something else."""
+    match choice:
+        case "auto" | "none":
+            return ()
+        case "required":
+            wanted = None
+        case {"type": "function", "function": {"name": str(wanted)}}:
+            pass
+        case _:
+            raise UserError(
+                f"tool_choice = {json.dumps(choice)[:60]} is not known here: it is none, auto, required, or "
+                '{"type": "function", "function": {"name": …}}'
+            )
+    functions = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
+    functions = [one for one in functions if isinstance(one, dict) and isinstance(one.get("name"), str)]
+    calls = tuple(
+        (one["name"], json.dumps(one.get("parameters") or {"type": "object"}))
+        for one in functions
+        if wanted in (None, one["name"])
+    )
+    if not calls:
+        raise UserError(
+            f"tool_choice = {json.dumps(choice)[:60]} wants a tool that is not among tools: name one of them"
+        )
+    return calls
 
 
 def _prompts(prompt: Any) -> list[Any]:
