@@ -181,6 +181,10 @@ class Engine:
                     texts.add(size + k, Request((0,), max_tokens=2))
             begun.add(event.request)
 
+    def check_form(self, request: Request) -> None:
+        """Raises `UserError` if a request's answers cannot be held to their form; builds what they are held to."""
+        self._grammars.matcher(request)
+
     def slot(self, index: int, request: Request, sample: int) -> Slot:
         """A text that has not begun, of the request of this index."""
         matcher = self._grammars.matcher(request)

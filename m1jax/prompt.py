@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import functools
-import json
 import reprlib
 import secrets
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from m1jax.arguments import MOST_TEXTS
 from m1jax.chat_template import ChatTemplate, Message
 from m1jax.errors import UserError
+from m1jax.grammar import as_json
 from m1jax.reply import EMPTY_THINKING, FORCED_CLOSE, OPEN, Request
 from m1jax.sampling import DEFAULT_SAMPLING, MAX_SEED, Sampling
 from m1jax.tokenizer import Tokenizer
@@ -121,7 +121,7 @@ class Options:
             if not all(isinstance(item, str) for item in given["stop"]):
                 raise UserError("stop must be a string or a list of strings")
         if "json_schema" in given:
-            given["json_schema"] = json.dumps(given["json_schema"])
+            given["json_schema"] = as_json(given["json_schema"], "json_schema")
         sampling = {key: given.pop(key) for key in _SAMPLING if key in given}
         # A line that switches to one of two contradicting options switches the other off.
         if given.get("raw"):

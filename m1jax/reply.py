@@ -271,6 +271,8 @@ class Reply:
     def push(self, token: int, logprob: TokenLogprob | None = None) -> list[Segment]:
         """Takes the next token; returns the text that is now certain."""
         self.tokens.append(token)
+        if self._matcher is not None and self._matcher.failed:  # while it told what may come: this was any token
+            return self.end("length")
         if logprob is not None and self.request.logprobs is not None:
             self.logprobs.append(logprob._replace(best=logprob.best[: self.request.logprobs]))
         if token in self._eos_ids:
@@ -330,5 +332,7 @@ class Reply:
 
     def _spend_budget(self) -> None:
         budget = self.request.thinking_budget
+        if self._matcher is not None and self._detokeniser.inside_character:
+            return  # its grammar wants the rest of the character first
         if budget is not None and self._thinking_tokens >= budget and self._forced is None:
             self._forced = collections.deque(self.tokenizer.encode(self._thought.closing()))

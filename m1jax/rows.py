@@ -152,7 +152,7 @@ def decode(
       pages: int32 `[B, n]`, where each row's are; with room for the token that is fed.
       active: bool `[B]`; what other rows have left stays as it is.
       forced: int32 `[B]`, the token to take instead of a sampled one, or `FREE`.
-      allowed: None, or int32 `[B, V // 32 + 1]`, a bit for each token that may be sampled, the lowest first.
+      allowed: None, or int32 `[B, ceil(V / 32)]`, a bit for each token that may be sampled, the lowest first.
       logprobs: whether to tell probabilities.
 
     Returns:

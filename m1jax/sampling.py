@@ -106,7 +106,7 @@ class SamplingRows:
 
 
 def only(logits: jax.Array, allowed: jax.Array) -> jax.Array:
-    """Tokens without a bit become -inf; logits `[B, V]`, allowed int32 `[B, V // 32 + 1]`, the lowest bit first."""
+    """Tokens without a bit become -inf; logits `[B, V]`, allowed int32 `[B, ceil(V / 32)]`, the lowest bit first."""
     bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1
     return jnp.where(bits.reshape(len(bits), -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
 

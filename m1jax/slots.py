@@ -107,7 +107,7 @@ def forced_tokens(rows: Sequence[Slot | None]) -> np.ndarray:
 
 
 def allowed_tokens(rows: Sequence[Slot | None]) -> NDArray[np.int32] | None:
-    """The tokens that rows may take, int32 `[B, V // 32 + 1]`, a bit each; None if all may take any."""
+    """The tokens that rows may take, int32 `[B, ceil(V / 32)]`, a bit each; None if all may take any."""
     allowed = {b: bits for b, slot in enumerate(rows) if slot and (bits := slot.reply.allowed()) is not None}
     if not allowed:
         return None

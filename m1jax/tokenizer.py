@@ -160,6 +160,11 @@ class Detokeniser:
         self._emitted += len(text)
         return text
 
+    @property
+    def inside_character(self) -> bool:
+        """Whether bytes of a character are missing."""
+        return self._tokenizer._byte_level and bool(self._utf8.getstate()[0])
+
     def flush(self) -> str:
         """The text still held back: replacement characters for what never became a character."""
         if self._tokenizer._byte_level:

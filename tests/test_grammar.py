@@ -159,6 +159,67 @@ def test_tags_that_are_tokens(engine: Engine) -> None:
     assert {token for token in allowed if not (tokenizer.name_of(token) or "").isdigit()} == {3}
 
 
+def test_a_tag_spelled_out_does_not_end_thinking_unseen(engine: Engine) -> None:
+    """Where the tags are tokens: what the reader takes for the end of thinking is that for the grammar, or masked."""
+    backend = tokenizers.Tokenizer.from_str(engine.tokenizer.json)
+    spelled = [*engine.tokenizer.encode("<"), *engine.tokenizer.encode("/think"), *engine.tokenizer.encode(">")]
+    backend.add_special_tokens([OPEN, CLOSE])
+    tokenizer = Tokenizer(backend, engine.tokenizer.folder, {}, None, engine.eos_ids)
+    matcher = Grammars(tokenizer, {3}, 416).matcher(Request((1,), json_schema="{}", thinking=True))
+    assert matcher is not None
+    for token in spelled[:-1]:
+        matcher.push(token)
+    assert not matcher.failed and not matcher.allowed()[spelled[-1] // 32] >> spelled[-1] % 32 & 1
+
+
+def test_a_budget_waits_for_the_end_of_a_character(engine: Engine) -> None:
+    request = Request((1,), json_schema='{"type": "object"}', thinking=True, thinking_budget=1)
+    grammars = Grammars(engine.tokenizer, engine.eos_ids, 416)
+    reply = Reply(request, 0, engine.tokenizer, engine.eos_ids, 999, grammars.matcher(request))
+    (first, *rest) = engine.tokenizer.encode("\N{SNOWMAN}")
+    assert rest
+    reply.push(first)
+    assert reply.take_forced() is None
+    for token in rest:
+        reply.push(token)
+    while (forced := reply.take_forced()) is not None:
+        reply.push(forced)
+    assert reply.finish is None and reply.thinking == "\N{SNOWMAN}"
+
+
+def test_the_bound_on_white_space_is_not_the_schemas(engine: Engine) -> None:
+    request = Request((1,), json_schema='{"type": "object", "x-guidance": {"lenient": true}}')
+    matcher = Grammars(engine.tokenizer, engine.eos_ids, 416).matcher(request)
+    assert matcher is not None
+    for token in engine.tokenizer.encode("{  \n"):
+        matcher.push(token)
+    assert matcher.failed
+
+
+def test_a_form_that_only_the_tokens_show_to_be_empty(engine: Engine) -> None:
+    """It passes the check of the grammar, and no token may come."""
+    try:
+        reply = one(engine, asked(engine, 0, json_schema='{"$ref": "#"}'))
+    except UserError as error:
+        assert "cannot be followed" in str(error)
+    else:
+        assert reply.finish == "length" and not reply.answer.strip()
+
+
+def test_tools_with_odd_names(engine: Engine) -> None:
+    for name in ("a\nb", "\\", "{}", "/x/", "", "\u2028", "\N{SNOWMAN}"):
+        request = Request((1,), calls=((name, "{}"),), may_think=False)
+        matcher = Grammars(engine.tokenizer, engine.eos_ids, 416).matcher(request)
+        assert matcher is not None
+        for token in engine.tokenizer.encode(
+            f'{CALLS}\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {{}}}}'
+        ):
+            matcher.push(token)
+        assert not matcher.failed, name
+    with pytest.raises(UserError, match="the tools' names cannot be followed"):
+        Request((1,), calls=(("\x7f", "{}"),))
+
+
 class Lost(Matcher):
     """A grammar that became too complex after two tokens."""
 
@@ -188,11 +249,13 @@ def test_a_grammar_that_cannot_be_followed_ends_its_text(engine: Engine) -> None
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ("{", "json-schema is not JSON: Expecting property name"),
-        ("[1]", "json-schema must be a JSON object, not [1]"),
-        ('{"type": "nothing"}', "json-schema cannot be followed: Invalid type: nothing"),
-        ('{"not": {}}', 'json-schema cannot be followed: Unimplemented keys: ["not"]'),
+        ("{", "the JSON Schema is not JSON: Expecting property name"),
+        ("[1]", "the JSON Schema must be a JSON object, not [1]"),
+        ('{"type": "nothing"}', "the JSON Schema cannot be followed: Invalid type: nothing: leave that out"),
+        ('{"not": {}}', 'the JSON Schema cannot be followed: Unimplemented keys: ["not"]'),
         ('{"type": "string", "pattern": "(a"}', "cannot be followed: regex parse error: (a ^ error: unclosed group"),
+        ('{"items": [{"multipleOf": 1000003}]}', "multipleOf = 1000003 is too complex to follow, leave it out"),
+        ('{"items": ' * 3000 + "{}" + "}" * 3000, "the JSON Schema: nested too deeply, make it flatter"),
     ],
 )
 def test_bad_schemas(schema: str, message: str) -> None:

@@ -122,7 +122,10 @@ def test_texts_and_tokens_to_go_on_from(tokenizer: Tokenizer) -> None:
         ({"messages": USER, "tool_choice": "required"}, "wants a tool that is not among tools"),
         ({"messages": USER, "tools": TOOLS, "tool_choice": named("time")}, "wants a tool that is not among tools"),
         ({"messages": USER, "tools": TOOLS, "tool_choice": "always"}, 'tool_choice = "always" is not known here'),
-        ({"messages": USER, "tools": [tool("f", {"not": {}})], "tool_choice": "required"}, "f cannot be followed"),
+        (
+            {"messages": USER, "tools": [tool("f", {"not": {}})], "tool_choice": "required"},
+            'the tool "f" cannot be followed',
+        ),
         ({"messages": USER, "tools": [{"type": "function"}]}, "has no name"),
         ({"messages": USER, "n": 129}, "n must be at most 128"),
         ({"messages": USER, "n": True}, "n must be of type int"),

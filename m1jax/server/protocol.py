@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from m1jax.errors import UserError
-from m1jax.grammar import CALLS, CALLS_END, Tools
+from m1jax.grammar import CALLS, CALLS_END, Tools, as_json
 from m1jax.prompt import OPTIONS, Options, Prompter, ends_inside_thinking
 from m1jax.reply import CLOSE, OPEN, Reply, Request, Segment, StopFilter
 from m1jax.sampling import ALTERNATIVES, MAX_SEED
@@ -215,15 +215,19 @@ def _forced_calls(tools: Sequence[Any], choice: Any) -> Tools:
     functions = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
     functions = [one for one in functions if isinstance(one, dict) and isinstance(one.get("name"), str)]
     calls = tuple(
-        (one["name"], json.dumps(one.get("parameters") or {"type": "object"}))
-        for one in functions
-        if wanted in (None, one["name"])
+        (one["name"], as_json(_parameters(one), "tools")) for one in functions if wanted in (None, one["name"])
     )
     if not calls:
         raise UserError(
             f"tool_choice = {json.dumps(choice)[:60]} wants a tool that is not among tools: name one of them"
         )
     return calls
+
+
+def _parameters(function: Mapping[str, Any]) -> Any:
+    """The JSON Schema of a function's arguments."""
+    parameters = function.get("parameters")
+    return {"type": "object"} if parameters in (None, {}) else parameters
 
 
 def _prompts(prompt: Any) -> list[Any]:

@@ -89,10 +89,11 @@ class Service:
         Raises:
           Busy: too many texts wait.
           Closing: the service ends.
-          UserError: the prompt does not fit into the context.
+          UserError: the prompt does not fit into the context, or the answer cannot be held to its form.
         """
         for request in requests:
             check_context(len(request.tokens), self.engine.context)
+            self.engine.check_form(request)  # not in the engine's thread, where others would wait for it
         with self._lock:
             if self._closing:
                 raise Closing
