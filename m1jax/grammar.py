@@ -7,6 +7,7 @@ of the whole reply: thinking may be any text, so a token that ends it cannot beg
 import functools
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable
 from decimal import Decimal
@@ -30,7 +31,6 @@ CALLS, CALLS_END = "<tool_calls>", "</tool_calls>"
 # Between the parts of a JSON text, on one line or indented: without a bound a model can go on with it for ever.
 SPACE = {"x-guidance": {"whitespace_pattern": r" |\n[ \t]{0,24}"}}
 
-
 Tools = tuple[tuple[str, str], ...]  # of each its name, and the JSON Schema of its arguments, as JSON
 
 
@@ -41,14 +41,16 @@ def check_form(schema: str | None, calls: Tools) -> None:
     for what, text in [*named, *((f"the parameters of the tool {json.dumps(name)}", own) for name, own in calls)]:
         try:
             tree = json.loads(text)
+            if not isinstance(tree, dict):
+                raise UserError(f"{what} must be a JSON object, not {json.dumps(tree)[:60]}")
+            _check_multiples(tree, what)
+            _check_grammar(_grammar(text, ()), what)
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"{what} is not JSON: {error}") from None
         except RecursionError:
             raise UserError(f"{what}: nested too deeply, make it flatter") from None
-        if not isinstance(tree, dict):
-            raise UserError(f"{what} must be a JSON object, not {json.dumps(tree)[:60]}")
-        _check_multiples(tree, what)
-        _check_grammar(_grammar(text, ()), what)
     if calls:
         _check_grammar(_grammar(None, calls), "the tools' names")
 
@@ -63,7 +65,7 @@ def _check_multiples(tree: Any, what: str) -> None:
     """Raises `UserError` for a `multipleOf` of which the automaton would take seconds or longer."""
     if isinstance(tree, dict):
         step = tree.get("multipleOf")
-        if isinstance(step, int | float) and step > 0:
+        if isinstance(step, int | float) and not isinstance(step, bool) and 0 < step < math.inf:
             _, digits, _ = Decimal(str(step)).as_tuple()
             rest = int("".join(map(str, digits)))
             while rest % 2 == 0 or rest % 5 == 0:

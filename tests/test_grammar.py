@@ -255,6 +255,8 @@ def test_a_grammar_that_cannot_be_followed_ends_its_text(engine: Engine) -> None
         ('{"not": {}}', 'the JSON Schema cannot be followed: Unimplemented keys: ["not"]'),
         ('{"type": "string", "pattern": "(a"}', "cannot be followed: regex parse error: (a ^ error: unclosed group"),
         ('{"items": [{"multipleOf": 1000003}]}', "multipleOf = 1000003 is too complex to follow, leave it out"),
+        ('{"multipleOf": true}', "the JSON Schema cannot be followed"),
+        ('{"type": "number", "multipleOf": Infinity}', "the JSON Schema"),
         ('{"items": ' * 3000 + "{}" + "}" * 3000, "the JSON Schema: nested too deeply, make it flatter"),
     ],
 )
@@ -262,6 +264,7 @@ def test_bad_schemas(schema: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         Request((1,), json_schema=schema)
     assert message in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).count("the JSON Schema") == 1
 
 
 def test_without_llguidance(monkeypatch: pytest.MonkeyPatch) -> None:
