@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 OPEN, CLOSE = "<think>", "</think>"
 MOST_STATES = 10_000  # of the automaton of a number's multiples
+MOST_ITEMS = (
+    20_000  # of a row of the parser; an object of 500 properties that may be left out has llguidance's own 2,000
+)
 CALLS, CALLS_END = "<tool_calls>", "</tool_calls>"
 # Between the parts of a JSON text, on one line or indented: without a bound a model can go on with it for ever.
 SPACE = {"x-guidance": {"whitespace_pattern": r" |\n[ \t]{0,24}"}}
@@ -170,7 +173,7 @@ class Grammars:
     def _begin(self, grammar: str) -> "LLMatcher":
         """At the beginning of a grammar, which takes milliseconds to seconds to be built; to be copied."""
         library = _library()
-        limits = library.LLParserLimits(max_items_in_row=20_000)
+        limits = library.LLParserLimits(max_items_in_row=MOST_ITEMS)
         matcher = library.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise UserError(f"the form of the answer cannot be followed: {_brief(matcher.get_error())}")

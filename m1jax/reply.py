@@ -211,7 +211,7 @@ class Reply:
       tokenizer: turns tokens into text.
       eos_ids: tokens that end the text.
       context: the most tokens, prompt included, that the model can read.
-      matcher: follows the request's `json_schema`.
+      matcher: follows the request's `json_schema` or `calls`, where it has them.
 
     Attributes:
       tokenizer: that one.

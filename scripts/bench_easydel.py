@@ -271,12 +271,12 @@ def translated(src: Path, dst: Path) -> Path:
 
 def make_model(folder: Path) -> None:
     """Writes the random model in the official layout, float32."""
-    from random_checkpoint import DEFAULTS, random_entries
+    from random_checkpoint import random_entries, read_fields
 
     from m1jax.config import M1Config
     from m1jax.safetensors import write_folder
 
-    fields = {**DEFAULTS, **FIELDS, "model_type": "minimax_m1", "attn_type_list": [0, 0, 0, 0, 0, 0, 0, 1] * 2}
+    fields = read_fields([f"{key}={value}" for key, value in FIELDS.items()])
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
     write_folder(folder, random_entries(M1Config.from_dict(fields), "float32", 0), 1 << 30)
